@@ -1,0 +1,1 @@
+"""What happens at a site. torch lives here."""

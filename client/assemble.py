@@ -1,0 +1,106 @@
+"""From settings to a ready Site: which data, which model, which private store. No Flower."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from client.data import SiteData, own_site, simulated_sites
+from client.model import AdaptedModel, adapted_model
+from client.private import PrivateStore
+from client.site import POOLED, Site
+from client.text import Example
+from conf.schema import Config, Device
+from conf.seeds import generator_for
+
+CENTRALISED = "centralised"
+"""Name of the one site of a centralised run."""
+
+
+def federation_sites(config: Config) -> list[str]:
+    """Names of the simulated sites of this run, sorted."""
+    return [CENTRALISED] if config.strategy.name == CENTRALISED else list(simulated_sites(config))
+
+
+def simulated_site(config: Config, name: str, private_folder: Path) -> Site:
+    """One of ``federation_sites``.
+
+    Raises:
+        ValueError: If data or model settings do not work out; the message names the setting.
+    """
+    everyone = simulated_sites(config)
+    if config.strategy.name == CENTRALISED:
+        pooled = [example for data in everyone.values() for example in data.train]
+        return _site(config, name, pooled, held_out_sets(config), private_folder)
+    data = everyone[name]
+    held_out = {name: _limited(config, data)}
+    if config.method.name == "local_only":
+        # Nobody has a global model then: the run's global loss is that of the sites' own models on everyone's data.
+        held_out[POOLED] = pooled_held_out(config)
+    return _site(config, name, data.train, held_out, private_folder)
+
+
+def real_site(config: Config, name: str, path: str, private_folder: Path) -> Site:
+    """A site with a data file of its own.
+
+    Raises:
+        ValueError: As ``simulated_site``.
+    """
+    data = own_site(config, name, path)
+    return _site(config, name, data.train, {name: _limited(config, data)}, private_folder)
+
+
+def held_out_sets(config: Config) -> dict[str, list[Example]]:
+    """Held-out examples of each original site of a simulation, cut to ``eval.max_examples``."""
+    return {name: _limited(config, data) for name, data in simulated_sites(config).items()}
+
+
+def pooled_held_out(config: Config) -> list[Example]:
+    """Held-out examples of all simulated sites together."""
+    return [example for examples in held_out_sets(config).values() for example in examples]
+
+
+def model_for(config: Config) -> AdaptedModel:
+    """This process's base model and adapter, loaded once; sets torch's threads."""
+    torch.set_num_threads(config.train.num_threads)
+    return adapted_model(config.model, config.lora, resolve_device(config.device))
+
+
+def resolve_device(device: Device) -> torch.device:
+    """The device to compute on.
+
+    Raises:
+        ValueError: If CUDA is asked for and there is none.
+    """
+    available = torch.cuda.is_available()
+    if device is Device.cuda and not available:
+        raise ValueError("device=cuda, but torch sees no CUDA device here: set device=cpu or device=auto")
+    return torch.device("cuda" if available and device is not Device.cpu else "cpu")
+
+
+def default_private_root() -> Path:
+    """Where a real site keeps its private state unless its node config says otherwise."""
+    return Path(os.environ.get("BOUQUET_PRIVATE", "~/.local/share/bouquet/private")).expanduser()
+
+
+def _site(
+    config: Config,
+    name: str,
+    train_examples: Sequence[Example],
+    held_out: Mapping[str, Sequence[Example]],
+    private_folder: Path,
+) -> Site:
+    adapted = model_for(config)
+    store = PrivateStore(private_folder, name, adapted.base.identity.sha256)
+    return Site(name, train_examples, held_out, adapted=adapted, config=config, store=store)
+
+
+def _limited(config: Config, data: SiteData) -> list[Example]:
+    limit = config.eval.max_examples
+    if limit is None or limit >= len(data.held_out):
+        return data.held_out
+    order = generator_for(config.seed, "eval", data.site).permutation(len(data.held_out))[:limit]
+    return [data.held_out[index] for index in sorted(order)]

@@ -1,0 +1,291 @@
+"""A site's examples: load them, find out which are whose, hold some out."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import glob
+import json
+import logging
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from client.embedded import embedded_rows
+from client.partitions import MIN_ROWS, assign_rows, site_names_from
+from client.text import Example
+from conf.schema import Config, DataConfig, Dirichlet, Files, Natural, Pathological, Shard
+from conf.seeds import generator_for
+
+logger = logging.getLogger(__name__)
+
+NUM_EMBEDDED_EXAMPLES = 1200
+"""Rows of the embedded default that are generated unless ``data.num_examples`` says otherwise."""
+
+_FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
+
+
+@dataclass(frozen=True)
+class SiteData:
+    """One site's examples, each part in the order of a seeded shuffle."""
+
+    site: str
+    train: list[Example]
+    held_out: list[Example]
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One usable row."""
+
+    example: Example
+    owner: str
+    """Value of the partition's column; empty without one."""
+    split: str
+    """Value of ``data.split_column``; empty without one."""
+
+
+_loaded: dict[str, dict[str, SiteData]] = {}
+"""The sites loaded last, under the settings that decide on them."""
+
+
+def site_names(config: Config) -> list[str]:
+    """Names of the simulated sites, sorted.
+
+    Raises:
+        ValueError: As ``simulated_sites``.
+    """
+    return list(simulated_sites(config))
+
+
+def simulated_sites(config: Config) -> dict[str, SiteData]:
+    """Every site's examples, sorted by name. Loaded once for all virtual clients of a process.
+
+    Raises:
+        ValueError: If the data cannot be loaded, lack a column, or cannot be divided as asked. The
+            message names the setting to change.
+    """
+    deciding = [
+        dataclasses.asdict(config.data),
+        config.partition.name,
+        dataclasses.asdict(config.partition),
+        config.seed,
+    ]
+    key = json.dumps(deciding, sort_keys=True, default=str)
+    if key not in _loaded:
+        sites = _sites_of_files(config) if isinstance(config.partition, Files) else _sites_of_one_source(config)
+        _loaded.clear()
+        _loaded[key] = sites
+    return dict(_loaded[key])
+
+
+def own_site(config: Config, site: str, path: str) -> SiteData:
+    """The examples of a real site in its own file.
+
+    They are those that the simulation with ``partition=files`` gives to the site of this name: the split depends on
+    the seed, the site's name and its rows alone.
+
+    Raises:
+        ValueError: As ``simulated_sites``, or if the site's name is not safe as a file name.
+    """
+    if site_names_from([site], "site")[site] != site:
+        raise ValueError(
+            f"site must consist of letters, digits, '.', '_' and '-', and start with none of '.-': {site!r}"
+        )
+    rows = _limited(_usable_rows(_read_file(Path(path).expanduser(), "data"), path, config.data, None), config, site)
+    if len(rows) < MIN_ROWS:
+        raise ValueError(f"site {site!r} needs at least {MIN_ROWS} usable rows, but {path} has {len(rows)}")
+    return _split(site, rows, config)
+
+
+def held_out_file(config: Config, path: str) -> list[Example]:
+    """All examples of a file, in its order; neither ``data.filter`` nor a split applies.
+
+    Raises:
+        ValueError: If it cannot be read, lacks a column, or has no usable row.
+    """
+    every_row = dataclasses.replace(config.data, filter={}, split_column=None)
+    table = _read_file(Path(path).expanduser(), "eval.path")
+    return [row.example for row in _usable_rows(table, path, every_row, None)]
+
+
+def _sites_of_files(config: Config) -> dict[str, SiteData]:
+    files = _site_files(config.data.path)
+    return {site: own_site(config, site, str(files[site])) for site in sorted(files)}
+
+
+def _site_files(path: str | None) -> dict[str, Path]:
+    """Site -> its file, in a folder or among the matches of a glob.
+
+    Raises:
+        ValueError: If there is none, or if two files would name the same site.
+    """
+    if path is None:
+        raise ValueError("partition=files needs data.path: a folder or a glob of files, one a site")
+    place = Path(path).expanduser()
+    # pathlib's glob takes no absolute pattern.
+    found = place.iterdir() if place.is_dir() else map(Path, glob.glob(str(place)))  # noqa: PTH207
+    files = sorted(file for file in found if file.suffix.lower() in _FORMATS and not file.name.startswith("."))
+    if not files:
+        raise ValueError(f"data.path={path} holds no file that ends in one of {sorted(_FORMATS)}")
+    stems = [file.stem for file in files]
+    repeated = {stem for stem in stems if stems.count(stem) > 1}
+    if repeated:
+        raise ValueError(f"data.path={path}: several files would name the same site: {sorted(repeated)}")
+    names = site_names_from(stems, "data.path")
+    return {names[file.stem]: file for file in files}
+
+
+def _sites_of_one_source(config: Config) -> dict[str, SiteData]:
+    data = config.data
+    origin = "the embedded data" if data.path is None else data.path
+    table = _source(data, config.seed)
+    column = _partition_column(config, table.column_names)
+    rows = _limited(_usable_rows(table, origin, data, column), config)
+    values = None if column is None else [row.owner for row in rows]
+    if column is not None and "" in (values or ()):
+        raise ValueError(f"partition.column={column!r} is empty in some rows of {origin}: choose rows with data.filter")
+    assigned = assign_rows(len(rows), values, config.partition, config.seed)
+    return {site: _split(site, [rows[index] for index in indices], config) for site, indices in assigned.items()}
+
+
+def _source(data: DataConfig, seed: int) -> datasets.Dataset:
+    """The rows that ``data.path`` names: a file's, a hub data set's training split, or the embedded default."""
+    if data.path is None:
+        return datasets.Dataset.from_list(embedded_rows(data.num_examples or NUM_EMBEDDED_EXAMPLES, seed))
+    place = Path(data.path).expanduser()
+    if place.is_dir() or glob.has_magic(data.path):
+        raise ValueError(f"data.path={data.path} names several files: set partition=files, or name one of them")
+    if place.is_file() or place.suffix.lower() in _FORMATS:
+        return _read_file(place, "data.path")
+    datasets.disable_progress_bars()
+    try:
+        return datasets.load_dataset(data.path, split="train")
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(
+            f"data.path={data.path} is no file here, and could not be loaded from the hub: {error}"
+        ) from error
+
+
+def _read_file(path: Path, setting: str) -> datasets.Dataset:
+    """A table, held in memory.
+
+    Raises:
+        ValueError: Naming ``setting``, if there is no such file or it is not what its suffix says.
+    """
+    file_format = _FORMATS.get(path.suffix.lower())
+    if file_format is None:
+        raise ValueError(f"{setting}={path} must end in one of {sorted(_FORMATS)}")
+    if not path.is_file() or path.stat().st_size == 0:
+        raise ValueError(f"{setting}={path}: {'the file is empty' if path.is_file() else 'there is no such file'}")
+    datasets.disable_progress_bars()
+    try:
+        # A site's data must not stay behind in the cache that every user of this machine shares.
+        with tempfile.TemporaryDirectory() as cache:
+            options = _as_text(path) if file_format == "csv" else {}
+            return datasets.load_dataset(
+                file_format, data_files=str(path), split="train", cache_dir=cache, keep_in_memory=True, **options
+            )
+    except (OSError, ValueError, StopIteration, datasets.exceptions.DatasetsError) as error:
+        cause = str(error.__cause__ or error) or "no rows"
+        raise ValueError(f"{setting}={path} could not be read as {file_format}: {cause}") from error
+
+
+def _as_text(path: Path) -> dict[str, Any]:
+    """Options that keep a CSV file's fields as they are: pandas would read ``007`` as 7 and ``None`` as missing."""
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        names = next(csv.reader(file))
+    return {"features": datasets.Features(dict.fromkeys(names, datasets.Value("string"))), "keep_default_na": False}
+
+
+def _partition_column(config: Config, columns: Sequence[str]) -> str | None:
+    """The column that the partition goes by; None for a partition without one."""
+    if not isinstance(config.partition, Dirichlet | Pathological | Shard | Natural):
+        return None
+    if config.partition.column is not None:
+        return config.partition.column
+    if config.data.path is None:
+        return "domain"
+    raise ValueError(f"partition={config.partition.name} needs partition.column, one of {sorted(columns)}")
+
+
+def _usable_rows(table: datasets.Dataset, origin: str, data: DataConfig, column: str | None) -> list[_Row]:
+    """Rows that match ``data.filter`` and have a response, as text.
+
+    Raises:
+        ValueError: If a column is missing, if no row matches the filter, or if none has a response.
+    """
+    _check_columns(table.column_names, origin, data, column)
+    names = {data.prompt_column, data.context_column, data.response_column, data.split_column, column, *data.filter}
+    columns = table.select_columns(sorted(name for name in names if name is not None)).to_dict()
+    texts = {name: ["" if value is None else str(value) for value in values] for name, values in columns.items()}
+    empty = [""] * len(table)
+    wanted = {name: _as_strings(values) for name, values in data.filter.items()}
+    chosen = [row for row in range(len(table)) if all(texts[name][row] in values for name, values in wanted.items())]
+    if data.filter and not chosen:
+        raise ValueError(f"data.filter={data.filter} matches none of {len(table)} rows of {origin}")
+    contexts = empty if data.context_column is None else texts[data.context_column]
+    splits = empty if data.split_column is None else texts[data.split_column]
+    owners = empty if column is None else texts[column]
+    prompts, responses = texts[data.prompt_column], texts[data.response_column]
+    rows = [
+        _Row(Example(prompts[row], contexts[row], responses[row]), owners[row], splits[row])
+        for row in chosen
+        if responses[row].strip()
+    ]
+    if not rows:
+        raise ValueError(f"data.response_column={data.response_column!r} is empty in every row of {origin}")
+    if len(rows) < len(chosen):
+        logger.warning("%s: %d of %d rows dropped: no response", origin, len(chosen) - len(rows), len(chosen))
+    return rows
+
+
+def _check_columns(present: Sequence[str], origin: str, data: DataConfig, column: str | None) -> None:
+    asked = {
+        "data.prompt_column": data.prompt_column,
+        "data.context_column": data.context_column,
+        "data.response_column": data.response_column,
+        "data.split_column": data.split_column,
+        "partition.column": column,
+        **{f"data.filter.{name}": name for name in data.filter},
+    }
+    for setting, name in asked.items():
+        if name is not None and name not in present:
+            hint = "; set data.context_column=null if there is none" if setting == "data.context_column" else ""
+            raise ValueError(f"{setting}={name!r} is not a column of {origin}; it has {sorted(present)}{hint}")
+
+
+def _as_strings(values: object) -> set[str]:
+    return set(map(str, values)) if isinstance(values, list | tuple) else {str(values)}
+
+
+def _limited(rows: list[_Row], config: Config, *purpose: str) -> list[_Row]:
+    """At most ``data.num_examples`` of the rows, drawn at random and left in their order."""
+    limit = config.data.num_examples
+    if limit is None or limit >= len(rows):
+        return rows
+    drawn = generator_for(config.seed, "examples", *purpose).permutation(len(rows))[:limit]
+    return [rows[index] for index in sorted(drawn)]
+
+
+def _split(site: str, rows: Sequence[_Row], config: Config) -> SiteData:
+    """At least one row on each side; rows of any other value of ``data.split_column`` are not used."""
+    data = config.data
+    shuffled = [rows[index] for index in generator_for(config.seed, "split", site).permutation(len(rows))]
+    if data.split_column is None:
+        num_held_out = min(max(1, round(len(rows) * data.held_out_fraction)), len(rows) - 1)
+        train, held_out = shuffled[num_held_out:], shuffled[:num_held_out]
+    else:
+        train = [row for row in shuffled if row.split == data.train_split]
+        held_out = [row for row in shuffled if row.split == data.held_out_split]
+        if not train or not held_out:
+            raise ValueError(
+                f"data.split_column={data.split_column!r}: site {site!r} has {len(train)} rows of data.train_split="
+                f"{data.train_split!r} and {len(held_out)} of data.held_out_split={data.held_out_split!r}; "
+                f"its values are {sorted({row.split for row in rows})[:10]}"
+            )
+    return SiteData(site, [row.example for row in train], [row.example for row in held_out])

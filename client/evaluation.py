@@ -1,0 +1,68 @@
+"""How well an adapter predicts responses it was not trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+
+from client.model import AdaptedModel
+from client.text import IGNORED_LABEL, TokenSequence, collate
+from strategies.adapters import Arrays
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOutLoss:
+    """Loss of one adapter on one set of held-out examples."""
+
+    loss: float
+    """Mean negative log-likelihood, nats per response token."""
+    num_tokens: int
+    """Response tokens, the weight of this loss in a mean over sites."""
+    num_examples: int
+
+
+def held_out_loss(
+    adapted: AdaptedModel, adapter: Arrays, sequences: Sequence[TokenSequence], batch_size: int
+) -> HeldOutLoss:
+    """Loss of ``adapter`` on ``sequences``; up to rounding, their order and ``batch_size`` do not matter.
+
+    ``adapter`` stays loaded: whoever computes next loads the adapter it means.
+
+    Raises:
+        ValueError: If there is no sequence, or ``adapter`` does not fit the model.
+    """
+    if not sequences:
+        raise ValueError("no held-out sequences to evaluate on")
+    adapted.load_adapter(adapter)
+    adapted.model.eval()
+    by_length = sorted(sequences, key=lambda sequence: len(sequence.input_ids))
+    total, num_tokens = 0.0, 0
+    with torch.no_grad():
+        for first in range(0, len(by_length), batch_size):
+            batch = collate(by_length[first : first + batch_size], adapted.tokenizer.pad_token_id)
+            nll, batch_tokens = response_nll(adapted, batch)
+            total += nll.item()
+            num_tokens += batch_tokens
+    num_examples = sum(len(sequence.lengths) for sequence in sequences)
+    return HeldOutLoss(loss=total / num_tokens, num_tokens=num_tokens, num_examples=num_examples)
+
+
+def response_nll(adapted: AdaptedModel, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
+    """Negative log-likelihood of a batch's response tokens: their sum in nats, float32, and their number.
+
+    Args:
+        adapted: The model, with an adapter loaded and its mode set.
+        batch: What ``collate`` returned.
+    """
+    # The model predicts token t + 1 at t. Only the rows that count are widened to float32.
+    targets = batch["labels"][:, 1:].to(adapted.device)
+    counted = targets != IGNORED_LABEL
+    inputs = {key: value.to(adapted.device) for key, value in batch.items() if key not in {"labels", "token_mask"}}
+    dtype = adapted.base.model.dtype
+    with torch.autocast(adapted.device.type, dtype=dtype, enabled=dtype != torch.float32):
+        logits = adapted.model(**inputs, use_cache=False).logits[:, :-1]
+    nll = functional.cross_entropy(logits[counted].float(), targets[counted], reduction="sum")
+    return nll, int(counted.sum())

@@ -1,0 +1,214 @@
+"""What server and sites say to each other: the only file that knows Flower's records by key.
+
+Three exchanges, each one request and one reply:
+
+* join: who is there, with which base model, settings and how much data;
+* train: the global adapter out, the shared part of the site's adapter back;
+* evaluate: the global adapter out, losses on held-out data back.
+
+A reply that was not made by this file under the same settings is refused by ``decode_*``. The types
+encoded here have no field for anything private.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
+
+from client.evaluation import HeldOutLoss
+from strategies.adapters import Arrays
+from strategies.base import ClientUpdate
+
+FORMAT = 1
+"""Version of this protocol; a reply with another one is refused."""
+
+TRAIN, EVALUATE, JOIN = MessageType.TRAIN, MessageType.EVALUATE, MessageType.QUERY
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What the server asks, besides the adapter."""
+
+    run: str
+    """Identity of the run; private state is kept under it."""
+    server_round: int
+    settings_hash: str
+    """The sender's settings; a site that composed others refuses."""
+    evaluate_own: bool = False
+    """Whether to measure the locally trained adapter too."""
+    private_root: str = ""
+    """Folder of the simulated sites' private stores; a real site uses its own and ignores this."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sender:
+    """Who replies, in every reply."""
+
+    site: str
+    settings_hash: str
+    process: str
+    """Host and process id, for counting base model loads."""
+    base_model_loads: int
+    """Times that process has loaded the base model so far."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Joined:
+    """A site's answer to the first message."""
+
+    num_examples: int
+    """Training examples it holds."""
+    base_sha256: str
+
+
+def encode_request(kind: str, node_id: int, request: Request, adapter: Arrays) -> Message:
+    """A message of ``kind`` to one node."""
+    content = RecordDict({"request": ConfigRecord({"json": json.dumps(asdict(request))}), "adapter": to_record(adapter)})
+    return Message(content, node_id, kind, group_id=str(request.server_round))
+
+
+def decode_request(message: Message) -> tuple[Request, dict[str, Any]]:
+    """The request and the adapter that came with it.
+
+    Raises:
+        ValueError: If the message is not one of ours.
+    """
+    try:
+        request = Request(**json.loads(str(message.content.config_records["request"]["json"])))
+        return request, to_arrays(message.content.array_records["adapter"])
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"not a request of this version of Bouquet: {error!r}") from error
+
+
+def encode_joined(sender: Sender, joined: Joined, request: Message) -> Message:
+    """Reply to a join message."""
+    return _reply(sender, asdict(joined), {}, request)
+
+
+def encode_update(sender: Sender, update: ClientUpdate, request: Message) -> Message:
+    """Reply to a train message."""
+    facts = {"num_examples": update.num_examples, "metrics": dict(update.metrics)}
+    arrays = {"adapter": to_record(update.adapter), "expert-tokens": to_record(update.expert_tokens)}
+    return _reply(sender, facts, arrays, request)
+
+
+def encode_losses(sender: Sender, losses: Mapping[str, HeldOutLoss], request: Message) -> Message:
+    """Reply to an evaluate message: held-out set (named after the site that owns it) -> loss."""
+    return _reply(sender, {"losses": {name: asdict(loss) for name, loss in losses.items()}}, {}, request)
+
+
+def encode_failure(sender: Sender, reason: str, request: Message) -> Message:
+    """Reply of a site that could not do what was asked; ``decode_*`` raises the reason."""
+    return _reply(sender, {"failure": reason}, {}, request)
+
+
+def decode_joined(reply: Message) -> tuple[Sender, Joined]:
+    """Read the answer to a join message.
+
+    Raises:
+        ValueError: If the reply is foreign, malformed or a failure.
+    """
+    with _malformed():
+        sender, facts = _open(reply)
+        return sender, Joined(num_examples=int(facts["num_examples"]), base_sha256=str(facts["base_sha256"]))
+
+
+def decode_update(reply: Message) -> tuple[Sender, ClientUpdate]:
+    """Read the answer to a train message; the arrays themselves are judged by ``Strategy.check_update``.
+
+    Raises:
+        ValueError: If the reply is foreign, malformed or a failure.
+    """
+    with _malformed():
+        sender, facts = _open(reply)
+        arrays = reply.content.array_records
+        update = ClientUpdate(
+            site=sender.site,
+            adapter=to_arrays(arrays["adapter"]),
+            num_examples=int(facts["num_examples"]),
+            expert_tokens=to_arrays(arrays["expert-tokens"]),
+            metrics={str(name): float(value) for name, value in facts["metrics"].items()},
+        )
+        return sender, update
+
+
+def decode_losses(reply: Message) -> tuple[Sender, dict[str, HeldOutLoss]]:
+    """Read the answer to an evaluate message.
+
+    Raises:
+        ValueError: If the reply is foreign, malformed or a failure, or a loss is NaN or infinite.
+    """
+    with _malformed():
+        sender, facts = _open(reply)
+        losses = {str(name): HeldOutLoss(**loss) for name, loss in facts["losses"].items()}
+    for name, loss in losses.items():
+        if not math.isfinite(loss.loss):
+            raise ValueError(f"held-out loss on {name} is {loss.loss}")
+    return sender, losses
+
+
+def payload_bytes(message: Message) -> int:
+    """Bytes of all arrays in a message: what a round costs on the wire, without Flower's envelope."""
+    if message.has_error():
+        return 0
+    return sum(len(array.data) for record in message.content.array_records.values() for array in record.values())
+
+
+def to_record(arrays: Arrays) -> ArrayRecord:
+    """Named arrays as Flower carries them."""
+    return ArrayRecord({name: Array(array) for name, array in arrays.items()})
+
+
+def to_arrays(record: ArrayRecord) -> dict[str, Any]:
+    """Named arrays out of a Flower record.
+
+    Raises:
+        ValueError: If an array does not hold floats.
+    """
+    arrays = {str(name): array.numpy() for name, array in record.items()}
+    for name, array in arrays.items():
+        if array.dtype.kind != "f":
+            raise ValueError(f"{name} must hold floats, got {array.dtype}")
+    return arrays
+
+
+def site_of(reply: Message) -> str | None:
+    """Name of the replying site as far as the reply tells it, also when the reply is a failure."""
+    if reply.has_error():
+        return None
+    with suppress(ValueError), _malformed():
+        return str(json.loads(str(reply.content.config_records["reply"]["json"]))["sender"]["site"])
+    return None
+
+
+@contextmanager
+def _malformed() -> Iterator[None]:
+    """Turn what a hostile or foreign reply can raise into one ``ValueError``."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, OSError, EOFError, json.JSONDecodeError) as error:
+        raise ValueError(f"not a reply of this version of Bouquet: {error!r}") from error
+
+
+def _reply(sender: Sender, facts: Mapping[str, Any], arrays: Mapping[str, ArrayRecord], request: Message) -> Message:
+    header = json.dumps({"format": FORMAT, "sender": asdict(sender), "facts": dict(facts)})
+    content: dict[str, Any] = {"reply": ConfigRecord({"json": header}), **arrays}
+    return Message(RecordDict(content), reply_to=request)
+
+
+def _open(reply: Message) -> tuple[Sender, dict[str, Any]]:
+    if reply.has_error():
+        raise ValueError(f"the client app crashed: {reply.error.reason}")
+    header = json.loads(str(reply.content.config_records["reply"]["json"]))
+    if header["format"] != FORMAT:
+        raise ValueError(f"reply in format {header['format']}, this server reads {FORMAT}")
+    sender, facts = Sender(**header["sender"]), dict(header["facts"])
+    if "failure" in facts:
+        raise ValueError(str(facts["failure"]))
+    return sender, facts

@@ -1,0 +1,29 @@
+"""What a site does in a round: one file a method, chosen by ``method=``."""
+
+from __future__ import annotations
+
+from client.methods.base import Method
+from client.methods.fc_moe import FcMoe
+from client.methods.local_only import LocalOnly
+from client.methods.sft import Sft
+from conf.schema import FcMoeConfig, LocalOnlyConfig, MethodConfig, SftConfig
+
+METHODS: dict[str, type[Method]] = {
+    SftConfig.name: Sft,
+    FcMoeConfig.name: FcMoe,
+    LocalOnlyConfig.name: LocalOnly,
+}
+
+
+def method_for(config: MethodConfig) -> Method:
+    """The client half that the settings ask for.
+
+    Raises:
+        ValueError: If no client half has that name.
+    """
+    if config.name not in METHODS:
+        raise ValueError(f"method must be one of {sorted(METHODS)}, got {config.name!r}")
+    return METHODS[config.name](config)
+
+
+__all__ = ["METHODS", "Method", "method_for"]

@@ -1,0 +1,48 @@
+"""The contract between a site's round and the method it runs."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+from conf.schema import MethodConfig
+from strategies.adapters import Arrays
+
+
+class Method(ABC):
+    """The client half of a method: what leaves the site, where training starts, what the site remembers.
+
+    Pure functions over named arrays: a method keeps nothing between calls. What must last until
+    the next round goes into the site's private store through ``remember`` and comes back in ``start``.
+    """
+
+    personal: ClassVar[bool] = False
+    """Whether the model in use at a site is the one it trained itself, so there is no global model."""
+
+    def __init__(self, config: MethodConfig) -> None:  # noqa: B027
+        """Take the settings under ``method.``; most methods have none."""
+
+    @abstractmethod
+    def shares(self, name: str) -> bool:
+        """Whether the trained array ``name`` is sent; what is not stays at the site and goes on from there."""
+
+    @abstractmethod
+    def start(self, received: Arrays, private: Arrays) -> Arrays:
+        """Adapter that local training starts from.
+
+        Args:
+            received: The global adapter, completed with the site's own value of every array not shared.
+            private: The site's private arrays, among them what ``remember`` returned in the site's last round; empty
+                before its first.
+        """
+
+    @abstractmethod
+    def remember(self, received: Arrays, trained: Arrays) -> Arrays:
+        """Arrays that the site keeps for its next round; they are never sent.
+
+        Their names begin with the method's own name and a slash.
+
+        Args:
+            received: As given to ``start`` (training need not have started there).
+            trained: The adapter after local training.
+        """

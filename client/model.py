@@ -1,0 +1,196 @@
+"""The frozen base model of a process and the adapter that is trained on it.
+
+A site's adapter is a set of named float32 arrays. Virtual clients in one process share the base and
+take turns: load an adapter, train, read it back.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import peft
+import torch
+from numpy.typing import NDArray
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from client.adapter_layout import ADAPTER, adapter_slots, moe_layers, peft_config, train_replaced_in_float32
+from client.bases import BaseIdentity, materialise, without_progress_bars
+from client.routing import ExpertTokenCounter, count_expert_tokens
+from conf.schema import LoraConfig, ModelConfig
+from conf.seeds import generator_for
+from strategies.adapters import Arrays, check_same_layout
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A base model as it was pre-trained; nothing changes it."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    identity: BaseIdentity
+
+
+_bases: dict[str, BaseModel] = {}
+_adapted: dict[str, AdaptedModel] = {}
+_num_base_loads = 0
+
+
+def base_model_loads() -> int:
+    """How often this process has read a base model from disk."""
+    return _num_base_loads
+
+
+def load_base(model: ModelConfig, device: torch.device) -> BaseModel:
+    """The base model that ``model`` names, in its dtype and without gradients; read once a process.
+
+    Raises:
+        ValueError: If the base cannot be had (see ``client.bases.materialise``) or is no causal language model.
+    """
+    global _num_base_loads  # noqa: PLW0603
+    key = repr((model.name, model.source, model.wheel_dir, model.upcycle, model.dtype, device))
+    if key not in _bases:
+        identity = materialise(model)
+        dtype: torch.dtype = getattr(torch, model.dtype.value)
+        with without_progress_bars():
+            network = AutoModelForCausalLM.from_pretrained(identity.folder, dtype=dtype)
+        network.to(device).eval().requires_grad_(requires_grad=False)
+        tokenizer = AutoTokenizer.from_pretrained(identity.folder)
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        _bases[key] = BaseModel(network, tokenizer, identity)
+        _num_base_loads += 1
+    return _bases[key]
+
+
+def adapted_model(model: ModelConfig, lora: LoraConfig, device: torch.device) -> AdaptedModel:
+    """The base model with room for an adapter; made once a process, so callers load the adapter they mean to use.
+
+    Raises:
+        ValueError: If the settings do not fit the model: see ``AdaptedModel`` and ``load_base``.
+    """
+    key = repr((model, lora, device))
+    if key not in _adapted:
+        _adapted[key] = AdaptedModel(load_base(model, device), model, lora)
+    return _adapted[key]
+
+
+class AdaptedModel:
+    """A base model with one adapter: low-rank updates, and experts or routers trained in full where asked.
+
+    The adapter's arrays are named and shaped as the strategies know them, whatever PEFT keeps inside.
+
+    Raises:
+        ValueError: If the model has experts but none would be trained although ``model.experts`` says so, if
+            experts or routers are asked of a dense model, or if nothing is left to train.
+    """
+
+    def __init__(self, base: BaseModel, config: ModelConfig, lora: LoraConfig) -> None:
+        layers = moe_layers(base.model)
+        self.base = base
+        self.tokenizer = base.tokenizer
+        self.device = base.model.device
+        with warnings.catch_warnings():
+            # PEFT asks the model by a name that transformers is about to drop.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+            self.model = peft.get_peft_model(_share_weights(base.model), peft_config(base.model, config, lora))
+        """The module to call; computes with the adapter that was loaded last."""
+        # Set here: PEFT overwrites what its config says with the folder that the base was read from.
+        self.model.peft_config[ADAPTER].base_model_name_or_path = base.identity.path
+        self.layers: dict[str, int] = {name: layer.num_experts for name, layer in layers.items()}
+        """MoE layer -> number of its routed experts; empty for a dense model."""
+        train_replaced_in_float32(self.model, layers)
+        self._slots = adapter_slots(self.model)
+        # Zero-stride arrays: the names and shapes of an adapter without its memory.
+        self._layout: Arrays = {
+            name: np.broadcast_to(np.float32(0), tuple(slot.unpack(slot.parameter).shape))
+            for name, slot in self._slots.items()
+        }
+
+    def initial_adapter(self, seed: int) -> dict[str, NDArray[np.float32]]:
+        """The adapter before round 1, under which the model computes what its base does.
+
+        A is uniform within 1/sqrt(inputs) as in PEFT, B is zero, weights trained in full are the base's. An
+        array depends on ``seed`` and its name alone.
+        """
+        adapter = {}
+        for name, slot in self._slots.items():
+            shape = self._layout[name].shape
+            if slot.base is not None:
+                adapter[name] = _to_numpy(slot.base)
+            elif name.endswith("lora_A"):
+                limit = shape[-1] ** -0.5
+                adapter[name] = generator_for(seed, "adapter", name).uniform(-limit, limit, shape).astype(np.float32)
+            else:
+                adapter[name] = np.zeros(shape, np.float32)
+        return adapter
+
+    def load_adapter(self, arrays: Arrays) -> None:
+        """Compute with this adapter from now on; the arrays are copied.
+
+        Raises:
+            ValueError: If names or shapes are not those of this model's adapter.
+        """
+        check_same_layout(self._layout, arrays)
+        with torch.no_grad():
+            for name, slot in self._slots.items():
+                slot.parameter.copy_(self.from_canonical(name, arrays[name]))
+
+    def read_adapter(self) -> dict[str, NDArray[np.float32]]:
+        """A copy of the adapter as it is now."""
+        return {name: self.to_canonical(name, slot.parameter) for name, slot in self._slots.items()}
+
+    def parameters_by_name(self) -> dict[str, torch.nn.Parameter]:
+        """The trainable parameters, float32 and in PEFT's shape, by the name of their array."""
+        return {name: slot.parameter for name, slot in self._slots.items()}
+
+    def to_canonical(self, name: str, stored: torch.Tensor) -> NDArray[np.float32]:
+        """A tensor of parameter ``name``'s shape (its value, gradient or moment) as a new array in our layout."""
+        return _to_numpy(self._slots[name].unpack(stored))
+
+    def from_canonical(self, name: str, array: NDArray[np.floating]) -> torch.Tensor:
+        """The inverse of ``to_canonical``: float32, on the model's device."""
+        # A copy, since a received array may be read-only, which torch cannot express.
+        tensor = torch.from_numpy(np.array(array, np.float32))
+        return self._slots[name].pack(tensor).to(self.device)
+
+    def count_expert_tokens(self) -> AbstractContextManager[ExpertTokenCounter]:
+        """Count the tokens routed to each expert while the context lasts.
+
+        Call the counter's ``set_mask`` before each forward pass: padding is not counted.
+        """
+        network = self.model.get_base_model()
+        experts = {layer: network.get_submodule(f"{layer}.experts") for layer in self.layers}
+        return count_expert_tokens(experts, self.layers, self.device)
+
+    def save_peft(self, arrays: Arrays, folder: Path) -> None:
+        """Write ``arrays`` in PEFT's own format, for ``PeftModel.from_pretrained(base, folder)``.
+
+        The adapter that is loaded stays what it is.
+
+        Raises:
+            ValueError: If names or shapes are not those of this model's adapter.
+        """
+        check_same_layout(self._layout, arrays)
+        names = {id(slot.parameter): name for name, slot in self._slots.items()}
+        state = self.model.state_dict()
+        for key, parameter in self.model.named_parameters():
+            if id(parameter) in names:
+                name = names[id(parameter)]
+                state[key] = self.from_canonical(name, arrays[name]).contiguous()
+        # "auto" would ask the hub whether the vocabulary was resized.
+        self.model.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
+
+
+def _share_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """A model of the same modules around the same tensors, for PEFT to wrap; ``model`` itself stays as it is."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+def _to_numpy(tensor: torch.Tensor) -> NDArray[np.float32]:
+    return np.array(tensor.detach().cpu().float().numpy(), np.float32, order="C")

@@ -1,0 +1,183 @@
+"""One site's part in a run, without Flower: train on its own data, evaluate on it, remember what is private."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+
+import torch
+
+from client.evaluation import HeldOutLoss, held_out_loss
+from client.methods import method_for
+from client.model import AdaptedModel
+from client.private import PrivateStore, under
+from client.text import Example, TokenSequence, encode
+from client.training import TrainingResult, train
+from conf.schema import Config, RouterTraining
+from conf.seeds import generator_for
+from strategies.adapters import Arrays
+from strategies.base import ClientUpdate
+from strategies.experts import is_expert_array
+
+POOLED = "*pooled*"
+"""Key of a held-out set that is no site's own: that of all sites together."""
+
+_OWN = "own/"
+_OPTIMIZER = "optimizer/"
+
+
+def is_shared(name: str, config: Config) -> bool:
+    """Whether the trained array ``name`` travels between site and server; all others stay at the site."""
+    if config.model.router is RouterTraining.local and _is_router_array(name):
+        return False
+    return method_for(config.method).shares(name)
+
+
+def shared_arrays(adapter: Arrays, config: Config) -> Arrays:
+    """The part of ``adapter`` that is exchanged; of ``AdaptedModel.initial_adapter``, the server's first adapter."""
+    return {name: array for name, array in adapter.items() if is_shared(name, config)}
+
+
+def _is_router_array(name: str) -> bool:
+    # Only experts and routers are ever trained as whole weights.
+    return not is_expert_array(name) and not name.endswith((".lora_A", ".lora_B"))
+
+
+class Site:
+    """A data owner in a run. Everything it must not forget is in its store, so a new object goes on where it stopped.
+
+    Sites of one process may share ``adapted``: each loads its own adapter before it computes.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        train_examples: Sequence[Example],
+        held_out: Mapping[str, Sequence[Example]],
+        *,
+        adapted: AdaptedModel,
+        config: Config,
+        store: PrivateStore,
+    ) -> None:
+        """Keep what the site works with; texts are encoded when they are first needed.
+
+        Args:
+            name: Stable name of the data owner.
+            train_examples: Its training data.
+            held_out: Sets to evaluate on: its own under its name; a centralised run has one for each original
+                site; in simulation there may be ``POOLED``.
+            adapted: The model, with an adapter of any value.
+            config: The run's settings.
+            store: The site's private store in this run.
+        """
+        self.name = name
+        self.adapted = adapted
+        self.config = config
+        self.store = store
+        self.method = method_for(config.method)
+        self._train_examples = train_examples
+        self._held_out_examples = held_out
+
+    @property
+    def num_examples(self) -> int:
+        """Training examples the site holds."""
+        return len(self._train_examples)
+
+    def train(self, server_round: int, received: Arrays, *, evaluate_own: bool = False) -> ClientUpdate:
+        """Train locally from the global adapter; the update holds what is shared and nothing else.
+
+        Its metrics are train_loss (nats per response token), num_tokens (response tokens trained on), num_steps,
+        train_seconds and, with ``evaluate_own``, own_loss: that of the site's adapter just trained on its held-out
+        data (in a centralised run, on all sites').
+
+        The store is written last: a round that fails leaves it as it was.
+
+        Raises:
+            ValueError: If ``received`` is not the shared part of this model's adapter, the store cannot be used, there
+                is nothing to train or evaluate on, or training diverges.
+        """
+        private = self.store.load()
+        start_of_round = self._completed(received, private)
+        result = train(
+            self.adapted,
+            self._train_sequences,
+            start=self.method.start(start_of_round, private),
+            anchor=received,
+            optimizer=under(_OPTIMIZER, private),
+            config=self.config.train,
+            generator=generator_for(self.config.seed, "train", server_round, self.name),
+        )
+        metrics = _metrics(result)
+        if evaluate_own:
+            metrics["own_loss"] = self._own_loss(result.adapter)
+        shared = shared_arrays(result.adapter, self.config)
+        own = {_OWN + name: array for name, array in result.adapter.items() if name not in shared}
+        optimizer = {_OPTIMIZER + name: array for name, array in result.optimizer.items()}
+        self._remember({**own, **optimizer, **self.method.remember(start_of_round, result.adapter)})
+        return ClientUpdate(
+            site=self.name,
+            adapter=shared,
+            num_examples=self.num_examples,
+            expert_tokens=result.expert_tokens,
+            metrics=metrics,
+        )
+
+    def evaluate(self, received: Arrays) -> dict[str, HeldOutLoss]:
+        """Loss on each held-out set of the model in use at this site.
+
+        That is the global adapter, completed with the site's own value of whatever is not shared: all of it, under a
+        personal method.
+
+        Raises:
+            ValueError: If ``received`` is not the shared part of this model's adapter, the store cannot be used, or a
+                held-out set is empty.
+        """
+        torch.set_num_threads(self.config.train.num_threads)
+        adapter = self._completed(received, self.store.load())
+        batch_size = self.config.eval.batch_size
+        return {
+            name: held_out_loss(self.adapted, adapter, sequences, batch_size)
+            for name, sequences in self._held_out_sequences.items()
+        }
+
+    def _own_loss(self, trained: Arrays) -> float:
+        own = [sequences for name, sequences in self._held_out_sequences.items() if name != POOLED]
+        joined = list(itertools.chain.from_iterable(own))
+        return held_out_loss(self.adapted, trained, joined, self.config.eval.batch_size).loss
+
+    def _completed(self, received: Arrays, private: Arrays) -> Arrays:
+        """``received`` with the site's own value of every array not shared: its last, or the run's initial one."""
+        names = list(self.adapted.parameters_by_name())
+        expected = {name for name in names if is_shared(name, self.config)}
+        if received.keys() != expected:
+            differing = sorted(received.keys() ^ expected)[:4]
+            raise ValueError(f"site {self.name!r} received arrays other than the shared ones: {differing}")
+        if len(expected) == len(names):
+            return received
+        own = under(_OWN, private) or self.adapted.initial_adapter(self.config.seed)
+        return {name: received[name] if name in expected else own[name] for name in names}
+
+    def _remember(self, private: Arrays) -> None:
+        if private:
+            self.store.save(private)
+
+    @cached_property
+    def _train_sequences(self) -> list[TokenSequence]:
+        return encode(self._train_examples, self.adapted.tokenizer, self.config.data)
+
+    @cached_property
+    def _held_out_sequences(self) -> dict[str, list[TokenSequence]]:
+        return {
+            name: encode(examples, self.adapted.tokenizer, self.config.data)
+            for name, examples in self._held_out_examples.items()
+        }
+
+
+def _metrics(result: TrainingResult) -> dict[str, float]:
+    return {
+        "train_loss": result.loss,
+        "num_tokens": float(result.num_tokens),
+        "num_steps": float(result.num_steps),
+        "train_seconds": result.seconds,
+    }

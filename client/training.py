@@ -1,0 +1,174 @@
+"""The local loop: AdamW over the trainable parameters of one site's model."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from client.evaluation import response_nll
+from client.model import AdaptedModel
+from client.text import TokenSequence, collate
+from conf.schema import OptimizerState, TrainConfig
+from strategies.adapters import Arrays
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+"""Adam's running means of the gradient and of its square, as torch names them."""
+
+_FLOAT16_LOSS_SCALE = 1024.0
+"""Keeps float16 gradients above underflow. Fixed: a dynamic scale skips steps until it has settled, and a
+round may have only a few."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingResult:
+    """What one round of local training yields."""
+
+    adapter: Arrays
+    optimizer: Arrays
+    """Adam's moments and step counts by ``<kind>/<array>``, in the adapter's layout; empty unless they are kept."""
+    expert_tokens: Arrays
+    """MoE layer -> (num_experts,) float64: tokens routed to each expert, padding excluded."""
+    num_steps: int
+    num_tokens: int
+    """Response tokens trained on, each as often as it was seen."""
+    loss: float
+    """Mean over those tokens of the loss when they were seen, nats per token, without the proximal term."""
+    seconds: float
+    """Wall time."""
+
+
+def train(
+    adapted: AdaptedModel,
+    sequences: Sequence[TokenSequence],
+    *,
+    start: Arrays,
+    anchor: Arrays,
+    optimizer: Arrays,
+    config: TrainConfig,
+    generator: np.random.Generator,
+) -> TrainingResult:
+    """Train ``start`` on ``sequences`` in an order drawn from ``generator``; the result stays loaded.
+
+    Args:
+        adapted: The model.
+        sequences: The site's training data.
+        start: Adapter that training starts from.
+        anchor: Arrays the proximal term pulls towards, the received ones, wherever training starts; an
+            array that is not in it is not pulled.
+        optimizer: ``TrainingResult.optimizer`` of an earlier round to go on from; empty: fresh moments.
+        config: The settings under ``train.``.
+        generator: Source of every random draw, torch's included.
+
+    Raises:
+        ValueError: If there is no sequence, ``start`` does not fit the model, or the loss or a gradient is not finite.
+    """
+    if not sequences:
+        raise ValueError("no training sequences")
+    began = time.perf_counter()
+    torch.set_num_threads(config.num_threads)
+    # Spawned, so that the order of the sequences is the generator's own stream.
+    torch.manual_seed(int(generator.spawn(1)[0].integers(2**63)))
+    adapted.load_adapter(start)
+    adapted.model.train()
+    adamw = _adamw(adapted, optimizer, config)
+    parameters = adapted.parameters_by_name()
+    anchored = [(parameters[name], adapted.from_canonical(name, anchor[name])) for name in anchor]
+    total, num_steps, num_tokens = 0.0, 0, 0
+    with adapted.count_expert_tokens() as counter:
+        for chosen in _batches(sequences, config, generator):
+            num_steps += 1
+            batch = collate(chosen, adapted.tokenizer.pad_token_id)
+            counter.set_mask(batch["token_mask"])
+            nll, batch_tokens = response_nll(adapted, batch)
+            adamw.zero_grad()
+            _backward(adapted, nll / batch_tokens + _proximal_term(anchored, config.proximal_mu), num_steps, config)
+            adamw.step()
+            total += nll.item()
+            num_tokens += batch_tokens
+    return TrainingResult(
+        adapter=adapted.read_adapter(),
+        optimizer=_optimizer_arrays(adapted, adamw) if config.optimizer_state is OptimizerState.keep else {},
+        expert_tokens=counter.totals(),
+        num_steps=num_steps,
+        num_tokens=num_tokens,
+        loss=total / num_tokens,
+        seconds=time.perf_counter() - began,
+    )
+
+
+def _batches(
+    sequences: Sequence[TokenSequence], config: TrainConfig, generator: np.random.Generator
+) -> Iterator[list[TokenSequence]]:
+    """The batches of a round: one epoch, or ``max_steps`` from as many epochs as it takes, each shuffled anew."""
+
+    def endless() -> Iterator[list[TokenSequence]]:
+        while True:
+            order = generator.permutation(len(sequences))
+            for first in range(0, len(order), config.batch_size):
+                yield [sequences[index] for index in order[first : first + config.batch_size]]
+
+    return itertools.islice(endless(), config.max_steps or math.ceil(len(sequences) / config.batch_size))
+
+
+def _backward(adapted: AdaptedModel, loss: torch.Tensor, step: int, config: TrainConfig) -> None:
+    """Gradients of ``loss``, clipped to ``max_grad_norm``.
+
+    Raises:
+        ValueError: If the loss or a gradient is not finite.
+    """
+    scale = _FLOAT16_LOSS_SCALE if adapted.base.model.dtype is torch.float16 else 1.0
+    torch.autograd.backward(scale * loss)
+    parameters = list(adapted.parameters_by_name().values())
+    if scale != 1.0:
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad.div_(scale)
+    length = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+    if not (torch.isfinite(loss) and torch.isfinite(length)):
+        raise ValueError(
+            f"training step {step}: loss is {loss.item():.4g} and the gradient's norm {length.item():.4g}; lower "
+            f"train.learning_rate={config.learning_rate} or train.max_grad_norm={config.max_grad_norm}, or set "
+            "model.dtype=float32"
+        )
+
+
+def _proximal_term(anchored: Sequence[tuple[torch.Tensor, torch.Tensor]], mu: float) -> torch.Tensor | float:
+    """FedProx's (mu / 2) ||w - anchor||^2 over pairs of w and anchor (Li et al. 2020, Eq. 2)."""
+    if mu == 0:
+        return 0.0
+    return sum((weight - anchor).square().sum() for weight, anchor in anchored) * (mu / 2)
+
+
+def _adamw(adapted: AdaptedModel, arrays: Arrays, config: TrainConfig) -> torch.optim.AdamW:
+    """Fresh AdamW with the moments in ``arrays``, if any."""
+    parameters = adapted.parameters_by_name()
+    adamw = torch.optim.AdamW(
+        parameters.values(),
+        lr=config.learning_rate,
+        weight_decay=config.weight_decay,
+        fused=adapted.device.type == "cuda",
+    )
+    state: dict[int, Mapping[str, torch.Tensor]] = {}
+    for index, name in enumerate(parameters):
+        if f"step/{name}" in arrays:
+            moments = {kind: adapted.from_canonical(name, arrays[f"{kind}/{name}"]) for kind in _MOMENTS}
+            state[index] = {"step": torch.tensor(float(arrays[f"step/{name}"])), **moments}
+    adamw.load_state_dict({"state": state, "param_groups": adamw.state_dict()["param_groups"]})
+    return adamw
+
+
+def _optimizer_arrays(adapted: AdaptedModel, adamw: torch.optim.AdamW) -> dict[str, NDArray[np.float32]]:
+    arrays = {}
+    for name, parameter in adapted.parameters_by_name().items():
+        state = adamw.state[parameter]
+        if state:  # None of a parameter that never had a gradient.
+            arrays[f"step/{name}"] = np.array(state["step"].item(), np.float32)
+            arrays |= {f"{kind}/{name}": adapted.to_canonical(name, state[kind]) for kind in _MOMENTS}
+    return arrays

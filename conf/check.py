@@ -1,0 +1,68 @@
+"""Settings that are each fine but contradict each other."""
+
+from __future__ import annotations
+
+from conf.schema import (
+    Config,
+    ExpertTraining,
+    Files,
+    Mode,
+    ModelSource,
+    PartitionConfig,
+    RouterTraining,
+)
+
+
+def check_config(config: Config) -> None:
+    """Raise ``ValueError`` naming both settings of the first contradiction found."""
+    _check_pair(config)
+    _check_partition(config)
+    _check_federation(config)
+    _check_training(config)
+    if config.rounds < 1:
+        raise ValueError(f"rounds must be >= 1, got {config.rounds}")
+    if config.seed < 0:
+        raise ValueError(f"seed must be >= 0, got {config.seed}")
+
+
+def num_sites(partition: PartitionConfig) -> int | None:
+    """Sites that the partition makes; None where the data decides."""
+    return getattr(partition, "num_sites", None)
+
+
+def _check_pair(config: Config) -> None:
+    if config.method.name not in config.strategy.methods:
+        fits = ", ".join(sorted(config.strategy.methods))
+        raise ValueError(f"strategy={config.strategy.name} needs method={fits}, got method={config.method.name}")
+
+
+def _check_partition(config: Config) -> None:
+    partition, path = config.partition, config.data.path
+    if isinstance(partition, Files) and config.federation.mode is Mode.simulation and path is None:
+        raise ValueError("partition=files needs data.path, a folder or a glob of one file per site")
+    if path is not None and getattr(partition, "column", "") is None and config.federation.mode is Mode.simulation:
+        raise ValueError(f"partition={partition.name} needs partition.column, a column of {path}")
+
+
+def _check_federation(config: Config) -> None:
+    federation = config.federation
+    sites = num_sites(config.partition)
+    centralised = config.strategy.name == "centralised"
+    if federation.mode is Mode.remote:
+        if centralised:
+            raise ValueError("strategy=centralised pools all data: it is refused with federation=remote")
+    elif federation.superlink is not None:
+        raise ValueError(f"federation.superlink={federation.superlink} needs federation=remote")
+    elif sites is not None and sites < federation.min_sites and not centralised:
+        raise ValueError(
+            f"partition.num_sites={sites} is below federation.min_sites={federation.min_sites}: "
+            f"set federation.min_sites={sites} or more sites"
+        )
+
+
+def _check_training(config: Config) -> None:
+    frozen = config.model.experts is ExpertTraining.frozen
+    if frozen and not config.lora.attention and config.model.router is RouterTraining.frozen:
+        raise ValueError("model.experts=frozen, model.router=frozen and lora.attention=false leave nothing to train")
+    if config.model.source is ModelSource.package and config.model.name != "tiny_moe":
+        raise ValueError(f"model.source=package ships tiny_moe only, got model.name={config.model.name!r}")

@@ -1,0 +1,175 @@
+"""From overrides to checked dataclasses: the one file that imports Hydra.
+
+Server and sites compose the same overrides with the same files, so both hold the same settings;
+``settings_hash`` in every message proves it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from enum import Enum
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+from conf import schema
+from conf.check import check_config
+from conf.schema import Config, MethodConfig, PartitionConfig
+from strategies.base import Strategy
+from strategies.centralised import Centralised
+from strategies.fc_moe import FcMoe
+from strategies.fedavg import FedAvg, FedProx
+from strategies.fedopt import FedAdagrad, FedAdam, FedAvgM, FedYogi
+from strategies.local_only import LocalOnly
+
+STRATEGIES: tuple[type[Strategy], ...] = (
+    FedAvg, FedProx, FedAvgM, FedAdam, FedAdagrad, FedYogi, FcMoe, LocalOnly, Centralised,
+)  # fmt: skip
+METHODS: tuple[type[MethodConfig], ...] = (schema.SftConfig, schema.FcMoeConfig, schema.LocalOnlyConfig)
+PARTITIONS: tuple[type[PartitionConfig], ...] = (
+    schema.Iid, schema.Dirichlet, schema.Pathological, schema.Shard, schema.Natural, schema.Files,
+)  # fmt: skip
+
+NOT_HASHED = (
+    "data.path", "eval.path", "model.wheel_dir", "model.upcycle.text", "federation", "output", "device",
+)  # fmt: skip
+"""Settings that may differ between the two ends of a message: paths and places."""
+
+
+def load_config(overrides: str | Sequence[str] = "") -> Config:
+    """Settings from ``conf/config.yaml`` and Hydra overrides, as checked dataclasses.
+
+    Raises:
+        ValueError: If a key is unknown, a value has the wrong type or lies outside its limits, or two
+            settings contradict each other. The message names the key, the value and the limit.
+    """
+    words = shlex.split(overrides) if isinstance(overrides, str) else list(overrides)
+    _register()
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(Path(__file__).parent.resolve()), version_base="1.3"):
+            composed = compose("config", [_with_open_keys(word) for word in words])
+            config = OmegaConf.to_object(composed)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(_explain(error, words)) from error
+    assert isinstance(config, Config)
+    check_config(config)
+    return config
+
+
+def expand_sweep(overrides: Sequence[str]) -> list[list[str]]:
+    """Overrides of each run of a sweep: ``seed=0,1 rounds=3`` gives two lists, in the order written.
+
+    Raises:
+        ValueError: If an override cannot be parsed.
+    """
+    return [list(words) for words in product(*(_choices(override) for override in _parse(overrides)))]
+
+
+def swept_keys(overrides: Sequence[str]) -> list[str]:
+    """Keys that take several values in a sweep, in the order written."""
+    return [override.get_key_element() for override in _parse(overrides) if override.is_sweep_override()]
+
+
+def to_yaml(config: Config) -> str:
+    """Every setting, resolved; group choices carry their name as a comment-free ``name`` key."""
+    return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Every setting as JSON values, with the names of the chosen strategy, method and partition."""
+    values = _plain(config)
+    for group in ("strategy", "method", "partition"):
+        values[group] = {"name": getattr(config, group).name} | values[group]
+    return dict(values)
+
+
+def settings_hash(config: Config) -> str:
+    """SHA-256 (hex) over all settings but paths, federation, output and device."""
+    values = to_dict(config)
+    for key in NOT_HASHED:
+        *groups, last = key.split(".")
+        node = values
+        for group in groups:
+            node = node[group]
+        del node[last]
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return value.name if isinstance(value, Enum) else value
+
+
+def _register() -> None:
+    store = ConfigStore.instance()
+    store.store(name="schema", node=Config)
+    for strategy in STRATEGIES:
+        store.store(group="strategy/fields", name=strategy.name, node=strategy)
+    for method in METHODS:
+        store.store(group="method", name=method.name, node=method)
+    for partition in PARTITIONS:
+        store.store(group="partition", name=partition.name, node=partition)
+
+
+def _parse(overrides: Sequence[str]) -> list[Override]:
+    try:
+        return list(OverridesParser.create().parse_overrides(list(overrides)))
+    except OverrideParseException as error:
+        raise ValueError(f"cannot read the setting {error.override!r}: write it as key=value") from error
+
+
+def _choices(override: Override) -> list[str]:
+    if not override.is_sweep_override():
+        return [str(override.input_line)]
+    values = override.sweep_string_iterator()
+    return [f"{override.get_key_element()}={value}" for value in values]
+
+
+def _with_open_keys(word: str) -> str:
+    """``data.filter`` takes any column; Hydra wants a ``+`` for keys that are not declared."""
+    return f"+{word}" if word.startswith("data.filter") and word != "data.filter={}" else word
+
+
+def _explain(error: Exception, words: Sequence[str]) -> str:
+    cause = error.__cause__ if isinstance(error, ConfigCompositionException) and error.__cause__ else error
+    if isinstance(error, OverrideParseException):
+        return f"cannot read the setting {error.override!r}: write it as key=value"
+    if isinstance(error, MissingConfigException) and error.options is not None:
+        group, _, choice = str(error.missing_cfg_file).rpartition("/")
+        return f"{group} must be one of {', '.join(sorted(error.options))}, got {choice!r}"
+    if isinstance(cause, (ConfigKeyError, ConfigAttributeError)) and cause.full_key:
+        return _unknown_key(str(cause.full_key), cause.parent_node)
+    if isinstance(cause, OmegaConfBaseException) and cause.full_key:
+        return f"{cause.full_key}: {str(cause.msg or cause).splitlines()[0]}"
+    several = [word for word in words if _parse([word])[0].is_sweep_override()]
+    if several:
+        return f"{several[0]} names several values: add -m to sweep over them, or write key=[a,b] for a list"
+    given = f" (settings given: {' '.join(words)})" if words else ""
+    return str(cause).replace("\n", " ") + given
+
+
+def _unknown_key(key: str, parent: Any) -> str:
+    group = key.rpartition(".")[0]
+    known = sorted(str(name) for name in parent if name != "hydra") if isinstance(parent, DictConfig) else []
+    chosen = getattr(OmegaConf.get_type(parent), "name", None) if isinstance(parent, DictConfig) else None
+    where = (f"{group}={chosen}" if chosen else group) or "the run"
+    return f"unknown setting {key!r}; settings of {where}: {', '.join(known) or 'none'}"

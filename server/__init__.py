@@ -1,0 +1,1 @@
+"""What happens at the coordinator: rounds, run folder, command line."""

@@ -1,0 +1,195 @@
+"""Flower's command line, driven: a private SuperLink for simulations, runs submitted, logs followed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+APP_FOLDER = Path(__file__).resolve().parents[1]
+"""The checkout: what Flower bundles and sends to the sites."""
+MARK = "BOUQUET_LAUNCH"
+"""Environment variable that all processes of one launch inherit, so that none is left behind."""
+_STARTED = re.compile(r"Successfully started run (\d+)")
+_START_SECONDS = 60
+
+
+@dataclass(frozen=True)
+class Connection:
+    """A SuperLink, and the environment in which Flower's commands find it."""
+
+    environment: Mapping[str, str]
+
+    def command(self, *words: str) -> list[str]:
+        """``flwr ...`` of this Python environment."""
+        return [str(_bin("flwr")), *words]
+
+    def run(self, overrides: str, federation: Mapping[str, float]) -> subprocess.Popen[str]:
+        """Submit a run and follow its log: lines come on standard output until the run ends."""
+        run_config = Path(self.environment["FLWR_HOME"]) / f"run-{uuid.uuid4().hex}.toml"
+        run_config.write_text(f"overrides = {json.dumps(overrides)}\n")
+        words = ["run", str(APP_FOLDER), "bouquet", "--stream", "--run-config", str(run_config)]
+        if federation:
+            words += ["--federation-config", " ".join(f"{key}={value}" for key, value in federation.items())]
+        return self._follow(words)
+
+    def log(self, run_id: str) -> subprocess.Popen[str]:
+        """Follow the log of a run from its beginning."""
+        return self._follow(["log", run_id, "bouquet", "--stream"])
+
+    def stop(self, run_id: str) -> None:
+        """Ask the SuperLink to end a run; a run that has ended is left alone."""
+        subprocess.run(  # noqa: S603
+            self.command("stop", run_id, "bouquet"), env=dict(self.environment), capture_output=True, timeout=60, check=False
+        )
+
+    def _follow(self, words: Sequence[str]) -> subprocess.Popen[str]:
+        return subprocess.Popen(  # noqa: S603
+            self.command(*words),
+            env=dict(self.environment),
+            cwd=self.environment["FLWR_HOME"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            bufsize=1,
+            start_new_session=True,  # Ctrl-C is ours to handle, in order
+        )
+
+
+def run_id_of(line: str) -> str | None:
+    """The run id in Flower's line that says a run was started."""
+    match = _STARTED.search(line)
+    return match.group(1) if match else None
+
+
+@contextlib.contextmanager
+def local_superlink(num_threads: int) -> Iterator[Connection]:
+    """A SuperLink of our own for simulations: private port, home and temporary files; all of it is gone afterwards.
+
+    Raises:
+        RuntimeError: If it does not come up.
+    """
+    home = Path(tempfile.mkdtemp(prefix="bouquet-"))
+    mark, port = uuid.uuid4().hex, _free_port()
+    environment = _environment(home, num_threads) | {MARK: mark, "RAY_TMPDIR": str(home / "ray")}
+    # An empty folder: a package named `client` or `server` where the SuperLink starts would shadow ours in Ray.
+    empty = home / "empty"
+    for folder in (empty, home / "ray"):
+        folder.mkdir()
+    _write_connection(home, f"127.0.0.1:{port}", None)
+    log_path = home / "superlink.log"
+    words = ["--insecure", "--simulation", "--isolation", "subprocess", "--host", "127.0.0.1", "--port", str(port)]
+    try:
+        with log_path.open("w") as log:
+            process = subprocess.Popen(  # noqa: S603
+                [str(_bin("flower-superlink")), *words],
+                env=environment, cwd=empty, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+        _wait_until_healthy(process, port, log_path)
+        yield Connection(environment)
+    finally:
+        end_marked(mark)
+        shutil.rmtree(home, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def remote_superlink(address: str, root_certificates: str | None) -> Iterator[Connection]:
+    """A connection to somebody's SuperLink; nothing is started.
+
+    Raises:
+        ValueError: If the certificate file does not exist.
+    """
+    if root_certificates is not None and not Path(root_certificates).expanduser().is_file():
+        raise ValueError(f"federation.root_certificates={root_certificates} is not a file")
+    home = Path(tempfile.mkdtemp(prefix="bouquet-"))
+    try:
+        certificates = str(Path(root_certificates).expanduser().resolve()) if root_certificates else None
+        _write_connection(home, address, certificates)
+        yield Connection(_environment(home, 1))
+    finally:
+        shutil.rmtree(home, ignore_errors=True)
+
+
+def end_marked(mark: str) -> None:
+    """End every process whose environment carries ``mark``, politely first, whoever its parent is now."""
+    for end, patience_seconds in ((signal.SIGTERM, 10.0), (signal.SIGKILL, 10.0)):
+        processes = list(_marked(mark))
+        for process in processes:
+            with contextlib.suppress(psutil.Error):
+                process.send_signal(end)
+        psutil.wait_procs(processes, timeout=patience_seconds)
+
+
+def _marked(mark: str) -> Iterator[psutil.Process]:
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.pid != os.getpid() and process.environ().get(MARK) == mark:
+                yield process
+
+
+def _environment(home: Path, num_threads: int) -> dict[str, str]:
+    binaries = str(Path(sys.executable).parent)
+    return dict(os.environ) | {
+        "PATH": f"{binaries}{os.pathsep}{os.environ.get('PATH', '')}",
+        "FLWR_HOME": str(home),
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "PYTHONUNBUFFERED": "1",
+        "OMP_NUM_THREADS": str(num_threads),
+        "TYPER_USE_RICH": "0",  # plain error texts instead of boxes
+    }
+
+
+def _write_connection(home: Path, address: str, root_certificates: str | None) -> None:
+    security = f"root-certificates = {json.dumps(root_certificates)}" if root_certificates else "insecure = true"
+    (home / "config.toml").write_text(
+        f'[superlink]\ndefault = "bouquet"\n\n[superlink.bouquet]\naddress = {json.dumps(address)}\n{security}\n'
+    )
+
+
+def _wait_until_healthy(process: subprocess.Popen[bytes], port: int, log_path: Path) -> None:
+    deadline = time.monotonic() + _START_SECONDS
+    while time.monotonic() < deadline and process.poll() is None:
+        with (
+            contextlib.suppress(urllib.error.URLError, OSError),
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2),
+        ):
+            return
+        time.sleep(0.1)
+    end = "\n".join(log_path.read_text().splitlines()[-15:])
+    raise RuntimeError(f"the local SuperLink did not start within {_START_SECONDS} s:\n{end}")
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def _bin(name: str) -> Path:
+    path = Path(sys.executable).parent / name
+    if not path.exists():
+        raise RuntimeError(f"{path} is missing: install Bouquet's requirements into this environment")
+    return path

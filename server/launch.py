@@ -1,0 +1,272 @@
+"""The command line: ``bouquet run`` and what belongs to a run."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from conf.compose import expand_sweep, load_config, swept_keys
+from conf.schema import Config, Files, Mode, ModelSource
+from server.compare import comparison
+from server.flower import Connection, local_superlink, remote_superlink
+from server.follow import Outcome, follow
+from server.record import RunFolder, default_name
+from server.view import View
+
+FAILED, BAD_SETTINGS, INTERRUPTED = 1, 2, 130
+
+cli = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
+console = Console(highlight=False)
+errors = Console(stderr=True, highlight=False, soft_wrap=True)
+
+Overrides = Annotated[list[str] | None, typer.Argument(help="Settings, key=value; see conf/schema.py.")]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run to be launched."""
+
+    name: str
+    config: Config
+    overrides: tuple[str, ...]
+    output: Path
+
+
+def main() -> None:
+    """Entry point: exit code 0 only if everything asked for was done."""
+    signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    try:
+        cli()
+    except ValueError as error:
+        errors.print(f"[red]error:[/] {error}", markup=True)
+        sys.exit(BAD_SETTINGS)
+    except RuntimeError as error:
+        errors.print(f"[red]error:[/] {error}", markup=True)
+        sys.exit(FAILED)
+    except KeyboardInterrupt:
+        errors.print("interrupted; the run was stopped")
+        sys.exit(INTERRUPTED)
+
+
+@cli.command()
+def run(
+    overrides: Overrides = None,
+    multirun: Annotated[bool, typer.Option("-m", "--multirun", help="Sweep over values given as a,b.")] = False,
+) -> None:
+    """Run a federation: simulated here, or on the sites of a SuperLink (federation=remote)."""
+    jobs, folder = plan(list(overrides or []), multirun=multirun)
+    with connect(jobs[0].config) as connection:
+        ended = [launch(job, connection) for job in jobs]
+    if multirun:
+        console.print(comparison([job.output for job in jobs]))
+    console.print(str(folder), soft_wrap=True)
+    if not all(ended):
+        raise SystemExit(FAILED)
+
+
+@cli.command()
+def compare(folders: Annotated[list[Path], typer.Argument(help="Run folders, or one folder of them.")]) -> None:
+    """Show several runs side by side."""
+    runs = [run for folder in folders for run in _runs_in(folder)]
+    if not runs:
+        raise ValueError(f"no run folder (one with a summary.json) in {', '.join(map(str, folders))}")
+    console.print(comparison(runs))
+
+
+@cli.command()
+def fetch(folder: Annotated[Path, typer.Argument(help="Local folder of a remote run.")]) -> None:
+    """Read a remote run's log again: metrics, summary and adapter, also after the launcher was cut off."""
+    path = folder / "launch.json"
+    if not path.exists():
+        raise ValueError(f"{folder} holds no launch.json: not the local folder of a remote run")
+    launched = json.loads(path.read_text())
+    with (
+        remote_superlink(launched["superlink"], launched["root_certificates"]) as connection,
+        View(console, folder.name) as view,
+    ):
+        process = connection.log(launched["run_id"])
+        outcome = follow(process, view, folder / "log.txt", RunFolder(folder), lambda _: None)
+    if not _report(folder.name, outcome):
+        raise SystemExit(FAILED)
+    console.print(str(folder), soft_wrap=True)
+
+
+@cli.command(name="export-base")
+def export_base(
+    folder: Annotated[Path, typer.Argument(help="New folder for the model, in transformers' format.")],
+    overrides: Overrides = None,
+) -> None:
+    """Write a run's base model, upcycled if the settings say so."""
+    from client.bases import export_base as export  # noqa: PLC0415 - torch takes seconds to import
+
+    identity = export(load_config(overrides or []).model, folder)
+    console.print(f"{identity.name} sha256 {identity.sha256}", soft_wrap=True)
+    console.print(str(folder), soft_wrap=True)
+
+
+@cli.command()
+def merge(
+    run_folder: Annotated[Path, typer.Argument(help="Folder of a completed run.")],
+    folder: Annotated[Path | None, typer.Argument(help="New folder; default: merged/ in the run folder.")] = None,
+) -> None:
+    """Write the base model with the run's adapter merged into its weights."""
+    from client.merge import merge_adapter  # noqa: PLC0415 - torch takes seconds to import
+
+    target = folder or run_folder / "merged"
+    merge_adapter(run_folder / "adapter", target)
+    console.print(str(target), soft_wrap=True)
+
+
+@cli.command()
+def pretrain(
+    folder: Annotated[Path, typer.Argument(help="New folder for the model.")],
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 3000,
+    seed: int = 0,
+    num_threads: Annotated[int, typer.Option(min=1)] = os.cpu_count() or 1,
+) -> None:
+    """Rebuild tiny_moe, the packaged base model, from generated text."""
+    from client.pretrain import pretrain_tiny_moe  # noqa: PLC0415 - torch takes seconds to import
+
+    pretrain_tiny_moe(folder, steps=steps, seed=seed, num_threads=num_threads)
+    console.print(str(folder), soft_wrap=True)
+
+
+def plan(overrides: list[str], *, multirun: bool) -> tuple[list[Job], Path]:
+    """The runs that the settings ask for, all checked, and the folder that will hold them.
+
+    Raises:
+        ValueError: If any run's settings are wrong, or a folder already holds a run.
+    """
+    if not multirun:
+        config = load_config(overrides)
+        job = _job("", config, overrides, Path(config.output or f"outputs/{default_name(config)}"))
+        return [job], job.output
+    sweep = expand_sweep(overrides)
+    configs = [load_config(words) for words in sweep]
+    folder = Path(configs[0].output or f"outputs/compare-{time.strftime('%Y%m%d-%H%M%S')}").expanduser().resolve()
+    keys = swept_keys(overrides) or ["strategy"]
+    names = [_run_name(words, keys, config) for words, config in zip(sweep, configs, strict=True)]
+    jobs = [
+        _job(name, config, words, folder / name) for name, config, words in zip(names, configs, sweep, strict=True)
+    ]
+    return jobs, folder
+
+
+def launch(job: Job, connection: Connection) -> bool:
+    """Run one job to its end; True if it completed."""
+    remote = job.config.federation.mode is Mode.remote
+    size = {} if remote else _simulation_size(job.config)
+    started: list[str] = []
+
+    def on_start(run_id: str) -> None:
+        started.append(run_id)
+        if remote:
+            facts = {"run_id": run_id, "superlink": job.config.federation.superlink}
+            facts["root_certificates"] = job.config.federation.root_certificates
+            RunFolder(job.output).write_text("launch.json", json.dumps(facts) + "\n")
+
+    process = connection.run(shlex.join(job.overrides), size)
+    try:
+        with View(console, job.output.name) as view:
+            outcome = follow(process, view, job.output / "log.txt", RunFolder(job.output) if remote else None, on_start)
+    except BaseException:
+        process.terminate()
+        if started:
+            connection.stop(started[0])
+        raise
+    return _report(job.output.name, outcome)
+
+
+@contextlib.contextmanager
+def connect(config: Config) -> Iterator[Connection]:
+    """The SuperLink that the settings name, or one of our own for a simulation.
+
+    Raises:
+        ValueError: If ``federation=remote`` comes without an address.
+    """
+    federation = config.federation
+    if federation.mode is Mode.simulation:
+        with local_superlink(config.train.num_threads) as connection:
+            yield connection
+        return
+    host, _, port = (federation.superlink or "").rpartition(":")
+    if not host or not port.isdigit():
+        raise ValueError(f"federation=remote needs federation.superlink=HOST:PORT, got {federation.superlink!r}")
+    with remote_superlink(f"{host}:{port}", federation.root_certificates) as connection:
+        yield connection
+
+
+def _report(name: str, outcome: Outcome) -> bool:
+    if not outcome.completed:
+        errors.print(f"[red]{name} failed:[/] ", outcome.error, markup=True)
+    return outcome.completed
+
+
+def _job(name: str, config: Config, overrides: Sequence[str], output: Path) -> Job:
+    output = output.expanduser().resolve()
+    if (output / "config.yaml").exists() or (output / "summary.json").exists():
+        raise ValueError(f"output={output} already holds a run: choose another folder, or remove it")
+    words = [word for word in overrides if not word.startswith("output=")]
+    if config.federation.mode is Mode.simulation:
+        # The run's processes start elsewhere: relative paths are made absolute here, where the user wrote them.
+        words += [f"{key}={_quoted(path)}" for key, path in _local_paths(config).items()]
+        words += [f"output={_quoted(str(output))}"]
+    return Job(name or config.strategy.name, config, tuple(words), output)
+
+
+def _local_paths(config: Config) -> dict[str, str]:
+    model = config.model
+    paths = {
+        "data.path": config.data.path,
+        "eval.path": config.eval.path,
+        "model.wheel_dir": model.wheel_dir,
+        "model.upcycle.text": model.upcycle.text,
+        "model.name": model.name if model.source is ModelSource.hub and Path(model.name).is_dir() else None,
+    }
+    is_pattern = isinstance(config.partition, Files)
+    local = {key: path for key, path in paths.items() if path is not None}
+    return {
+        key: str(Path(path).expanduser().absolute())
+        for key, path in local.items()
+        if Path(path).expanduser().exists() or (is_pattern and key == "data.path")
+    }
+
+
+def _quoted(text: str) -> str:
+    escaped = text.replace("'", "\\'")
+    return f"'{escaped}'"
+
+
+def _simulation_size(config: Config) -> dict[str, float]:
+    from client.assemble import federation_sites  # noqa: PLC0415 - torch takes seconds to import
+
+    federation = config.federation
+    return {
+        "num-supernodes": len(federation_sites(config)),
+        "client-resources-num-cpus": federation.cpus_per_site,
+        "client-resources-num-gpus": federation.gpus_per_site,
+    }
+
+
+def _run_name(words: Sequence[str], keys: Sequence[str], config: Config) -> str:
+    values = dict(word.lstrip("+").partition("=")[::2] for word in words)
+    parts = [config.strategy.name if key == "strategy" else f"{key}={values[key]}" for key in keys]
+    return ",".join(parts).replace("/", "-")
+
+
+def _runs_in(folder: Path) -> list[Path]:
+    if (folder / "summary.json").exists():
+        return [folder]
+    return sorted(path.parent for path in folder.glob("*/summary.json"))

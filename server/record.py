@@ -1,0 +1,206 @@
+"""The run folder, and the same facts as tagged lines of the run's log.
+
+The ServerApp writes both. Under ``federation=remote`` the folder lies at the SuperLink; whoever follows
+the log rebuilds it from the lines: ``metrics.jsonl``, ``summary.json``, ``config.yaml`` and, up to
+``LOGGED_ADAPTER_BYTES``, ``adapter/``.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from conf.schema import Config
+from strategies.adapters import Arrays
+
+TAG = "BOUQUET "
+"""Starts every line of the log that is ours and machine-readable."""
+LOGGED_ADAPTER_BYTES = 64 << 20
+"""Larger adapters are not sent through the log: they are copied from the server's run folder."""
+_CHUNK_BYTES = 512 << 10
+
+
+class RunFolder:
+    """``outputs/<name>/`` of one run; every file is written whole or appended by whole lines."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def create(self) -> None:
+        """Make the folder.
+
+        Raises:
+            ValueError: If it already holds a run: nothing is ever overwritten.
+        """
+        if (self.path / "config.yaml").exists():
+            raise ValueError(f"output={self.path} already holds a run: choose another folder, or remove it")
+        self.path.mkdir(parents=True, exist_ok=True)
+
+    def write_text(self, name: str, text: str) -> None:
+        """Replace file ``name`` (a relative path) by ``text``."""
+        self.write_bytes(name, text.encode())
+
+    def write_bytes(self, name: str, content: bytes) -> None:
+        """Replace file ``name`` (a relative path inside the folder) by ``content``.
+
+        Raises:
+            ValueError: If the name points outside the folder.
+        """
+        target = self.path / name
+        if not target.resolve().is_relative_to(self.path.resolve()):
+            raise ValueError(f"{name} lies outside the run folder")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.name}.tmp")
+        temporary.write_bytes(content)
+        temporary.replace(target)
+
+    def append_row(self, row: Mapping[str, Any]) -> None:
+        """Add a line to ``metrics.jsonl``."""
+        with (self.path / "metrics.jsonl").open("a") as file:
+            file.write(to_json(row) + "\n")
+
+    def rows(self) -> list[dict[str, Any]]:
+        """All lines of ``metrics.jsonl``."""
+        path = self.path / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def summary(self) -> dict[str, Any] | None:
+        """``summary.json``; None if the run has not ended."""
+        path = self.path / "summary.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+
+class RunRecord:
+    """Writes the run folder and the tagged log lines together."""
+
+    def __init__(self, folder: RunFolder, log_row: Callable[[Mapping[str, Any]], None]) -> None:
+        self.folder = folder
+        self.log_row = log_row
+
+    def started(self, config_yaml: str, facts: Mapping[str, Any]) -> None:
+        """The run begins: resolved settings, and what the live view needs to know."""
+        self.folder.create()
+        self.folder.write_text("config.yaml", config_yaml)
+        emit("config", {"yaml": config_yaml})
+        emit("started", dict(facts) | {"folder": str(self.folder.path)})
+
+    def row(self, row: Mapping[str, Any]) -> None:
+        """A row of metrics: of a round, or of a site in a round."""
+        self.folder.append_row(row)
+        self.log_row(row)
+        emit("row", row)
+
+    def event(self, text: str) -> None:
+        """One line for people: a site dropped, a site joined."""
+        emit("event", {"text": text})
+
+    def diagnostics(self, server_round: int, values: Mapping[str, Any]) -> None:
+        """What the strategy saw in a round; stays in the server's folder."""
+        self.folder.write_text(f"diagnostics/round-{server_round:04d}.json", to_json(values))
+
+    def ended(self, summary: Mapping[str, Any]) -> None:
+        """The run ends, completed or failed."""
+        self._emit_adapter()
+        self.folder.write_text("summary.json", json.dumps(_jsonable(summary), indent=2) + "\n")
+        emit("summary", summary)
+
+    def _emit_adapter(self) -> None:
+        folder = self.folder.path / "adapter"
+        files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.exists() else []
+        if sum(path.stat().st_size for path in files) > LOGGED_ADAPTER_BYTES:
+            self.event(f"the adapter is too large for the log: copy it from {folder} at the server")
+            return
+        for path in files:
+            content, name = path.read_bytes(), str(path.relative_to(self.folder.path))
+            for start in range(0, max(len(content), 1), _CHUNK_BYTES):
+                chunk = content[start : start + _CHUNK_BYTES]
+                emit("file", {"name": name, "start": start, "base64": base64.b64encode(chunk).decode()})
+
+
+def default_name(config: Config) -> str:
+    """Name of a run that was given none."""
+    return f"{config.strategy.name}-seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def emit(kind: str, values: Mapping[str, Any]) -> None:
+    """Write one tagged line to standard output, in one piece: other threads log there too."""
+    sys.stdout.write(f"{TAG}{to_json({'kind': kind, **values})}\n")
+    sys.stdout.flush()
+
+
+def parse_line(line: str) -> dict[str, Any] | None:
+    """The values of a tagged line; None for any other line."""
+    _, tag, text = line.partition(TAG)
+    if not tag:
+        return None
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError:
+        return None
+    return values if isinstance(values, dict) and "kind" in values else None
+
+
+def to_json(values: Any) -> str:
+    """Strict JSON in one line: NaN and infinity become null."""
+    return json.dumps(_jsonable(values), allow_nan=False)
+
+
+def adapter_sha256(adapter: Arrays) -> str:
+    """SHA-256 (hex) over names, shapes and float32 values: equal for equal adapters, whatever wrote them."""
+    digest = hashlib.sha256()
+    for name in sorted(adapter):
+        array = np.ascontiguousarray(adapter[name], dtype="<f4")
+        digest.update(f"{name}\0{array.shape}\0".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+def apply_line(values: Mapping[str, Any], folder: RunFolder) -> None:
+    """Write what one parsed tagged line says into ``folder``.
+
+    Raises:
+        ValueError: If a line names a file outside the folder, or a piece of a file is missing.
+    """
+    kind = values["kind"]
+    if kind == "config":
+        folder.path.mkdir(parents=True, exist_ok=True)
+        folder.write_text("config.yaml", str(values["yaml"]))
+        folder.write_text("metrics.jsonl", "")  # the log is read from its beginning
+    elif kind == "row":
+        folder.append_row({key: value for key, value in values.items() if key != "kind"})
+    elif kind == "summary":
+        summary = {key: value for key, value in values.items() if key != "kind"}
+        folder.write_text("summary.json", json.dumps(summary, indent=2) + "\n")
+    elif kind == "file":
+        _append_chunk(folder, str(values["name"]), int(values["start"]), base64.b64decode(values["base64"]))
+
+
+def _append_chunk(folder: RunFolder, name: str, start: int, chunk: bytes) -> None:
+    path = folder.path / name
+    before = path.read_bytes() if start else b""
+    if len(before) != start:
+        raise ValueError(f"{name}: a piece of the file is missing from the log at byte {len(before)}")
+    folder.write_bytes(name, before + chunk)
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _jsonable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_jsonable(item) for item in value]
+    if isinstance(value, np.ndarray):
+        return _jsonable(value.tolist())
+    if isinstance(value, np.generic):
+        return _jsonable(value.item())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

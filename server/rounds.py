@@ -1,0 +1,214 @@
+"""The rounds of a run: the one subclass of Flower's Strategy, around one of ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result
+from flwr.serverapp.strategy import Strategy as FlowerStrategy
+
+from client.evaluation import HeldOutLoss
+from client.messages import (
+    EVALUATE,
+    TRAIN,
+    decode_losses,
+    decode_update,
+    encode_request,
+    payload_bytes,
+    to_arrays,
+    to_record,
+)
+from client.site import POOLED
+from conf.schema import Config
+from server.exchange import Exchange, send
+from server.record import RunRecord
+from server.roster import Roster
+from server.round_record import RoundRecord, needed_sites, sample_sites
+from strategies.adapters import Arrays, check_finite
+from strategies.base import ClientUpdate
+from strategies.low_rank import aggregation_gap
+
+
+class FederatedRounds(FlowerStrategy):
+    """Runs any of our strategies inside Flower, and judges every reply by itself.
+
+    After ``start``: ``adapter`` is the global adapter, ``losses`` each site's last held-out loss,
+    ``last_global_loss`` that of the global model, ``rounds_done`` the rounds completed.
+    """
+
+    def __init__(
+        self, config: Config, roster: Roster, record: RunRecord, global_loss: Callable[[Arrays], float] | None
+    ) -> None:
+        """Keep what the rounds need.
+
+        Args:
+            config: The run's settings.
+            roster: Who may take part.
+            record: Where metrics go.
+            global_loss: Held-out loss (nats per response token) of a global adapter on the server's own data;
+                None if it has none: then the example-weighted mean over the sites stands in.
+        """
+        self.config = config
+        self.roster = roster
+        self.record = record
+        self.global_loss = global_loss
+        self.adapter: Arrays = {}
+        self.state: Arrays = {}
+        self.personal: Mapping[str, Arrays] = {}
+        self.losses: dict[str, float] = {}
+        self.last_global_loss: float | None = None
+        self.bytes_up = self.bytes_down = self.rounds_done = 0
+        self._round = RoundRecord(0)
+        self._exchange: Exchange | None = None
+
+    def start(  # noqa: D102 - Flower's loop, with our exchange; its configs and evaluate_fn are not used
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int = 3,
+        timeout: float = 3600,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,  # noqa: ARG002
+        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,  # noqa: ARG002
+    ) -> Result:
+        self.summary()
+        self.adapter = to_arrays(initial_arrays)
+        self.state = self.config.strategy.init_state(self.adapter)
+        none = train_config or ConfigRecord()
+        self._measure_start()
+        for server_round in range(1, num_rounds + 1):
+            self._round = RoundRecord(server_round)
+            self.roster.update(grid)
+            exchange = self._send(grid, self.configure_train(server_round, initial_arrays, none, grid), timeout)
+            self.aggregate_train(server_round, exchange.replies())
+            if self._evaluation_due(server_round):
+                exchange = self._send(grid, self.configure_evaluate(server_round, initial_arrays, none, grid), timeout)
+                if self.global_loss is not None:  # computed while the sites compute theirs
+                    self._round.global_loss = self.global_loss(self.adapter)
+                self.aggregate_evaluate(server_round, exchange.replies())
+            self._finish_round()
+        return Result(arrays=to_record(self.adapter))
+
+    def configure_train(  # noqa: D102
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid  # noqa: ARG002
+    ) -> Iterable[Message]:
+        sampled = sample_sites(self.roster.present(grid), self.config, server_round)
+        return self._requests(TRAIN, sampled)
+
+    def configure_evaluate(  # noqa: D102
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid  # noqa: ARG002
+    ) -> Iterable[Message]:
+        return self._requests(EVALUATE, self.roster.present(grid))
+
+    def aggregate_train(  # noqa: D102
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        updates: list[ClientUpdate] = []
+        for node, reply in self._received(replies):
+            try:
+                sender, update = decode_update(reply)
+                self.roster.check_sender(node, sender)
+                self.config.strategy.check_update(self.adapter, update)
+            except ValueError as error:
+                self._drop(node, str(error))
+            else:
+                updates.append(update)
+                row = self._round.site(update.site) | {"num_examples": update.num_examples}
+                # A site's metrics must not overwrite what we measured ourselves.
+                self._round.sites[update.site] = {**update.metrics, **row}
+        if len(updates) < needed_sites(self.config):
+            reasons = "; ".join(f"{site}: {reason}" for site, reason in sorted(self._round.dropped.items()))
+            raise RuntimeError(
+                f"round {server_round}: {len(updates)} good replies, federation.min_sites="
+                f"{needed_sites(self.config)} are needed ({reasons or 'no other site was asked'})"
+            )
+        self._aggregate(sorted(updates, key=lambda update: update.site))
+        return to_record(self.adapter), None
+
+    def aggregate_evaluate(  # noqa: D102
+        self, server_round: int, replies: Iterable[Message]  # noqa: ARG002
+    ) -> MetricRecord | None:
+        losses: dict[str, HeldOutLoss] = {}
+        pooled: list[float] = []
+        for node, reply in self._received(replies):
+            try:
+                sender, answer = decode_losses(reply)
+                self.roster.check_sender(node, sender)
+            except ValueError as error:
+                self._drop(node, f"evaluation: {error}")
+                continue
+            if POOLED in answer:
+                pooled.append(answer.pop(POOLED).loss)
+            losses |= answer
+        for name, measured in sorted(losses.items()):
+            self._round.site(name)["loss"] = self.losses[name] = measured.loss
+        if pooled:
+            self._round.global_loss = float(np.mean(pooled))
+        elif self._round.global_loss is None and losses:
+            examples = [loss.num_examples for loss in losses.values()]
+            self._round.global_loss = float(np.average([loss.loss for loss in losses.values()], weights=examples))
+        self.last_global_loss = self._round.global_loss
+        return None
+
+    def summary(self) -> None:
+        """Say what runs, for people."""
+        self.record.event(f"{self.config.strategy.name} over {', '.join(sorted(self.roster.nodes))}")
+
+    def _aggregate(self, updates: list[ClientUpdate]) -> None:
+        aggregation = self.config.strategy.aggregate(self.adapter, self.state, updates)
+        check_finite(aggregation.adapter)
+        gap = aggregation_gap([update.adapter for update in updates], [update.num_examples for update in updates])
+        self.adapter, self.state, self.personal = aggregation.adapter, aggregation.state, aggregation.personal
+        self._round.aggregation_gap = gap
+        tokens = {update.site: update.expert_tokens for update in updates}
+        facts = {"round": self._round.server_round, "aggregation_gap": gap, "expert_tokens": tokens}
+        self.record.diagnostics(self._round.server_round, {**facts, **aggregation.diagnostics})
+
+    def _evaluation_due(self, server_round: int) -> bool:
+        return server_round % self.config.eval.every == 0 or server_round == self.config.rounds
+
+    def _requests(self, kind: str, sites: Iterable[str]) -> list[Message]:
+        server_round = self._round.server_round
+        own = self._evaluation_due(server_round)
+        request = replace(self.roster.request, server_round=server_round, evaluate_own=own)
+        adapters = {site: self.personal.get(site, self.adapter) for site in sites}
+        return [encode_request(kind, self.roster.nodes[site], request, adapter) for site, adapter in adapters.items()]
+
+    def _send(self, grid: Grid, requests: Iterable[Message], timeout: float) -> Exchange:
+        asked = list(requests)
+        for request in asked:
+            row = self._round.site(self.roster.name_of(request.metadata.dst_node_id))
+            row["bytes_down"] += payload_bytes(request)
+        self._exchange = send(grid, asked, timeout)
+        return self._exchange
+
+    def _received(self, replies: Iterable[Message]) -> list[tuple[int, Message]]:
+        """Node id and reply; bytes are counted and silent nodes noted."""
+        asked = dict(self._exchange.asked) if self._exchange else {}
+        received = [(asked.pop(reply.metadata.reply_to_message_id), reply) for reply in replies]
+        for node, reply in received:
+            self._round.site(self.roster.name_of(node))["bytes_up"] += payload_bytes(reply)
+        for node in asked.values():
+            self._drop(node, f"no reply within {self.config.federation.round_timeout_seconds:g} s")
+        return received
+
+    def _drop(self, node: int, reason: str) -> None:
+        site = self.roster.name_of(node)
+        self._round.dropped[site] = self._round.site(site)["dropped"] = reason
+        self.record.event(f"round {self._round.server_round}: dropped {site}: {reason}")
+
+    def _measure_start(self) -> None:
+        if self.global_loss is not None and self.config.method.name != "local_only":
+            self._round.global_loss = self.global_loss(self.adapter)
+            self._finish_round()
+
+    def _finish_round(self) -> None:
+        for row in self._round.rows():
+            self.record.row(row)
+        self.bytes_up += self._round.total("bytes_up")
+        self.bytes_down += self._round.total("bytes_down")
+        self.rounds_done = self._round.server_round

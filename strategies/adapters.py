@@ -1,0 +1,74 @@
+"""Arithmetic on named arrays: the few functions every strategy computes with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+Arrays = Mapping[str, NDArray[np.floating]]
+"""Array name -> array. A LoRA adapter, a difference of two, or an optimiser moment."""
+
+
+def weighted_mean(terms: Sequence[Arrays], weights: Sequence[float]) -> dict[str, NDArray[np.float32]]:
+    """Mean of each array over ``terms``, summed in float64 and returned in float32.
+
+    Raises:
+        ValueError: If there is nothing to average, if a weight is negative or not finite,
+            if all are zero, or if two terms differ in their names or shapes.
+    """
+    if not terms or len(terms) != len(weights):
+        raise ValueError(f"{len(terms)} terms but {len(weights)} weights")
+    total = float(np.sum(weights))
+    if not (np.isfinite(total) and total > 0 and min(weights) >= 0):
+        raise ValueError(f"weights must be finite, >= 0 and not all 0, got {list(weights)}")
+    for term in terms[1:]:
+        check_same_layout(terms[0], term)
+    mean = {}
+    for name in terms[0]:
+        accumulated = np.zeros(terms[0][name].shape, np.float64)
+        for term, weight in zip(terms, weights, strict=True):
+            accumulated += term[name].astype(np.float64) * (weight / total)
+        mean[name] = accumulated.astype(np.float32)
+    return mean
+
+
+def difference(left: Arrays, right: Arrays) -> dict[str, NDArray[np.floating]]:
+    """``left - right``, array by array.
+
+    Raises:
+        ValueError: If the two differ in their names or shapes.
+    """
+    check_same_layout(left, right)
+    return {name: left[name] - right[name] for name in left}
+
+
+def dot(left: Arrays, right: Arrays) -> float:
+    """Inner product of the two as one flat vector, in float64."""
+    check_same_layout(left, right)
+    return float(sum(np.vdot(left[name].astype(np.float64), right[name].astype(np.float64)) for name in left))
+
+
+def norm(arrays: Arrays) -> float:
+    """Euclidean length of all arrays as one flat vector."""
+    return float(np.sqrt(dot(arrays, arrays)))
+
+
+def check_same_layout(left: Arrays, right: Arrays) -> None:
+    """Raise ``ValueError`` unless both hold the same names with the same shapes.
+
+    NumPy would broadcast a rank-1 LoRA matrix over a rank-8 one without a word.
+    """
+    if left.keys() != right.keys():
+        raise ValueError(f"array names differ: {sorted(left.keys() ^ right.keys())[:4]}")
+    for name in left:
+        if left[name].shape != right[name].shape:
+            raise ValueError(f"shapes of {name} differ: {left[name].shape} and {right[name].shape}")
+
+
+def check_finite(arrays: Arrays) -> None:
+    """Raise ``ValueError`` naming the first array that holds NaN or infinity."""
+    for name, array in arrays.items():
+        if not np.isfinite(array).all():
+            raise ValueError(f"{name} holds NaN or infinity")

@@ -1,0 +1,88 @@
+"""The contract between a round and the rule that aggregates it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from strategies.adapters import Arrays, check_finite, check_same_layout
+
+
+def require(condition: bool, key: str, limit: str, value: object) -> None:
+    """Raise ``ValueError`` naming the setting, its limit and the value it was given."""
+    if not condition:
+        raise ValueError(f"{key} must be {limit}, got {value!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientUpdate:
+    """What one site sends after local training."""
+
+    site: str
+    """Stable name of the data owner, never Flower's node id."""
+    adapter: Arrays
+    """The locally trained adapter (not a difference): name -> float32; expert arrays have the expert on axis 0."""
+    num_examples: int
+    """Training examples the site holds, >= 1: the weight of plain averaging."""
+    expert_tokens: Arrays = field(default_factory=dict)
+    """MoE layer -> (num_experts,) float64: tokens routed to each expert in this round's local training."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """Scalars for the run's records, such as ``train_loss`` (nats per response token)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Aggregation:
+    """What one round yields."""
+
+    adapter: Arrays
+    """The next global adapter, same layout as the last."""
+    state: Arrays
+    """What the strategy must remember until the next round."""
+    personal: Mapping[str, Arrays] = field(default_factory=dict)
+    """Site -> its own adapter, for methods that answer each site differently."""
+    diagnostics: Mapping[str, Any] = field(default_factory=dict)
+    """Conflicts, verdicts, gaps: JSON values, written to the run folder."""
+
+
+@dataclass(kw_only=True)
+class Strategy(ABC):
+    """A rule that turns the updates of one round into the next global adapter.
+
+    The fields of a subclass are its hyperparameters, set under ``strategy.`` and checked in
+    ``__post_init__``. A strategy never changes itself or its inputs: state goes in and comes out.
+    """
+
+    name: ClassVar[str]
+    """What ``strategy=`` calls it."""
+    methods: ClassVar[frozenset[str]] = frozenset({"sft", "fc_moe"})
+    """Client halves it can be paired with."""
+
+    def init_state(self, adapter: Arrays) -> Arrays:  # noqa: ARG002
+        """State before the first round; most rules remember nothing."""
+        return {}
+
+    def check_update(self, adapter: Arrays, update: ClientUpdate) -> None:
+        """Raise ``ValueError`` if ``update`` must be left out of this round.
+
+        Raises:
+            ValueError: If names or shapes differ from the global adapter, a value is NaN or
+                infinite, the number of examples is < 1, or a token count is negative or not finite.
+        """
+        check_same_layout(adapter, update.adapter)
+        check_finite(update.adapter)
+        check_finite(update.expert_tokens)
+        if update.num_examples < 1:
+            raise ValueError(f"num_examples must be >= 1, got {update.num_examples}")
+        for layer, tokens_E in update.expert_tokens.items():
+            if tokens_E.ndim != 1 or (tokens_E < 0).any():
+                raise ValueError(f"expert_tokens[{layer}] must be one count >= 0 per expert")
+
+    @abstractmethod
+    def aggregate(self, adapter: Arrays, state: Arrays, updates: Sequence[ClientUpdate]) -> Aggregation:
+        """The next global adapter from at least one checked update.
+
+        Callers pass the updates in the order of their site names, so the order of arrival
+        changes nothing.
+        """

@@ -1,0 +1,134 @@
+"""FC-MoE: experts are averaged by how much each site used and changed them, without what opposes the consensus.
+
+Shapes: C sites, E experts of one MoE layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from functools import partial
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from strategies import experts
+from strategies.adapters import Arrays, weighted_mean
+from strategies.base import Aggregation, ClientUpdate, Strategy
+from strategies.conflicts import ConflictConfig, Granularity, Space
+from strategies.expert_steps import step_factors, step_products
+
+
+class Importance(Enum):
+    """How much say a site has in an expert. In each case a site that routed no token to it has none."""
+
+    routings_x_norm = "routings_x_norm"
+    """Tokens routed to the expert times the length of its update, as in the paper (Eq. 1)."""
+    examples = "examples"
+    """Training examples of the site."""
+    uniform = "uniform"
+    """The same for every site that used the expert (ablation)."""
+
+
+@dataclass(kw_only=True)
+class FcMoe(Strategy):
+    """Conflict-aware aggregation of experts, one by one; everything else is averaged by examples.
+
+    "FC-MoE", 2026, Eq. 1-4 (Eq. 5 and 6, retention, are the client half). https://arxiv.org/abs/2606.15625
+
+    The paper writes no layer index and trains whole experts: here everything is done for each (layer, expert),
+    on LoRA factors or whole weights. It does not mention attention and routers (averaged here as in FedAvg), nor
+    experts that no site used (they keep their value). Finer granularities keep the weights of the whole expert,
+    so that without conflicts they all give the same weighted mean.
+    """
+
+    name: ClassVar[str] = "fc_moe"
+
+    importance: Importance = Importance.routings_x_norm
+    conflict: ConflictConfig = field(default_factory=ConflictConfig)
+
+    def init_state(self, adapter: Arrays) -> Arrays:
+        """Nothing to remember.
+
+        Raises:
+            ValueError: If ``conflict`` needs LoRA experts and the adapter has whole ones.
+        """
+        whole = [
+            name for name in adapter if experts.is_expert_array(name) and not name.endswith((".lora_A", ".lora_B"))
+        ]
+        for key, setting in {"space": self.conflict.space, "granularity": self.conflict.granularity}.items():
+            if whole and setting in {Space.product, Granularity.rank}:
+                raise ValueError(
+                    f"strategy.conflict.{key}={setting.name} needs model.experts=lora, but {whole[0]} is a whole weight"
+                )
+        return {}
+
+    def check_update(self, adapter: Arrays, update: ClientUpdate) -> None:
+        """Raise ``ValueError`` if the update is not valid, or does not count the tokens of every expert."""
+        super().check_update(adapter, update)
+        for layer, arrays in experts.by_layer(adapter).items():
+            if layer not in update.expert_tokens:
+                raise ValueError(f"expert_tokens lacks {layer}, which has trained experts")
+            counted, expected = update.expert_tokens[layer].shape, (experts.num_experts(arrays),)
+            if counted != expected:
+                raise ValueError(f"expert_tokens[{layer}] must have the shape {expected}, got {counted}")
+
+    def aggregate(self, adapter: Arrays, state: Arrays, updates: Sequence[ClientUpdate]) -> Aggregation:
+        """One conflict-free step of every expert that was used, and the mean of the other arrays.
+
+        Diagnostics: ``experts`` -> layer -> ``sites`` (names, in the order of the rows below); ``tokens``, ``weight``,
+        ``cosine`` and ``conflict`` as [site][expert]; ``scale``, and ``lost_energy`` for space=product, as [expert]:
+        see ``conflicts.measures`` and ``step_products``. None where the site, or any site, did not use the expert.
+        """
+        dense = [
+            {name: array for name, array in update.adapter.items() if not experts.is_expert_array(name)}
+            for update in updates
+        ]
+        stepped: dict[str, NDArray[np.float32]] = weighted_mean(dense, [update.num_examples for update in updates])
+        report = {}
+        for layer, received in experts.by_layer(adapter).items():
+            arrays, findings = self._step_layer(layer, received, updates)
+            stepped |= arrays
+            report[layer] = {"sites": [update.site for update in updates]} | findings
+        return Aggregation(
+            adapter={name: stepped[name] for name in adapter}, state=state, diagnostics={"experts": report}
+        )
+
+    def _step_layer(
+        self, layer: str, received: Arrays, updates: Sequence[ClientUpdate]
+    ) -> tuple[dict[str, NDArray[np.float32]], dict[str, Any]]:
+        """The layer's next arrays and its diagnostics, over ranges of experts that fit in memory as float64."""
+        tokens_CE = np.stack([update.expert_tokens[layer] for update in updates])
+        examples_C = np.array([update.num_examples for update in updates], np.float64)
+        step = step_products if self.conflict.space is Space.product else step_factors
+        stepped = {name: np.empty(array.shape, np.float32) for name, array in received.items()}
+        findings = []
+        for chosen in experts.expert_slices(received, len(updates)):
+            before = {name: array[chosen] for name, array in received.items()}
+            trained = {name: np.stack([update.adapter[name][chosen] for update in updates]) for name in received}
+            weigh = partial(self._weights, tokens_CE[:, chosen], examples_C)
+            after, found = step(before, trained, weigh, self.conflict)
+            for name, array in after.items():
+                stepped[name][chosen] = array
+            findings.append(found)
+        joined = {key: np.concatenate([found[key] for found in findings], axis=-1) for key in findings[0]}
+        return stepped, {key: _json(values) for key, values in ({"tokens": tokens_CE} | joined).items()}
+
+    def _weights(
+        self, tokens_CE: NDArray[np.floating], examples_C: NDArray[np.float64], norms_CE: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
+        """(C, E) share of each site in each expert: its importance (Eq. 1) over that of all sites."""
+        if self.importance is Importance.routings_x_norm:
+            return experts.shares(tokens_CE * norms_CE)
+        say_C = examples_C if self.importance is Importance.examples else np.ones_like(examples_C)
+        return experts.shares(np.where(tokens_CE > 0, say_C[:, None], 0.0))
+
+
+def _json(values: NDArray[np.floating]) -> list[Any]:
+    """Nested lists with None for NaN, which JSON lacks."""
+    boxed = values.astype(object)
+    boxed[np.isnan(values)] = None
+    nested: list[Any] = boxed.tolist()
+    return nested

@@ -1,0 +1,119 @@
+"""Steps in the space of products, through FC-MoE: dense products, projected as in the paper, then truncated.
+
+Steps in the space of factors are those of test_fc_moe.py.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from strategies.base import ClientUpdate
+from strategies.conflicts import Against, ConflictConfig, Granularity, Space
+from strategies.fc_moe import FcMoe, Importance
+from tests.strategies.naive_fc_moe import LAYERS, LORA, NUM_EXPERTS, naive_projection, random_round
+
+seeds = st.integers(0, 2**32 - 1)
+
+
+def products_of(arrays, layer, expert):
+    """Dense B A of both projections of one expert."""
+    parts = [
+        [arrays[f"{layer}.experts.{p}.lora_{ab}"][expert].astype(float) for ab in "BA"]
+        for p in ("down_proj", "gate_up_proj")
+    ]
+    return [b @ a for b, a in parts]
+
+
+def naive_product_step(strategy, adapter, updates, layer, expert):
+    """The dense next products of one expert, before and after truncation; None if nobody used it."""
+    before = products_of(adapter, layer, expert)
+    changes = [
+        [new - old for new, old in zip(products_of(u.adapter, layer, expert), before, strict=True)] for u in updates
+    ]
+    flat = [np.concatenate([change.ravel() for change in both]) for both in changes]
+    importance = [
+        u.expert_tokens[layer][expert] * np.linalg.norm(vector) for u, vector in zip(updates, flat, strict=True)
+    ]
+    if sum(importance) == 0:
+        return None
+    weights = np.array(importance) / sum(importance)
+    parts = (
+        [flat]
+        if strategy.conflict.granularity is Granularity.expert
+        else [[c[p].ravel() for c in changes] for p in (0, 1)]
+    )
+    steps = np.concatenate(
+        [
+            sum(
+                w * naive_projection(i, vectors, weights, strategy.conflict.against)
+                for i, w in enumerate(weights)
+                if w > 0
+            )
+            for vectors in parts
+        ]
+    )
+    steps = np.split(steps, [before[0].size])
+    full = [old + step.reshape(old.shape) for old, step in zip(before, steps, strict=True)]
+    left, values, right = zip(*[np.linalg.svd(product, full_matrices=False) for product in full], strict=True)
+    kept = [(u[:, :2] * s[:2]) @ v[:2] for u, s, v in zip(left, values, right, strict=True)]
+    return kept, max((s[2:] ** 2).sum() / (s**2).sum() for s in values)
+
+
+@pytest.mark.parametrize("granularity", [Granularity.expert, Granularity.matrix])
+@pytest.mark.parametrize("against", [Against.consensus, Against.off])
+@settings(deadline=None, max_examples=8)
+@given(seed=seeds)
+def test_product_space_is_the_dense_one_truncated(granularity, against, seed):
+    adapter, updates = random_round(seed, LORA)
+    strategy = FcMoe(conflict=ConflictConfig(space=Space.product, granularity=granularity, against=against))
+    result = strategy.aggregate(adapter, {}, updates)
+    for layer in LAYERS:
+        lost = result.diagnostics["experts"][layer]["lost_energy"]
+        for expert in range(NUM_EXPERTS):
+            expected = naive_product_step(strategy, adapter, updates, layer, expert)
+            if expected is None:
+                assert lost[expert] is None
+                continue
+            for ours, dense in zip(products_of(result.adapter, layer, expert), expected[0], strict=True):
+                np.testing.assert_allclose(ours, dense, atol=1e-4 * max(1, abs(dense).max()))
+            np.testing.assert_allclose(lost[expert], expected[1], atol=1e-6)
+
+
+def test_product_space_by_hand():
+    """Rank 1, A = (1, 0) at both sites; B A goes from 1 to 3 and from 1 to 5, with equal weights to 4.
+
+    The factors' own mean would be the same here; the new A is a unit row, so the new B is 4.
+    """
+    name = "l.experts.w.lora_"
+    A = np.array([[[1, 0]]], np.float32)
+    adapter = {f"{name}A": A, f"{name}B": np.ones((1, 1, 1), np.float32)}
+    updates = [
+        ClientUpdate(
+            site=site,
+            adapter={f"{name}A": A, f"{name}B": np.full((1, 1, 1), value, np.float32)},
+            num_examples=1,
+            expert_tokens={"l": np.ones(1)},
+        )
+        for site, value in (("a", 3), ("b", 5))
+    ]
+    strategy = FcMoe(importance=Importance.uniform, conflict=ConflictConfig(space=Space.product))
+    result = strategy.aggregate(adapter, {}, updates)
+    np.testing.assert_allclose(result.adapter[f"{name}A"], A, atol=1e-6)
+    np.testing.assert_allclose(result.adapter[f"{name}B"], [[[4]]], rtol=1e-6)
+    assert result.diagnostics["experts"]["l"]["lost_energy"] == [pytest.approx(0, abs=1e-12)]
+
+
+def test_product_space_with_one_site_is_that_sites_product():
+    adapter, updates = random_round(4, LORA)
+    used = replace(updates[0], expert_tokens={layer: np.ones(NUM_EXPERTS) for layer in LAYERS})
+    result = FcMoe(conflict=ConflictConfig(space=Space.product)).aggregate(adapter, {}, [used])
+    for layer in LAYERS:
+        for expert in range(NUM_EXPERTS):
+            both = zip(
+                products_of(result.adapter, layer, expert), products_of(used.adapter, layer, expert), strict=True
+            )
+            for ours, theirs in both:
+                np.testing.assert_allclose(ours, theirs, atol=1e-5)
