@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, cast
 
 import peft
 import torch
@@ -119,7 +119,7 @@ def lora_targets(model: PreTrainedModel, *, feed_forward: bool) -> list[str]:
     Raises:
         ValueError: If there is none.
     """
-    head = model.get_output_embeddings()
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     linear = [
         path for path, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D)) and module is not head
     ]
@@ -156,7 +156,8 @@ def peft_config(model: PreTrainedModel, config: ModelConfig, lora: LoraConfig) -
     return peft.LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.rank,
-        lora_alpha=lora.alpha,
+        # PEFT divides it by the rank and takes any number, whatever its annotation says.
+        lora_alpha=cast("int", lora.alpha),
         target_modules=attention,
         fan_in_fan_out=any(isinstance(model.get_submodule(path), Conv1D) for path in attention),
         target_parameters=adapted or None,
@@ -224,17 +225,23 @@ def adapter_slots(model: peft.PeftModel) -> dict[str, Slot]:
         if isinstance(module, ParamWrapper):
             name = f"{path}.{module.parameter_name}"
             num_experts = module.num_experts
-            slots[f"{name}.lora_A"] = Slot(module.lora_A[ADAPTER].weight, Packing.expert_a, num_experts)
-            slots[f"{name}.lora_B"] = Slot(module.lora_B[ADAPTER].weight, Packing.expert_b, num_experts)
+            slots[f"{name}.lora_A"] = Slot(_weight(module.lora_A), Packing.expert_a, num_experts)
+            slots[f"{name}.lora_B"] = Slot(_weight(module.lora_B), Packing.expert_b, num_experts)
         elif isinstance(module, LoraLayer):
-            slots[f"{path}.lora_A"] = Slot(module.lora_A[ADAPTER].weight, Packing.plain)
-            slots[f"{path}.lora_B"] = Slot(module.lora_B[ADAPTER].weight, Packing.plain)
+            slots[f"{path}.lora_A"] = Slot(_weight(module.lora_A), Packing.plain)
+            slots[f"{path}.lora_B"] = Slot(_weight(module.lora_B), Packing.plain)
         else:
             originals = dict(module.original_module.named_parameters())
             for name, parameter in module.modules_to_save[ADAPTER].named_parameters():
                 if parameter.requires_grad:
                     slots[f"{path}.{name}"] = Slot(parameter, Packing.plain, base=originals[name])
     return slots
+
+
+def _weight(factor: nn.ModuleDict) -> nn.Parameter:
+    weight = factor[ADAPTER].weight
+    assert isinstance(weight, nn.Parameter)
+    return weight
 
 
 def _adapted_modules(model: peft.PeftModel) -> Iterator[tuple[str, LoraLayer | ModulesToSaveWrapper]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,8 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from client import messages
-from client.assemble import default_private_root, federation_sites, real_site, simulated_site
+from client.assemble import default_private_root, real_site, simulated_site
+from client.data import site_names
 from client.evaluation import HeldOutLoss
 from client.messages import Joined, Request, Sender
 from client.model import base_model_loads
@@ -28,6 +30,8 @@ Answer = TypeVar("Answer")
 
 app = ClientApp()
 log = logging.getLogger("bouquet.client")
+
+_OUR_PACKAGES = ("client", "conf", "strategies")
 
 _sites: dict[tuple[str, str, str], Site] = {}
 """(settings hash, run, site) -> Site: virtual clients of one process keep their encoded data."""
@@ -79,11 +83,13 @@ def node_of(node_config: Mapping[str, Any], config: Config) -> Node:
     """Read a node's own settings.
 
     Raises:
-        ValueError: If ``site`` or ``data`` is missing at a real site, or the number of simulated nodes
-            differs from the number of sites.
+        ValueError: If ``site`` or ``data`` is missing at a real site, if a real site is asked to simulate, or if the
+            number of simulated nodes differs from the number of sites.
     """
     if config.federation.mode is Mode.simulation:
-        names = federation_sites(config)
+        names = site_names(config)
+        if "partition-id" not in node_config:
+            raise ValueError("this is a site of its own, not a simulated one: the run needs federation=remote")
         index = int(node_config["partition-id"])
         if int(node_config["num-partitions"]) != len(names):
             raise ValueError(f"{node_config['num-partitions']} simulated nodes for {len(names)} sites")
@@ -125,12 +131,22 @@ def _answer(
     # The edge of the process: whatever went wrong is told by name instead of ending as an anonymous crash.
     except Exception as error:  # noqa: BLE001
         log.exception("site %s failed", name)
-        # Our own ValueErrors speak of settings; other exceptions may quote the site's data, which stays here.
-        reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__} (details in the site's log)"
+        reason = str(error) if _is_ours(error) else f"{type(error).__name__} (details in the site's log)"
         return messages.encode_failure(_sender(name, hash_here), reason, message)
 
 
+def _is_ours(error: Exception) -> bool:
+    """Whether our code raised it to be read: a library's exception may quote the site's data, which stays here."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    module = str(trace.tb_frame.f_globals.get("__name__", "")) if trace is not None else ""
+    return isinstance(error, ValueError) and module.partition(".")[0] in _OUR_PACKAGES
+
+
 def _site(request: Request, config: Config, node: Node) -> Site:
+    if not re.fullmatch(r"\w+", request.run):
+        raise ValueError(f"the run must be named by letters and digits, got {request.run!r}")
     key = (request.settings_hash, request.run, node.site)
     if key not in _sites:
         if node.data is None:

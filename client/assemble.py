@@ -8,25 +8,16 @@ from pathlib import Path
 
 import torch
 
-from client.data import SiteData, own_site, simulated_sites
+from client.data import CENTRALISED, SiteData, own_site, simulated_sites
 from client.model import AdaptedModel, adapted_model
 from client.private import PrivateStore
 from client.site import POOLED, Site
-from client.text import Example
+from client.text import Example, check_packing
 from conf.schema import Config, Device
 from conf.seeds import generator_for
 
-CENTRALISED = "centralised"
-"""Name of the one site of a centralised run."""
-
-
-def federation_sites(config: Config) -> list[str]:
-    """Names of the simulated sites of this run, sorted."""
-    return [CENTRALISED] if config.strategy.name == CENTRALISED else list(simulated_sites(config))
-
-
 def simulated_site(config: Config, name: str, private_folder: Path) -> Site:
-    """One of ``federation_sites``.
+    """One of ``site_names``.
 
     Raises:
         ValueError: If data or model settings do not work out; the message names the setting.
@@ -64,9 +55,17 @@ def pooled_held_out(config: Config) -> list[Example]:
 
 
 def model_for(config: Config) -> AdaptedModel:
-    """This process's base model and adapter, loaded once; sets torch's threads."""
+    """This process's base model and adapter, loaded once; sets torch's threads.
+
+    Raises:
+        ValueError: If the model settings do not work out, or the model cannot train on packed sequences as asked.
+    """
     torch.set_num_threads(config.train.num_threads)
-    return adapted_model(config.model, config.lora, resolve_device(config.device))
+    adapted = adapted_model(config.model, config.lora, resolve_device(config.device))
+    if config.data.packing:
+        adapted.model.eval()
+        check_packing(adapted.model)
+    return adapted
 
 
 def resolve_device(device: Device) -> torch.device:

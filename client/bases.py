@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +33,8 @@ from conf.schema import Differentiation, ModelConfig, ModelSource, UpcycleConfig
 
 logger = logging.getLogger(__name__)
 
-_PACKAGED = Path(__file__).parent / "bases_data"
+# Flower bundles files by their suffix, .json but not .safetensors; its patterns also match what lies in a folder.
+_PACKAGED = Path(__file__).parent / "bases.json"
 # What decides what a model computes; the rest of a folder is documentation.
 _IDENTITY_FILES = ("*.safetensors", "config.json", "tokenizer*", "vocab*", "merges.txt", "*.jinja")
 
@@ -106,9 +107,9 @@ def content_sha256(folder: Path) -> str:
             for block in iter(lambda: stream.read(1 << 20), b""):
                 digest.update(block)
     known.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=known.parent, delete=False) as stream:
-        json.dump({"sha256": digest.hexdigest(), "folder": str(folder)}, stream)
-    Path(stream.name).rename(known)
+    with tempfile.NamedTemporaryFile("w", dir=known.parent, delete=False) as record:
+        json.dump({"sha256": digest.hexdigest(), "folder": str(folder)}, record)
+    Path(record.name).rename(known)
     return digest.hexdigest()
 
 
@@ -235,7 +236,7 @@ def _text_sha256(config: UpcycleConfig) -> str | None:
         raise ValueError(f"model.upcycle.text={config.text} cannot be read: {error.strerror}") from error
 
 
-def _build_once(label: str, recipe: dict[str, object], build: Callable[[Path], object]) -> Path:
+def _build_once(label: str, recipe: Mapping[str, object], build: Callable[[Path], object]) -> Path:
     """The folder of what ``recipe`` describes; ``build`` is called with a new path if no process did before."""
     digest = hashlib.sha256(json.dumps(recipe, sort_keys=True, default=str).encode()).hexdigest()
     folder = cache_root().resolve() / "bases" / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', label)}-{digest[:12]}"
@@ -254,9 +255,9 @@ def _build_once(label: str, recipe: dict[str, object], build: Callable[[Path], o
 def without_progress_bars() -> Iterator[None]:
     """Keep transformers' progress bars out of the terminal, where a run shows its own."""
     was_enabled = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
         if was_enabled:
-            transformers_logging.enable_progress_bar()
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]

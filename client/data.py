@@ -17,7 +17,7 @@ import datasets
 
 from client.embedded import embedded_rows
 from client.partitions import MIN_ROWS, assign_rows, site_names_from
-from client.text import Example
+from client.templates import Example
 from conf.schema import Config, DataConfig, Dirichlet, Files, Natural, Pathological, Shard
 from conf.seeds import generator_for
 
@@ -53,13 +53,17 @@ _loaded: dict[str, dict[str, SiteData]] = {}
 """The sites loaded last, under the settings that decide on them."""
 
 
+CENTRALISED = "centralised"
+"""Name of the one site of a centralised run."""
+
+
 def site_names(config: Config) -> list[str]:
-    """Names of the simulated sites, sorted.
+    """Names of the simulated sites of this run, sorted.
 
     Raises:
         ValueError: As ``simulated_sites``.
     """
-    return list(simulated_sites(config))
+    return [CENTRALISED] if config.strategy.name == CENTRALISED else list(simulated_sites(config))
 
 
 def simulated_sites(config: Config) -> dict[str, SiteData]:

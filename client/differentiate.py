@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -77,7 +78,7 @@ def fit_routers(model: PreTrainedModel, input_ids: torch.Tensor) -> None:
     As long as the experts are equal, no layer's inputs depend on any router: one pass serves all.
     """
     with _recorded_inputs(model) as inputs:
-        for batch in input_ids.split(_BATCH_SIZE):
+        for batch in torch.split(input_ids, _BATCH_SIZE):
             model(batch)
     generator = torch.Generator().manual_seed(0)
     for name, layer in moe_layers(model).items():
@@ -131,12 +132,12 @@ def _recorded_inputs(model: PreTrainedModel) -> Iterator[dict[str, list[torch.Te
 
 def _train_experts(model: PreTrainedModel, input_ids: torch.Tensor, steps: int) -> None:
     """A few AdamW steps on ``input_ids``; everything but routers and experts is frozen."""
-    dtype = model.dtype
-    model.float().train().requires_grad_(requires_grad=False)
+    dtype: Any = model.dtype
+    model.float().train().requires_grad_(requires_grad=False)  # type: ignore[no-untyped-call]
     trained = [
         parameter.requires_grad_()
         for layer in moe_layers(model).values()
-        for path in (f"{layer.name}.experts", layer.router)
+        for path in (f"{layer.name}.experts", f"{layer.router}")
         for parameter in model.get_submodule(path).parameters()
     ]
     optimizer = torch.optim.AdamW(trained, lr=_LEARNING_RATE, weight_decay=0.0)
@@ -149,7 +150,7 @@ def _train_experts(model: PreTrainedModel, input_ids: torch.Tensor, steps: int) 
         # transformers adds its own balance loss to ``loss``; ours takes its place.
         loss = output.loss - model.config.router_aux_loss_coef * output.aux_loss + _BALANCE_WEIGHT * balance
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
     model.to(dtype).eval().requires_grad_(requires_grad=False)

@@ -14,12 +14,15 @@ from __future__ import annotations
 
 import json
 import math
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
+from numpy.typing import DTypeLike, NDArray
 
 from client.evaluation import HeldOutLoss
 from strategies.adapters import Arrays
@@ -27,6 +30,9 @@ from strategies.base import ClientUpdate
 
 FORMAT = 1
 """Version of this protocol; a reply with another one is refused."""
+
+_UNREADABLE = (json.JSONDecodeError, OSError, EOFError, MemoryError, zipfile.BadZipFile)
+"""What ``json.loads`` and ``numpy.load`` raise for foreign bytes, besides plain ``ValueError``."""
 
 TRAIN, EVALUATE, JOIN = MessageType.TRAIN, MessageType.EVALUATE, MessageType.QUERY
 
@@ -82,7 +88,7 @@ def decode_request(message: Message) -> tuple[Request, dict[str, Any]]:
     try:
         request = Request(**json.loads(str(message.content.config_records["request"]["json"])))
         return request, to_arrays(message.content.array_records["adapter"])
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+    except (LookupError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"not a request of this version of Bouquet: {error!r}") from error
 
 
@@ -120,10 +126,11 @@ def decode_joined(reply: Message) -> tuple[Sender, Joined]:
 
 
 def decode_update(reply: Message) -> tuple[Sender, ClientUpdate]:
-    """Read the answer to a train message; the arrays themselves are judged by ``Strategy.check_update``.
+    """Read the answer to a train message; values and layout of its arrays are judged by ``Strategy.check_update``.
 
     Raises:
-        ValueError: If the reply is foreign, malformed or a failure.
+        ValueError: If the reply is foreign, malformed or a failure, the adapter is not float32, the token counts are
+            not float64, or a metric is NaN or infinite.
     """
     with _malformed():
         sender, facts = _open(reply)
@@ -132,24 +139,31 @@ def decode_update(reply: Message) -> tuple[Sender, ClientUpdate]:
             site=sender.site,
             adapter=to_arrays(arrays["adapter"]),
             num_examples=int(facts["num_examples"]),
-            expert_tokens=to_arrays(arrays["expert-tokens"]),
+            expert_tokens=to_arrays(arrays["expert-tokens"], np.float64),
             metrics={str(name): float(value) for name, value in facts["metrics"].items()},
         )
-        return sender, update
+    for name, value in update.metrics.items():
+        if not math.isfinite(value):
+            raise ValueError(f"metric {name} is {value}")
+    return sender, update
 
 
 def decode_losses(reply: Message) -> tuple[Sender, dict[str, HeldOutLoss]]:
     """Read the answer to an evaluate message.
 
     Raises:
-        ValueError: If the reply is foreign, malformed or a failure, or a loss is NaN or infinite.
+        ValueError: If the reply is foreign, malformed or a failure, a loss is NaN or infinite, or one was
+            measured on nothing.
     """
     with _malformed():
         sender, facts = _open(reply)
-        losses = {str(name): HeldOutLoss(**loss) for name, loss in facts["losses"].items()}
+        losses = {str(name): _held_out_loss(**loss) for name, loss in facts["losses"].items()}
     for name, loss in losses.items():
         if not math.isfinite(loss.loss):
             raise ValueError(f"held-out loss on {name} is {loss.loss}")
+        if loss.num_examples < 1 or loss.num_tokens < 1:
+            counts = f"{loss.num_examples} examples, {loss.num_tokens} tokens"
+            raise ValueError(f"held-out loss on {name} is that of {counts}; at least 1 of each is needed")
     return sender, losses
 
 
@@ -165,16 +179,16 @@ def to_record(arrays: Arrays) -> ArrayRecord:
     return ArrayRecord({name: Array(array) for name, array in arrays.items()})
 
 
-def to_arrays(record: ArrayRecord) -> dict[str, Any]:
+def to_arrays(record: ArrayRecord, dtype: DTypeLike = np.float32) -> dict[str, NDArray[Any]]:
     """Named arrays out of a Flower record.
 
     Raises:
-        ValueError: If an array does not hold floats.
+        ValueError: If an array is not of ``dtype``: a float64 that no float32 can hold would become infinite later.
     """
     arrays = {str(name): array.numpy() for name, array in record.items()}
     for name, array in arrays.items():
-        if array.dtype.kind != "f":
-            raise ValueError(f"{name} must hold floats, got {array.dtype}")
+        if array.dtype != dtype:
+            raise ValueError(f"{name} must be {np.dtype(dtype)}, got {array.dtype}")
     return arrays
 
 
@@ -192,7 +206,7 @@ def _malformed() -> Iterator[None]:
     """Turn what a hostile or foreign reply can raise into one ``ValueError``."""
     try:
         yield
-    except (KeyError, TypeError, AttributeError, OSError, EOFError, json.JSONDecodeError) as error:
+    except (LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, *_UNREADABLE) as error:
         raise ValueError(f"not a reply of this version of Bouquet: {error!r}") from error
 
 
@@ -208,7 +222,19 @@ def _open(reply: Message) -> tuple[Sender, dict[str, Any]]:
     header = json.loads(str(reply.content.config_records["reply"]["json"]))
     if header["format"] != FORMAT:
         raise ValueError(f"reply in format {header['format']}, this server reads {FORMAT}")
-    sender, facts = Sender(**header["sender"]), dict(header["facts"])
+    sender, facts = _sender(**header["sender"]), dict(header["facts"])
     if "failure" in facts:
         raise ValueError(str(facts["failure"]))
     return sender, facts
+
+
+def _sender(*, site: object, settings_hash: object, process: object, base_model_loads: Any) -> Sender:
+    """A sender out of foreign JSON, of the right types."""
+    return Sender(
+        site=str(site), settings_hash=str(settings_hash), process=str(process), base_model_loads=int(base_model_loads)
+    )
+
+
+def _held_out_loss(*, loss: Any, num_tokens: Any, num_examples: Any) -> HeldOutLoss:
+    """A loss out of foreign JSON, of the right types."""
+    return HeldOutLoss(loss=float(loss), num_tokens=int(num_tokens), num_examples=int(num_examples))

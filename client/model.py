@@ -11,6 +11,7 @@ import warnings
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import peft
@@ -57,7 +58,7 @@ def load_base(model: ModelConfig, device: torch.device) -> BaseModel:
         identity = materialise(model)
         dtype: torch.dtype = getattr(torch, model.dtype.value)
         with without_progress_bars():
-            network = AutoModelForCausalLM.from_pretrained(identity.folder, dtype=dtype)
+            network: Any = AutoModelForCausalLM.from_pretrained(identity.folder, dtype=dtype)
         network.to(device).eval().requires_grad_(requires_grad=False)
         tokenizer = AutoTokenizer.from_pretrained(identity.folder)
         if tokenizer.pad_token_id is None:
@@ -183,7 +184,7 @@ class AdaptedModel:
                 name = names[id(parameter)]
                 state[key] = self.from_canonical(name, arrays[name]).contiguous()
         # "auto" would ask the hub whether the vocabulary was resized.
-        self.model.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
+        self.model.save_pretrained(str(folder), state_dict=state, save_embedding_layers=False)
 
 
 def _share_weights(model: PreTrainedModel) -> PreTrainedModel:

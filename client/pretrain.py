@@ -66,10 +66,10 @@ def pretrain_tiny_moe(folder: Path, *, steps: int = 4000, seed: int = 0, num_thr
     started = time.monotonic()
     _train(model, tokenizer, config)
     seconds = time.monotonic() - started
-    model.to(torch.float16)
+    model.half()  # type: ignore[no-untyped-call]
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    model.to(torch.float32)
+    model.float()  # type: ignore[no-untyped-call]
     results = {"seconds": round(seconds, 1), **_evaluate(model, tokenizer, config)}
     record = {"settings": asdict(config), "num_threads": num_threads, "torch": torch.__version__, "results": results}
     (folder / "pretraining.json").write_text(json.dumps(record, indent=2) + "\n")
@@ -122,7 +122,7 @@ def _train(model: OlmoeForCausalLM, tokenizer: PreTrainedTokenizerBase, config: 
         tensors = collate(batch, tokenizer.pad_token_id)
         loss, balance = _losses(model, tensors, config.prompt_weight)
         optimizer.zero_grad(set_to_none=True)
-        (loss + config.balance_weight * balance).backward()
+        torch.autograd.backward(loss + config.balance_weight * balance)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if step % 100 == 0:
@@ -152,7 +152,7 @@ def _losses(
 @torch.no_grad()
 def _evaluate(model: OlmoeForCausalLM, tokenizer: PreTrainedTokenizerBase, config: PretrainConfig) -> dict[str, float]:
     """Held-out loss and accuracy on shared tasks and on house rules, and how evenly the experts are used."""
-    model.eval()
+    model.train(mode=False)
     rows = list(pretraining_rows(config.num_held_out, config.seed + 1))
     layers = {name: layer.num_experts for name, layer in moe_layers(model).items()}
     experts = {name: model.get_submodule(f"{name}.experts") for name in layers}

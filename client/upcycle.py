@@ -17,7 +17,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from client.adapter_layout import moe_layers
-from client.differentiate import differentiate, describe_experts, general_text
+from client.differentiate import describe_experts, differentiate, general_text
 from conf.schema import Differentiation, UpcycleConfig
 
 logger = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ def upcycle_folder(dense_folder: Path, config: UpcycleConfig, target: Path) -> N
     Raises:
         ValueError: If the family cannot be upcycled, or ``model.upcycle.text`` is too short.
     """
-    dense = AutoModelForCausalLM.from_pretrained(dense_folder, dtype="auto").eval()
+    dense = AutoModelForCausalLM.from_pretrained(dense_folder, dtype="auto")
     tokenizer = AutoTokenizer.from_pretrained(dense_folder)
     text = general_text(tokenizer, config)
     model = upcycle(dense, config)
@@ -88,11 +88,12 @@ def upcycle(dense: PreTrainedModel, config: UpcycleConfig) -> PreTrainedModel:
             f"model.upcycle.num_experts={config.num_experts}: cannot upcycle a model of type "
             f"{dense.config.model_type}, only {', '.join(_FAMILIES)}; set model.upcycle.num_experts=0"
         )
-    model = AutoModelForCausalLM.from_config(_moe_config(dense.config, family, config), dtype=dense.dtype)
+    moe_config = _moe_config(dense.config, family, config)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(moe_config, dtype=dense.dtype)  # type: ignore[no-untyped-call]
     generator = torch.Generator().manual_seed(0)
     state = {name: tensor for name, tensor in dense.state_dict().items() if ".mlp." not in name}
     for layer in moe_layers(model).values():
-        block = dense.get_submodule(layer.name.replace(family.block, "mlp"))
+        block: Any = dense.get_submodule(layer.name.replace(family.block, "mlp"))
         gate_up = torch.cat([block.gate_proj.weight, block.up_proj.weight])
         state[f"{layer.name}.experts.gate_up_proj"] = gate_up.expand(config.num_experts, -1, -1)
         state[f"{layer.name}.experts.down_proj"] = block.down_proj.weight.expand(config.num_experts, -1, -1)
@@ -100,7 +101,8 @@ def upcycle(dense: PreTrainedModel, config: UpcycleConfig) -> PreTrainedModel:
         state[f"{layer.router}.weight"] = dense.config.initializer_range * router_ED
     model.load_state_dict(state)
     model.generation_config = dense.generation_config
-    return model.eval()
+    model.train(mode=False)
+    return model
 
 
 def _moe_config(dense: PreTrainedConfig, family: _MoeFamily, config: UpcycleConfig) -> PreTrainedConfig:

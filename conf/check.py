@@ -19,6 +19,7 @@ def check_config(config: Config) -> None:
     _check_partition(config)
     _check_federation(config)
     _check_training(config)
+    _check_filter(config)
     if config.rounds < 1:
         raise ValueError(f"rounds must be >= 1, got {config.rounds}")
     if config.seed < 0:
@@ -28,6 +29,36 @@ def check_config(config: Config) -> None:
 def num_sites(partition: PartitionConfig) -> int | None:
     """Sites that the partition makes; None where the data decides."""
     return getattr(partition, "num_sites", None)
+
+
+def num_asked(config: Config, connected: int) -> int:
+    """Sites asked in a round of which ``connected`` >= 1 could be: ``federation.fraction`` of them, at least one."""
+    return min(connected, max(1, round(config.federation.fraction * connected)))
+
+
+def needed_sites(config: Config) -> int:
+    """Good replies that a round needs."""
+    return 1 if config.strategy.name == "centralised" else config.federation.min_sites
+
+
+def check_num_sites(config: Config, sites: int, setting: str) -> None:
+    """Raise ``ValueError`` if a simulation of so many sites can never have a good round.
+
+    Args:
+        config: The run's settings.
+        sites: Sites there will be.
+        setting: What decides on that number, for the message.
+    """
+    federation, needed = config.federation, needed_sites(config)
+    if sites < needed:
+        raise ValueError(
+            f"{setting} is below federation.min_sites={needed}: set federation.min_sites={sites} or more sites"
+        )
+    if num_asked(config, sites) < needed:
+        raise ValueError(
+            f"federation.fraction={federation.fraction:g} of {sites} sites asks {num_asked(config, sites)} a round, "
+            f"below federation.min_sites={needed}: raise the one or lower the other"
+        )
 
 
 def _check_pair(config: Config) -> None:
@@ -53,16 +84,23 @@ def _check_federation(config: Config) -> None:
             raise ValueError("strategy=centralised pools all data: it is refused with federation=remote")
     elif federation.superlink is not None:
         raise ValueError(f"federation.superlink={federation.superlink} needs federation=remote")
-    elif sites is not None and sites < federation.min_sites and not centralised:
-        raise ValueError(
-            f"partition.num_sites={sites} is below federation.min_sites={federation.min_sites}: "
-            f"set federation.min_sites={sites} or more sites"
-        )
+    elif sites is not None and not centralised:
+        check_num_sites(config, sites, f"partition.num_sites={sites}")
 
 
 def _check_training(config: Config) -> None:
+    data = config.data
+    if data.split_column is not None and data.train_split == data.held_out_split:
+        raise ValueError(f"data.train_split and data.held_out_split are both {data.train_split!r}: they must differ")
     frozen = config.model.experts is ExpertTraining.frozen
     if frozen and not config.lora.attention and config.model.router is RouterTraining.frozen:
         raise ValueError("model.experts=frozen, model.router=frozen and lora.attention=false leave nothing to train")
     if config.model.source is ModelSource.package and config.model.name != "tiny_moe":
         raise ValueError(f"model.source=package ships tiny_moe only, got model.name={config.model.name!r}")
+
+
+def _check_filter(config: Config) -> None:
+    for column, wanted in config.data.filter.items():
+        values = wanted if isinstance(wanted, list) else [wanted]
+        if not all(isinstance(value, str | int | float) for value in values):
+            raise ValueError(f"data.filter.{column} must be a value or a list of values, got {wanted!r}")

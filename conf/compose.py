@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from enum import Enum
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -23,7 +23,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
 
 from conf import schema
 from conf.check import check_config
@@ -48,6 +48,11 @@ NOT_HASHED = (
 )  # fmt: skip
 """Settings that may differ between the two ends of a message: paths and places."""
 
+GROUPS = ("model", "data", "partition", "method", "strategy", "federation", "experiment")
+"""Settings that name a file or a dataclass with further settings."""
+
+_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+
 
 def load_config(overrides: str | Sequence[str] = "") -> Config:
     """Settings from ``conf/config.yaml`` and Hydra overrides, as checked dataclasses.
@@ -56,7 +61,9 @@ def load_config(overrides: str | Sequence[str] = "") -> Config:
         ValueError: If a key is unknown, a value has the wrong type or lies outside its limits, or two
             settings contradict each other. The message names the key, the value and the limit.
     """
-    words = shlex.split(overrides) if isinstance(overrides, str) else list(overrides)
+    words = _words(overrides)
+    for override in _parse(words):
+        _check_form(override)
     _register()
     GlobalHydra.instance().clear()
     try:
@@ -130,11 +137,34 @@ def _register() -> None:
         store.store(group="partition", name=partition.name, node=partition)
 
 
+def _words(overrides: str | Sequence[str]) -> list[str]:
+    if not isinstance(overrides, str):
+        return list(overrides)
+    try:
+        return shlex.split(overrides)
+    except ValueError as error:
+        raise ValueError(f"cannot read the settings {overrides!r}: {error}") from error
+
+
 def _parse(overrides: Sequence[str]) -> list[Override]:
     try:
         return list(OverridesParser.create().parse_overrides(list(overrides)))
     except OverrideParseException as error:
         raise ValueError(f"cannot read the setting {error.override!r}: write it as key=value") from error
+
+
+def _check_form(override: Override) -> None:
+    """Raise ``ValueError`` for what Hydra accepts beyond key=value: it would add or remove settings without a word."""
+    key, value = override.key_or_group, override.value()
+    if not key or override.is_add() or override.is_force_add() or override.is_delete() or override.package is not None:
+        raise ValueError(f"cannot read the setting {override.input_line!r}: write it as key=value")
+    if key.partition(".")[0] == "hydra":
+        raise ValueError(f"{override.input_line}: Bouquet composes its settings with Hydra, but takes none of Hydra's own")
+    if key in GROUPS and not isinstance(value, str) and not override.is_sweep_override():
+        given = override.get_value_string()
+        raise ValueError(f"{key} must be a name, got {given!r}; what belongs to it is set by {key}.setting=value")
+    if key == "data.filter" and not isinstance(value, dict) and not override.is_sweep_override():
+        raise ValueError(f"data.filter must be {{column: value}}, got {override.get_value_string()!r}")
 
 
 def _choices(override: Override) -> list[str]:
@@ -146,7 +176,7 @@ def _choices(override: Override) -> list[str]:
 
 def _with_open_keys(word: str) -> str:
     """``data.filter`` takes any column; Hydra wants a ``+`` for keys that are not declared."""
-    return f"+{word}" if word.startswith("data.filter") and word != "data.filter={}" else word
+    return f"+{word}" if word.startswith(("data.filter.", "data.filter=")) and word != "data.filter={}" else word
 
 
 def _explain(error: Exception, words: Sequence[str]) -> str:
@@ -158,6 +188,8 @@ def _explain(error: Exception, words: Sequence[str]) -> str:
         return f"{group} must be one of {', '.join(sorted(error.options))}, got {choice!r}"
     if isinstance(cause, (ConfigKeyError, ConfigAttributeError)) and cause.full_key:
         return _unknown_key(str(cause.full_key), cause.parent_node)
+    if isinstance(cause, ValidationError) and cause.full_key:
+        return f"{cause.full_key} must be {_type_of(str(cause.full_key), cause)}, got {_as_written(cause.value)}"
     if isinstance(cause, OmegaConfBaseException) and cause.full_key:
         return f"{cause.full_key}: {str(cause.msg or cause).splitlines()[0]}"
     several = [word for word in words if _parse([word])[0].is_sweep_override()]
@@ -173,3 +205,24 @@ def _unknown_key(key: str, parent: Any) -> str:
     chosen = getattr(OmegaConf.get_type(parent), "name", None) if isinstance(parent, DictConfig) else None
     where = (f"{group}={chosen}" if chosen else group) or "the run"
     return f"unknown setting {key!r}; settings of {where}: {', '.join(known) or 'none'}"
+
+
+def _type_of(key: str, error: ValidationError) -> str:
+    """What the schema says a setting is, for people."""
+    owner = error.object_type if dataclasses.is_dataclass(error.object_type) else Config
+    declared = get_type_hints(owner).get(key.rpartition(".")[2], Any)
+    kinds = get_args(declared) or (declared,)
+    return " or ".join(_kind(kind) for kind in kinds)
+
+
+def _kind(kind: Any) -> str:
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return f"one of {', '.join(kind.__members__)}"
+    if dataclasses.is_dataclass(kind):
+        return "a group of settings, each set by key.setting=value"
+    return _KINDS.get(kind, str(kind))
+
+
+def _as_written(value: Any) -> str:
+    """A value as it is written on the command line."""
+    return "null" if value is None else repr(value)

@@ -7,13 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, ClassVar
 
-from strategies.base import Strategy
-
-
-def require(condition: bool, key: str, limit: str, value: object) -> None:
-    """Raise ``ValueError`` naming the setting, its limit and the value it was given."""
-    if not condition:
-        raise ValueError(f"{key} must be {limit}, got {value!r}")
+from strategies.base import Strategy, require
 
 
 UNSET: Any = "???"
@@ -186,7 +180,7 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         require(self.rank >= 1, "lora.rank", ">= 1", self.rank)
-        require(self.alpha > 0, "lora.alpha", "> 0", self.alpha)
+        require(self.alpha > 0 and math.isfinite(self.alpha), "lora.alpha", "> 0", self.alpha)
 
 
 @dataclass(kw_only=True)
@@ -211,7 +205,8 @@ class DataConfig:
     filter: dict[str, Any] = field(default_factory=dict)
     """Column -> value or list of values; only rows that match all are used."""
     num_examples: int | None = None
-    """Rows used, drawn at random after ``filter``; null: all (embedded default: 1200)."""
+    """Upper limit of rows, drawn at random after ``filter``, of each file with ``partition=files``; null: all.
+    The embedded default generates this many, null: 1200."""
     template: Template | None = None
     """null: ``alpaca``, and ``plain`` for the embedded default, whose model reads bytes."""
     max_length: int = 256
@@ -377,9 +372,9 @@ class TrainConfig:
         require(self.max_steps is None or self.max_steps >= 1, "train.max_steps", "null or >= 1", self.max_steps)
         require(self.learning_rate > 0 and math.isfinite(self.learning_rate), "train.learning_rate", "> 0", self.learning_rate)
         require(self.batch_size >= 1, "train.batch_size", ">= 1", self.batch_size)
-        require(self.weight_decay >= 0, "train.weight_decay", ">= 0", self.weight_decay)
+        require(0 <= self.weight_decay < math.inf, "train.weight_decay", ">= 0", self.weight_decay)
         require(self.max_grad_norm > 0, "train.max_grad_norm", "> 0", self.max_grad_norm)
-        require(self.proximal_mu >= 0, "train.proximal_mu", ">= 0", self.proximal_mu)
+        require(0 <= self.proximal_mu < math.inf, "train.proximal_mu", ">= 0", self.proximal_mu)
         require(self.num_threads >= 1, "train.num_threads", ">= 1", self.num_threads)
 
 

@@ -15,19 +15,19 @@ from typing import Any
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from client.assemble import federation_sites, model_for, pooled_held_out
-from client.data import held_out_file
+from client.assemble import model_for, pooled_held_out
+from client.data import held_out_file, site_names
 from client.evaluation import held_out_loss
 from client.messages import Request, to_record
 from client.model import AdaptedModel, base_model_loads
 from client.site import shared_arrays
 from client.text import encode
+from conf.check import check_num_sites, needed_sites
 from conf.compose import load_config, settings_hash, to_yaml
 from conf.schema import Config, Mode
 from server.loggers import open_logger
 from server.record import RunFolder, RunRecord, adapter_sha256, default_name
 from server.roster import Roster
-from server.round_record import needed_sites
 from server.rounds import FederatedRounds
 from strategies.adapters import Arrays
 
@@ -86,7 +86,9 @@ class Run:
         """
         simulated = self.config.federation.mode is Mode.simulation
         if simulated:
-            check_num_nodes(grid, len(federation_sites(self.config)), overrides)
+            num_sites = len(site_names(self.config))
+            check_num_sites(self.config, num_sites, f"the number of sites, {num_sites},")
+            check_num_nodes(grid, num_sites, overrides)
         self.adapted = model_for(self.config)
         request = Request(
             run=self.run_id,
@@ -95,7 +97,7 @@ class Run:
             private_root=str(self.record.folder.path / "private") if simulated else "",
         )
         roster = Roster(request, self.adapted.base.identity.sha256, self.record.event)
-        expected = len(federation_sites(self.config)) if simulated else needed_sites(self.config)
+        expected = len(site_names(self.config)) if simulated else needed_sites(self.config)
         roster.wait_for(grid, expected, self.config.federation.join_timeout_seconds, fixed=simulated)
         self.rounds = FederatedRounds(self.config, roster, self.record, global_loss(self.config, self.adapted))
 

@@ -20,16 +20,19 @@ class Exchange:
     grid: Grid
     asked: dict[str, int]
     """Message id -> node id. A reply that Flower makes for a dead node names the message, not the node."""
+    taken: Collection[str]
+    """Ids of the messages that Flower could store; to the others there will be no reply."""
     deadline: float
     """On ``time.monotonic``'s clock, seconds."""
 
     def replies(self) -> list[Message]:
-        """Replies that came before the deadline, in no particular order."""
-        waiting, received = set(self.asked), []
+        """Replies that came before the deadline, in no particular order, at most one to each request."""
+        waiting, received = set(self.taken), []
         while waiting and time.monotonic() < self.deadline:
             for reply in poll(self.grid, waiting):
-                waiting.discard(reply.metadata.reply_to_message_id)
-                received.append(reply)
+                if reply.metadata.reply_to_message_id in waiting:
+                    waiting.remove(reply.metadata.reply_to_message_id)
+                    received.append(reply)
             if waiting:
                 time.sleep(POLL_SECONDS)
         return received
@@ -37,9 +40,9 @@ class Exchange:
 
 def send(grid: Grid, requests: Sequence[Message], timeout_seconds: float) -> Exchange:
     """Send all requests; collect with ``replies``. Requests that Flower cannot store count as asked."""
-    push(grid, requests)
+    taken = push(grid, requests)
     asked = {request.metadata.message_id: request.metadata.dst_node_id for request in requests}
-    return Exchange(grid, asked, time.monotonic() + timeout_seconds)
+    return Exchange(grid, asked, taken.keys(), time.monotonic() + timeout_seconds)
 
 
 def push(grid: Grid, requests: Sequence[Message]) -> dict[str, int]:

@@ -250,11 +250,11 @@ def _quoted(text: str) -> str:
 
 
 def _simulation_size(config: Config) -> dict[str, float]:
-    from client.assemble import federation_sites  # noqa: PLC0415 - torch takes seconds to import
+    from client.data import site_names  # noqa: PLC0415 - takes seconds to import
 
     federation = config.federation
     return {
-        "num-supernodes": len(federation_sites(config)),
+        "num-supernodes": len(site_names(config)),
         "client-resources-num-cpus": federation.cpus_per_site,
         "client-resources-num-gpus": federation.gpus_per_site,
     }

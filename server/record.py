@@ -55,13 +55,22 @@ class RunFolder:
         Raises:
             ValueError: If the name points outside the folder.
         """
-        target = self.path / name
-        if not target.resolve().is_relative_to(self.path.resolve()):
-            raise ValueError(f"{name} lies outside the run folder")
+        target = self.inside(name)
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f".{target.name}.tmp")
         temporary.write_bytes(content)
         temporary.replace(target)
+
+    def inside(self, name: str) -> Path:
+        """Path of file ``name``.
+
+        Raises:
+            ValueError: If the name points outside the folder.
+        """
+        target = self.path / name
+        if not target.resolve().is_relative_to(self.path.resolve()):
+            raise ValueError(f"{name} lies outside the run folder")
+        return target
 
     def append_row(self, row: Mapping[str, Any]) -> None:
         """Add a line to ``metrics.jsonl``."""
@@ -185,11 +194,15 @@ def apply_line(values: Mapping[str, Any], folder: RunFolder) -> None:
 
 
 def _append_chunk(folder: RunFolder, name: str, start: int, chunk: bytes) -> None:
-    path = folder.path / name
-    before = path.read_bytes() if start else b""
-    if len(before) != start:
-        raise ValueError(f"{name}: a piece of the file is missing from the log at byte {len(before)}")
-    folder.write_bytes(name, before + chunk)
+    if start == 0:
+        folder.write_bytes(name, chunk)
+        return
+    path = folder.inside(name)
+    length = path.stat().st_size if path.exists() else 0
+    if length != start:
+        raise ValueError(f"{name}: a piece of the file is missing from the log at byte {length}")
+    with path.open("ab") as file:
+        file.write(chunk)
 
 
 def _jsonable(value: Any) -> Any:

@@ -30,6 +30,11 @@ class Roster:
     loads: dict[str, int] = field(default_factory=dict)
     """Process -> times it has loaded the base model."""
     _asked: dict[str, int] = field(default_factory=dict)
+    """Message id -> node id of join messages without an answer."""
+    _rivals: dict[int, str] = field(default_factory=dict)
+    """Node id -> site in whose name it came while another node was connected."""
+    _gone: set[str] = field(default_factory=set)
+    """Sites that were told to be gone."""
 
     def wait_for(self, grid: Grid, min_sites: int, timeout_seconds: float, *, fixed: bool) -> None:
         """Wait until ``min_sites`` have joined and nobody who was asked is still to answer.
@@ -53,17 +58,20 @@ class Roster:
             refused = "; ".join(self.refused.values()) or "nobody was refused"
             waiting = f", {len(self._asked)} still to answer" if self._asked else ""
             raise RuntimeError(
-                f"{len(self.nodes)} of federation.min_sites={min_sites} sites joined within "
-                f"{timeout_seconds:g} s{waiting}; {refused}"
+                f"{len(self.nodes)} of {min_sites} needed sites joined "
+                f"(federation.join_timeout_seconds={timeout_seconds:g}{waiting}): {refused}"
             )
 
     def update(self, grid: Grid) -> None:
         """Ask nodes not seen before who they are, and admit those that have answered; never waits."""
         present = set(grid.get_node_ids())
+        self._tell_gone(present)
+        self._forget_rivals(present)
         self._ask(grid, sorted(present - set(self.nodes.values()) - set(self.refused) - set(self._asked.values())))
         for reply in poll(grid, self._asked):
-            node = self._asked.pop(reply.metadata.reply_to_message_id)
-            self._admit(node, reply, present)
+            node = self._asked.pop(reply.metadata.reply_to_message_id, None)
+            if node is not None:
+                self._admit(node, reply, present)
         self._asked = {message_id: node for message_id, node in self._asked.items() if node in present}
 
     def present(self, grid: Grid) -> list[str]:
@@ -77,11 +85,22 @@ class Roster:
 
     def check_sender(self, node: int, sender: Sender) -> None:
         """Raise ``ValueError`` unless the reply comes from the site that joined on ``node``, with our settings."""
-        if sender.settings_hash != self.request.settings_hash:
-            raise ValueError(f"settings hash {sender.settings_hash[:12]}, this run has {self.request.settings_hash[:12]}")
+        self._check_settings(sender)
         if self.nodes.get(sender.site) != node:
             raise ValueError(f"reply in the name of {sender.site!r} from another node")
         self.loads[sender.process] = max(sender.base_model_loads, self.loads.get(sender.process, 0))
+
+    def _tell_gone(self, present: set[int]) -> None:
+        gone = {site for site, node in self.nodes.items() if node not in present}
+        for site in sorted(gone - self._gone):
+            self.tell(f"{site} is gone")
+        self._gone = gone
+
+    def _forget_rivals(self, present: set[int]) -> None:
+        """Let nodes try again whose site's other node is gone: a restarted site comes before Flower misses the old."""
+        for node, site in list(self._rivals.items()):
+            if self.nodes[site] not in present:
+                del self._rivals[node], self.refused[node]
 
     def _ask(self, grid: Grid, nodes: Sequence[int]) -> None:
         self._asked |= push(grid, [encode_request(JOIN, node, self.request, {}) for node in nodes])
@@ -99,12 +118,17 @@ class Roster:
             self.tell(f"{sender.site} joined with {joined.num_examples} training examples")
 
     def _check_newcomer(self, node: int, sender: Sender, joined: Joined, present: set[int]) -> None:
-        if sender.settings_hash != self.request.settings_hash:
-            raise ValueError(f"settings hash {sender.settings_hash[:12]}, this run has {self.request.settings_hash[:12]}")
+        self._check_settings(sender)
         if joined.base_sha256 != self.base_sha256:
             raise ValueError(f"base model {joined.base_sha256[:12]}, this run has {self.base_sha256[:12]}")
         if joined.num_examples < 1:
             raise ValueError(f"it has {joined.num_examples} training examples, at least 1 is needed")
         known = self.nodes.get(sender.site)
         if known is not None and known != node and known in present:
+            self._rivals[node] = sender.site
             raise ValueError(f"another connected node is {sender.site!r} already")
+
+    def _check_settings(self, sender: Sender) -> None:
+        theirs, ours = sender.settings_hash, self.request.settings_hash
+        if theirs != ours:
+            raise ValueError(f"settings hash {theirs[:12]}, this run has {ours[:12]}")

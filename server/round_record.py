@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from conf.check import needed_sites, num_asked
 from conf.schema import Config
 from conf.seeds import generator_for
 
@@ -40,11 +41,12 @@ class RoundRecord:
         """The sites' rows by name, then the round's."""
         trained = [row for row in self.sites.values() if "train_loss" in row]
         weights = [row["num_examples"] for row in trained]
+        losses = [row["train_loss"] for row in trained]
         of_round = {
             "type": "round",
             "round": self.server_round,
             "global_loss": self.global_loss,
-            "train_loss": float(np.average([row["train_loss"] for row in trained], weights=weights)) if trained else None,
+            "train_loss": float(np.average(losses, weights=weights)) if trained else None,
             "aggregation_gap": self.aggregation_gap,
             "num_sites": len(trained),
             "dropped": self.dropped,
@@ -55,20 +57,15 @@ class RoundRecord:
         return [row for _, row in sorted(self.sites.items())] + [of_round]
 
 
-def needed_sites(config: Config) -> int:
-    """Good replies that a round needs."""
-    return 1 if config.strategy.name == "centralised" else config.federation.min_sites
-
-
 def sample_sites(present: list[str], config: Config, server_round: int) -> list[str]:
     """Sites to ask in a round: ``federation.fraction`` of those present, by name, with the run's generator.
 
     Raises:
         RuntimeError: If that is fewer than ``federation.min_sites``.
     """
-    fraction = config.federation.fraction
-    count = min(len(present), max(1, round(fraction * len(present))))
+    count = num_asked(config, len(present))
     if count < needed_sites(config):
+        fraction = config.federation.fraction
         raise RuntimeError(
             f"round {server_round}: federation.fraction={fraction:g} of {len(present)} connected sites asks {count}, "
             f"below federation.min_sites={needed_sites(config)}"

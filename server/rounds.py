@@ -23,11 +23,12 @@ from client.messages import (
     to_record,
 )
 from client.site import POOLED
+from conf.check import needed_sites
 from conf.schema import Config
 from server.exchange import Exchange, send
 from server.record import RunRecord
 from server.roster import Roster
-from server.round_record import RoundRecord, needed_sites, sample_sites
+from server.round_record import RoundRecord, sample_sites
 from strategies.adapters import Arrays, check_finite
 from strategies.base import ClientUpdate
 from strategies.low_rank import aggregation_gap
@@ -138,13 +139,14 @@ class FederatedRounds(FlowerStrategy):
             try:
                 sender, answer = decode_losses(reply)
                 self.roster.check_sender(node, sender)
+                self._check_measured(sender.site, answer)
             except ValueError as error:
                 self._drop(node, f"evaluation: {error}")
                 continue
             if POOLED in answer:
                 pooled.append(answer.pop(POOLED).loss)
             losses |= answer
-        for name, measured in sorted(losses.items()):
+        for name, measured in losses.items():
             self._round.site(name)["loss"] = self.losses[name] = measured.loss
         if pooled:
             self._round.global_loss = float(np.mean(pooled))
@@ -158,9 +160,19 @@ class FederatedRounds(FlowerStrategy):
         """Say what runs, for people."""
         self.record.event(f"{self.config.strategy.name} over {', '.join(sorted(self.roster.nodes))}")
 
+    def _check_measured(self, site: str, answer: Mapping[str, HeldOutLoss]) -> None:
+        """Raise ``ValueError`` if a site speaks for others: only centralised training has the data of all."""
+        own = {site, POOLED} if self.config.method.name == "local_only" else {site}
+        if self.config.strategy.name != "centralised" and not answer.keys() <= own:
+            raise ValueError(f"losses on the data of others: {sorted(answer.keys() - own)[:4]}")
+
     def _aggregate(self, updates: list[ClientUpdate]) -> None:
-        aggregation = self.config.strategy.aggregate(self.adapter, self.state, updates)
-        check_finite(aggregation.adapter)
+        try:
+            aggregation = self.config.strategy.aggregate(self.adapter, self.state, updates)
+            check_finite(aggregation.adapter)
+        except ValueError as error:
+            place = f"round {self._round.server_round}: strategy={self.config.strategy.name}"
+            raise RuntimeError(f"{place} got good replies, but no adapter out of them: {error}") from error
         gap = aggregation_gap([update.adapter for update in updates], [update.num_examples for update in updates])
         self.adapter, self.state, self.personal = aggregation.adapter, aggregation.state, aggregation.personal
         self._round.aggregation_gap = gap
@@ -187,18 +199,22 @@ class FederatedRounds(FlowerStrategy):
         return self._exchange
 
     def _received(self, replies: Iterable[Message]) -> list[tuple[int, Message]]:
-        """Node id and reply; bytes are counted and silent nodes noted."""
-        asked = dict(self._exchange.asked) if self._exchange else {}
-        received = [(asked.pop(reply.metadata.reply_to_message_id), reply) for reply in replies]
+        """Node id and reply in the order of the sites' names; bytes are counted and silent nodes noted."""
+        assert self._exchange is not None
+        silent = dict(self._exchange.asked)
+        received = [(silent.pop(reply.metadata.reply_to_message_id), reply) for reply in replies]
         for node, reply in received:
             self._round.site(self.roster.name_of(node))["bytes_up"] += payload_bytes(reply)
-        for node in asked.values():
-            self._drop(node, f"no reply within {self.config.federation.round_timeout_seconds:g} s")
-        return received
+        for message_id, node in silent.items():
+            taken = message_id in self._exchange.taken
+            waited = f"no reply within {self.config.federation.round_timeout_seconds:g} s"
+            self._drop(node, waited if taken else "Flower could not store the message to it")
+        return sorted(received, key=lambda entry: self.roster.name_of(entry[0]))
 
     def _drop(self, node: int, reason: str) -> None:
         site = self.roster.name_of(node)
-        self._round.dropped[site] = self._round.site(site)["dropped"] = reason
+        reasons = [self._round.dropped[site], reason] if site in self._round.dropped else [reason]
+        self._round.dropped[site] = self._round.site(site)["dropped"] = "; ".join(reasons)
         self.record.event(f"round {self._round.server_round}: dropped {site}: {reason}")
 
     def _measure_start(self) -> None:

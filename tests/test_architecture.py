@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -73,26 +74,29 @@ def source_files(package):
     return sorted(path for path in (ROOT / package).rglob("*.py") if not path.name.startswith("test_"))
 
 
+@cache
 def imported_packages(path):
     """Top-level package of every import in the file, also of those inside functions."""
+    packages = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            yield from (alias.name.partition(".")[0] for alias in node.names)
+            packages |= {alias.name.partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            yield node.module.partition(".")[0]
+            packages.add(node.module.partition(".")[0])
+    return packages
 
 
 @pytest.mark.parametrize("package", IMPORTS)
 def test_imports_point_one_way(package):
     for path in source_files(package):
-        ours = IMPORTS.keys() & set(imported_packages(path))
+        ours = IMPORTS.keys() & imported_packages(path)
         assert ours <= IMPORTS[package], f"{path} imports {ours - IMPORTS[package]}"
 
 
 def test_strategies_need_only_numpy():
     for path in source_files("strategies"):
-        foreign = set(imported_packages(path)) - sys.stdlib_module_names - {"strategies", "numpy"}
+        foreign = imported_packages(path) - sys.stdlib_module_names - {"strategies", "numpy"}
         assert not foreign, f"{path} imports {foreign}"
 
 

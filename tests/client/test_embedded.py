@@ -49,7 +49,9 @@ def test_domains_and_kinds_of_task_are_balanced(rows):
 
 
 def test_every_text_fits_in_160_bytes_with_its_special_tokens(rows):
-    longest = max(len((plain_prompt(Example(*prompt_of(row), row["response"])) + row["response"]).encode()) for row in rows)
+    longest = max(
+        len((plain_prompt(Example(*prompt_of(row), row["response"])) + row["response"]).encode()) for row in rows
+    )
     assert longest + 2 <= 160
     assert all(row["response"] for row in rows)
 
@@ -100,7 +102,9 @@ def test_shared_tasks_speak_the_words_of_their_domain(rows):
     assert len({word for words in WORDS.values() for word in words}) == sum(map(len, WORDS.values()))
     for row in rows:
         foreign = {word for domain, words in WORDS.items() if domain != row["domain"] for word in words}
-        used = set(f"{row['instruction']} {row['context']}".replace("?", " ").replace(",", " ").replace(":", " ").split())
+        used = set(
+            f"{row['instruction']} {row['context']}".replace("?", " ").replace(",", " ").replace(":", " ").split()
+        )
         assert not used & foreign - {"past", "at"}, row
         assert row["task"] in HOUSE_RULES or used & set(WORDS[row["domain"]]), row
 

@@ -16,7 +16,8 @@ from tests.client.tiny_models import save_tiny_base
 @pytest.fixture(scope="module")
 def adapted(tmp_path_factory):
     torch.set_num_threads(1)
-    config = save_tiny_base(tmp_path_factory.mktemp("base"), "olmoe")
+    # With dropout, so that an evaluation in training mode would show.
+    config = save_tiny_base(tmp_path_factory.mktemp("base"), "olmoe", attention_dropout=0.5)
     return AdaptedModel(load_base(config, torch.device("cpu")), config, LoraConfig(rank=2))
 
 

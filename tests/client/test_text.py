@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from client.templates import alpaca_prompt
-from client.text import IGNORED_LABEL, Example, TokenSequence, byte_tokenizer, collate, encode
+from client.text import IGNORED_LABEL, Example, TokenSequence, byte_tokenizer, check_packing, collate, encode
 from conf.schema import DataConfig, Template, Truncation
 from tests.client.tiny_models import tiny_model
 
@@ -61,7 +61,9 @@ def test_byte_tokenizer_survives_saving(tmp_path):
 def test_loss_is_on_the_response_and_its_end_alone():
     (sequence,) = encode([Example("Say", "hé", "né")], TOKENIZER, settings())
     prompt, response = [BOS, *"Say\nhé\n".encode()], [*"né".encode(), EOS]
-    assert sequence == TokenSequence(prompt + response, [IGNORED_LABEL] * len(prompt) + response, [len(prompt + response)])
+    assert sequence == TokenSequence(
+        prompt + response, [IGNORED_LABEL] * len(prompt) + response, [len(prompt + response)]
+    )
 
 
 def test_no_token_straddles_prompt_and_response():
@@ -132,11 +134,17 @@ def test_response_too_long_to_fit_alone_is_cut_even_when_the_prompt_gives_way():
 
 
 @given(
-    st.text(max_size=30), st.text(min_size=1, max_size=30), st.sampled_from(Truncation), st.integers(8, 40), st.booleans()
+    st.text(max_size=30),
+    st.text(min_size=1, max_size=30),
+    st.sampled_from(Truncation),
+    st.integers(8, 40),
+    st.booleans(),
 )
 def test_no_sequence_is_longer_than_allowed_or_without_loss(prompt, response, truncation, max_length, packing):
     data = settings(truncation=truncation, max_length=max_length, packing=packing)
-    sequences = encode([Example(prompt, "", response), Example("", "", "x"), LONG, Example("p", "", "y")], TOKENIZER, data)
+    sequences = encode(
+        [Example(prompt, "", response), Example("", "", "x"), LONG, Example("p", "", "y")], TOKENIZER, data
+    )
     for sequence in sequences:
         assert len(sequence.input_ids) == len(sequence.labels) == sum(sequence.lengths) <= max_length
         assert response_ids(sequence)
@@ -192,9 +200,10 @@ def test_positions_of_a_pack_start_again_at_each_example_and_at_the_padding():
     assert "attention_mask" not in batch
 
 
-@pytest.mark.parametrize(
-    "family", ["olmoe", "qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss", "granitemoe", "llama"]
-)
+PACKABLE = ["olmoe", "qwen3_moe", "mixtral", "deepseek_v3", "granitemoe", "llama", "qwen3", "gpt2"]
+
+
+@pytest.mark.parametrize("family", PACKABLE)
 def test_packed_logits_are_the_unpacked_ones(family):
     """Examples of a pack do not see each other, in rows with padding left over too.
 
@@ -225,3 +234,15 @@ def test_packed_loss_is_the_unpacked_one():
         with torch.no_grad():
             losses.append(model(**batch, use_cache=False).loss.item())
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("family", PACKABLE)
+def test_models_that_keep_examples_apart_pass_the_check(family):
+    check_packing(tiny_model(family))
+    check_packing(tiny_model(family).to(torch.bfloat16))
+
+
+def test_model_that_attends_across_examples_is_refused():
+    """Of transformers 5.23's GPT-OSS, that is: it builds its masks without position_ids."""
+    with pytest.raises(ValueError, match=r"data\.packing=true: GptOss.* attends across"):
+        check_packing(tiny_model("gpt_oss"))

@@ -80,6 +80,11 @@ _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", {"intermediate_size": 20, "head_dim": 8}),
     "granite": ("granite", {"intermediate_size": 20}),
     "gpt2": ("gpt2", {"n_positions": 512}),
+    # Its experts take every token and so have no place in transformers' experts interface.
+    "llama4_text": (
+        "llama4_text",
+        {"intermediate_size": 24, "intermediate_size_mlp": 24, "num_local_experts": NUM_EXPERTS, "head_dim": 8},
+    ),
 }
 
 MOE_FAMILIES = ("olmoe", "qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss", "granitemoe")
@@ -94,13 +99,14 @@ def tiny_config(family: str, **overrides: Any) -> PreTrainedConfig:
 
 def tiny_model(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     """Model of ``family`` whose every parameter is random, so that no projection, bias or router is zero."""
-    model = AutoModelForCausalLM.from_config(tiny_config(family, **overrides))
+    model: Any = AutoModelForCausalLM.from_config(tiny_config(family, **overrides))  # type: ignore[no-untyped-call]
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             mean = 1.0 if "norm" in name and name.endswith("weight") else 0.0
             parameter.copy_(mean + 0.2 * torch.randn(parameter.shape, generator=generator))
-    return model.eval()
+    tiny: PreTrainedModel = model.eval()
+    return tiny
 
 
 def save_tiny_base(folder: Path, family: str, seed: int = 0, **overrides: Any) -> ModelConfig:

@@ -92,7 +92,7 @@ def test_filtered_and_orthogonal_by_hand(kind, update, expected):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 2**32 - 4), strength=st.floats(0, 1))
 def test_every_kind_equals_its_formula_expert_by_expert(kind, seed, strength):
     first, trained, second = two_rounds(seed)
@@ -103,7 +103,7 @@ def test_every_kind_equals_its_formula_expert_by_expert(kind, seed, strength):
         np.testing.assert_allclose(vector(start, layer, expert), expected, rtol=1e-4, atol=1e-5)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 2**32 - 4))
 def test_papers_residual_is_parallel_to_the_received_expert(seed):
     first, trained, second = two_rounds(seed)
@@ -124,7 +124,7 @@ def test_orthogonal_residual_is_orthogonal_to_the_global_step():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 2**32 - 4), guard=st.floats(1, 3), update_scale=st.floats(0, 50))
 def test_norm_guard_bounds_every_expert_and_only_shortens_the_residual(kind, seed, guard, update_scale):
     """The guarded start is Theta + c lambda R with c in [0, 1], and c = 1 inside the bound."""

@@ -1,0 +1,39 @@
+# make run   sets up what is missing and runs the main job on the embedded default
+# make test  sets up what is missing and passes the tests
+# make check formats, lints and types
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip
+
+.PHONY: run test test-unit check format clean
+
+run: $(STAMP)
+	$(BIN)/bouquet run -m strategy=fc_moe,fedavg,local_only
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -m "not network and not containers and not gpu"
+
+test-unit: $(STAMP)
+	$(BIN)/python -m pytest -m "not simulation and not processes and not network and not containers and not gpu"
+
+check: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# The dependencies are the exact versions of the lock; pyproject.toml's ranges are for those who build on Bouquet.
+$(STAMP): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Bouquet needs Python 3.11 or newer: make PYTHON=python3.12 ..."; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { echo "no virtual environments here: apt-get install python3-venv"; exit 1; }
+	$(PIP) install -q -r requirements.lock
+	$(PIP) install -q --no-deps -e .
+	@touch $(STAMP)
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

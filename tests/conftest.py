@@ -1,0 +1,16 @@
+"""For all tests: no network, no telemetry, one thread, and a cache of bases that outlives nothing."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import tempfile
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+if "BOUQUET_CACHE" not in os.environ:
+    os.environ["BOUQUET_CACHE"] = tempfile.mkdtemp(prefix="bouquet-test-cache-")
+    atexit.register(shutil.rmtree, os.environ["BOUQUET_CACHE"], ignore_errors=True)

@@ -1,0 +1,129 @@
+"""Bouquet and Flower as a user starts them: real processes on loopback, ended for certain."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import psutil
+
+from client.embedded import DOMAINS, embedded_rows
+from server.flower import MARK, end_marked
+
+BIN = Path(sys.executable).parent
+SMALL = ("data.num_examples=160", "train.max_steps=2", "eval.max_examples=8", "rounds=2", "device=cpu")
+"""Settings of a run that takes seconds."""
+
+
+def bouquet(*words: str, cwd: Path, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    """``bouquet ...`` to its end."""
+    return subprocess.run(
+        [str(BIN / "bouquet"), *words], cwd=cwd, capture_output=True, text=True, timeout=timeout, check=False
+    )
+
+
+def run_folder(output: str) -> Path:
+    """The last line that ``bouquet run`` printed."""
+    return Path(output.strip().splitlines()[-1])
+
+
+def summary(folder: Path) -> dict:
+    return json.loads((folder / "summary.json").read_text())
+
+
+def rows(folder: Path, kind: str) -> list[dict]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if row["type"] == kind]
+
+
+def write_site_files(folder: Path, num_examples: int = 160) -> dict[str, Path]:
+    """One jsonl file for each domain of the embedded data: site -> file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    embedded = embedded_rows(num_examples, seed=0)
+    files = {}
+    for domain in DOMAINS:
+        files[domain] = folder / f"{domain}.jsonl"
+        lines = [json.dumps(row) for row in embedded if row["domain"] == domain]
+        files[domain].write_text("\n".join(lines) + "\n")
+    return files
+
+
+def leftovers(environment: Mapping[str, str] | None = None) -> list[str]:
+    """Command lines of Flower and Ray processes that run now, of anybody on this machine."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        line = " ".join(process.info["cmdline"] or [])
+        if any(word in line for word in ("flower-superlink", "flwr-simulation", "ray::", "raylet", "gcs_server")):
+            found.append(line[:120])
+    return found
+
+
+@contextlib.contextmanager
+def superlink(home: Path) -> Iterator[str]:
+    """A SuperLink for separate processes, as the README starts it; yields HOST:PORT."""
+    home.mkdir(parents=True, exist_ok=True)
+    mark, port = uuid.uuid4().hex, free_port()
+    words = ["flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", str(port)]
+    with _started(words, home, mark), _ended(mark):
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            with contextlib.suppress(urllib.error.URLError, OSError):
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2).close()
+                break
+            time.sleep(0.2)
+        else:
+            raise AssertionError((home / "flower-superlink.log").read_text())
+        yield f"127.0.0.1:{port}"
+
+
+@contextlib.contextmanager
+def supernode(home: Path, address: str, node_config: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A SuperNode, as the README starts it; yields its process."""
+    home.mkdir(parents=True, exist_ok=True)
+    mark = uuid.uuid4().hex
+    words = [
+        "flower-supernode", "--insecure", "--superlink", address, "--port", str(free_port()),
+        "--node-config", node_config,
+    ]  # fmt: skip
+    with _started(words, home, mark) as process, _ended(mark):
+        yield process
+
+
+@contextlib.contextmanager
+def _started(words: list[str], home: Path, mark: str) -> Iterator[subprocess.Popen[bytes]]:
+    environment = dict(os.environ) | {
+        MARK: mark,
+        "FLWR_HOME": str(home / "flwr"),
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+    }
+    with (home / f"{words[0]}.log").open("wb") as log:
+        process = subprocess.Popen(
+            [str(BIN / words[0]), *words[1:]],
+            cwd=home, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+    yield process
+
+
+@contextlib.contextmanager
+def _ended(mark: str) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        end_marked(mark)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]

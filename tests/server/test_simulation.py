@@ -1,0 +1,115 @@
+"""Whole runs in Flower's simulation, started and stopped as a user does."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from server.flower import local_superlink
+from tests.server.commands import BIN, SMALL, bouquet, leftovers, rows, run_folder, summary
+
+pytestmark = [pytest.mark.simulation, pytest.mark.timeout(600)]
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    """The command of ``make run``, shorter."""
+    folder = tmp_path_factory.mktemp("sweep")
+    return bouquet("run", "-m", "strategy=fc_moe,fedavg,local_only", *SMALL, cwd=folder, timeout=500)
+
+
+def test_sweep_ends_with_a_table_and_the_comparison_folder(sweep):
+    assert sweep.returncode == 0, sweep.stdout + sweep.stderr
+    folder = run_folder(sweep.stdout)
+    assert sorted(path.name for path in folder.iterdir()) == ["fc_moe", "fedavg", "local_only"]
+    table = sweep.stdout[sweep.stdout.index("held-out loss") :]
+    for name in ("fc_moe", "fedavg", "local_only"):
+        assert f"{summary(folder / name)['global_loss']:.4f}" in table
+
+
+def test_run_folder_holds_everything(sweep):
+    folder = run_folder(sweep.stdout) / "fc_moe"
+    result = summary(folder)
+    assert result["status"] == "completed"
+    assert result["rounds"] == 2
+    assert result["bytes_up"] == sum(row["bytes_up"] for row in rows(folder, "site")) > 0
+    assert all(loads == 1 for loads in result["base_model_loads"].values())
+    assert len(rows(folder, "site")) == 2 * 4
+    assert [row["round"] for row in rows(folder, "round")] == [0, 1, 2]
+    diagnostics = json.loads((folder / "diagnostics" / "round-0002.json").read_text())
+    assert diagnostics["experts"].keys() == diagnostics["expert_tokens"]["bank"].keys()
+    assert "strategy:" in (folder / "config.yaml").read_text()
+
+
+def test_local_only_sends_nothing(sweep):
+    result = summary(run_folder(sweep.stdout) / "local_only")
+    assert result["bytes_up"] == result["bytes_down"] == 0
+    assert result["global_loss"] is not None
+
+
+def test_adapter_loads_in_stock_peft(sweep):
+    folder = run_folder(sweep.stdout) / "fedavg"
+    path = summary(folder)["base_model"]["path"]
+    base = AutoModelForCausalLM.from_pretrained(path)
+    tokens = torch.arange(10).unsqueeze(0)
+    before = base(tokens).logits
+    adapted = PeftModel.from_pretrained(base, folder / "adapter")
+    assert not torch.equal(before, adapted(tokens).logits)
+
+
+def test_nothing_is_left_running(sweep):
+    assert leftovers() == []
+
+
+def test_failing_run_says_why_and_exits_1(tmp_path):
+    failed = bouquet("run", *SMALL, "train.learning_rate=1e30", "train.max_grad_norm=1e30", "output=bad", cwd=tmp_path)
+    assert failed.returncode == 1
+    assert "round 1" in failed.stderr
+    assert "bank" in failed.stderr
+    assert summary(tmp_path / "bad")["status"] == "failed"
+
+
+def test_ctrl_c_stops_everything(tmp_path):
+    process = subprocess.Popen(
+        [str(BIN / "bouquet"), "run", "rounds=500", "output=long"],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 200
+    while not (tmp_path / "long" / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert "interrupted" in output
+    assert leftovers() == []
+
+
+def test_flwr_run_needs_as_many_nodes_as_sites_and_then_works(tmp_path):
+    overrides = shlex.join(["strategy=fc_moe", "partition=dirichlet", "partition.alpha=0.5", *SMALL])
+
+    def flwr_run(connection, num_nodes, output):
+        return subprocess.run(
+            [
+                *connection.command("run"), os.fspath(BIN.parents[1]), "bouquet", "--stream",
+                "--run-config", f'overrides="{overrides} output={tmp_path / output}"',
+                "--federation-config", f"num-supernodes={num_nodes}",
+            ],
+            env=dict(connection.environment), capture_output=True, text=True, timeout=240, check=False,
+        )  # fmt: skip
+
+    with local_superlink(1) as connection:
+        wrong = flwr_run(connection, 2, "wrong")
+        assert "2 simulated nodes, but these settings make 4 sites" in wrong.stdout
+        assert "--federation-config 'num-supernodes=4'" in wrong.stdout
+        assert summary(tmp_path / "wrong")["status"] == "failed"
+        right = flwr_run(connection, 4, "right")
+        assert summary(tmp_path / "right")["status"] == "completed", right.stdout
