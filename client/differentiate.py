@@ -26,7 +26,7 @@ _LENGTH = 128
 """Tokens of a sequence of general text."""
 _BATCH_SIZE = 8
 _NUM_ROUTER_SEQUENCES = 32
-_NUM_HELD_OUT = 8
+_NUM_HELD_OUT = 4
 _LEARNING_RATE = 5e-5
 _BALANCE_WEIGHT = 0.01
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 
 def merge_adapter(adapter: Path, folder: Path) -> None:
@@ -19,6 +20,7 @@ def merge_adapter(adapter: Path, folder: Path) -> None:
         raise ValueError(f"{adapter} holds no adapter: the run did not complete a round")
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty: choose another folder")
+    transformers_logging.disable_progress_bar()
     path = PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
     try:
         base = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)

@@ -18,6 +18,7 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ from strategies.base import ClientUpdate
 FORMAT = 1
 """Version of this protocol; a reply with another one is refused."""
 
-_UNREADABLE = (json.JSONDecodeError, OSError, EOFError, MemoryError, zipfile.BadZipFile)
+_UNREADABLE = (json.JSONDecodeError, OSError, EOFError, MemoryError, SyntaxError, TokenError, zipfile.BadZipFile)
 """What ``json.loads`` and ``numpy.load`` raise for foreign bytes, besides plain ``ValueError``."""
 
 TRAIN, EVALUATE, JOIN = MessageType.TRAIN, MessageType.EVALUATE, MessageType.QUERY

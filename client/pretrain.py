@@ -48,7 +48,9 @@ class PretrainConfig:
     """Held-out texts, from another seed, on which the result is judged."""
 
 
-def pretrain_tiny_moe(folder: Path, *, steps: int = 4000, seed: int = 0, num_threads: int = 2) -> dict[str, float]:
+def pretrain_tiny_moe(
+    folder: Path, *, steps: int = 4000, seed: int = 0, num_threads: int = 2, num_held_out: int = 1000
+) -> dict[str, float]:
     """Train the model and write it, its tokenizer and ``pretraining.json`` into ``folder``; the results in numbers.
 
     Weights are trained in float32 and stored in float16; the numbers are those of the stored ones.
@@ -58,7 +60,7 @@ def pretrain_tiny_moe(folder: Path, *, steps: int = 4000, seed: int = 0, num_thr
     """
     if (folder / "config.json").exists():
         raise ValueError(f"{folder} holds a model already; name another folder")
-    config = PretrainConfig(steps=steps, seed=seed)
+    config = PretrainConfig(steps=steps, seed=seed, num_held_out=num_held_out)
     torch.set_num_threads(num_threads)
     torch.manual_seed(config.seed)
     tokenizer = byte_tokenizer()

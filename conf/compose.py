@@ -12,6 +12,7 @@ import json
 import shlex
 from collections.abc import Mapping, Sequence
 from enum import Enum
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -126,6 +127,7 @@ def _plain(value: Any) -> Any:
     return value.name if isinstance(value, Enum) else value
 
 
+@cache
 def _register() -> None:
     store = ConfigStore.instance()
     store.store(name="schema", node=Config)

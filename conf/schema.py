@@ -208,7 +208,8 @@ class DataConfig:
     """Upper limit of rows, drawn at random after ``filter``, of each file with ``partition=files``; null: all.
     The embedded default generates this many, null: 1200."""
     template: Template | None = None
-    """null: ``alpaca``, and ``plain`` for the embedded default, whose model reads bytes."""
+    """null: ``plain`` for the packaged model, which was pre-trained on it and reads bytes, else ``alpaca``. Where the
+    data lie does not decide: simulation and real sites must agree."""
     max_length: int = 256
     """Tokens per sequence, prompt and response together."""
     truncation: Truncation = Truncation.prompt
@@ -218,8 +219,6 @@ class DataConfig:
     def __post_init__(self) -> None:
         require(0 < self.held_out_fraction < 1, "data.held_out_fraction", "in (0, 1)", self.held_out_fraction)
         require(self.max_length >= 8, "data.max_length", ">= 8", self.max_length)
-        if self.template is None:
-            self.template = Template.plain if self.path is None else Template.alpaca
         require(self.num_examples is None or self.num_examples >= 2, "data.num_examples", "null or >= 2", self.num_examples)
 
 
@@ -413,8 +412,8 @@ class FederationConfig:
     """CPU cores of one simulated site; the machine's cores divided by it are the sites trained at a time."""
     gpus_per_site: float = 0.0
     """GPU share of one simulated site."""
-    join_timeout_seconds: float = 120.0
-    """How long to wait for ``min_sites`` sites before round 1."""
+    join_timeout_seconds: float = 600.0
+    """How long to wait for ``min_sites`` sites before round 1; a site may have to build its base model first."""
     round_timeout_seconds: float = 3600.0
     """How long to wait for the replies of one round."""
 
@@ -448,3 +447,8 @@ class Config:
     output: str | None = None
     """Run folder; null: outputs/<strategy>-<time>."""
     logger: Logger = Logger.none
+
+    def __post_init__(self) -> None:
+        if self.data.template is None:
+            packaged = self.model.source is ModelSource.package
+            self.data.template = Template.plain if packaged else Template.alpaca

@@ -28,14 +28,15 @@ class Exchange:
     def replies(self) -> list[Message]:
         """Replies that came before the deadline, in no particular order, at most one to each request."""
         waiting, received = set(self.taken), []
-        while waiting and time.monotonic() < self.deadline:
+        while True:
+            # Looks once even if the caller came after the deadline: it had work of its own meanwhile.
             for reply in poll(self.grid, waiting):
                 if reply.metadata.reply_to_message_id in waiting:
                     waiting.remove(reply.metadata.reply_to_message_id)
                     received.append(reply)
-            if waiting:
-                time.sleep(POLL_SECONDS)
-        return received
+            if not waiting or time.monotonic() >= self.deadline:
+                return received
+            time.sleep(POLL_SECONDS)
 
 
 def send(grid: Grid, requests: Sequence[Message], timeout_seconds: float) -> Exchange:

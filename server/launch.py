@@ -17,6 +17,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from conf.check import check_num_sites
 from conf.compose import expand_sweep, load_config, swept_keys
 from conf.schema import Config, Files, Mode, ModelSource
 from server.compare import comparison
@@ -28,7 +29,8 @@ from server.view import View
 FAILED, BAD_SETTINGS, INTERRUPTED = 1, 2, 130
 
 cli = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
-console = Console(highlight=False)
+# A log file is as wide as its lines; a terminal tells its width.
+console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="Settings, key=value; see conf/schema.py.")]
@@ -42,6 +44,8 @@ class Job:
     config: Config
     overrides: tuple[str, ...]
     output: Path
+    num_sites: int | None
+    """Simulated sites; None for a remote run."""
 
 
 def main() -> None:
@@ -132,7 +136,7 @@ def merge(
 @cli.command()
 def pretrain(
     folder: Annotated[Path, typer.Argument(help="New folder for the model.")],
-    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 3000,
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 4000,
     seed: int = 0,
     num_threads: Annotated[int, typer.Option(min=1)] = os.cpu_count() or 1,
 ) -> None:
@@ -167,7 +171,11 @@ def plan(overrides: list[str], *, multirun: bool) -> tuple[list[Job], Path]:
 def launch(job: Job, connection: Connection) -> bool:
     """Run one job to its end; True if it completed."""
     remote = job.config.federation.mode is Mode.remote
-    size = {} if remote else _simulation_size(job.config)
+    size = {
+        "num-supernodes": job.num_sites or 0,
+        "client-resources-num-cpus": job.config.federation.cpus_per_site,
+        "client-resources-num-gpus": job.config.federation.gpus_per_site,
+    }
     started: list[str] = []
 
     def on_start(run_id: str) -> None:
@@ -177,7 +185,7 @@ def launch(job: Job, connection: Connection) -> bool:
             facts["root_certificates"] = job.config.federation.root_certificates
             RunFolder(job.output).write_text("launch.json", json.dumps(facts) + "\n")
 
-    process = connection.run(shlex.join(job.overrides), size)
+    process = connection.run(shlex.join(job.overrides), {} if remote else size)
     try:
         with View(console, job.output.name) as view:
             outcome = follow(process, view, job.output / "log.txt", RunFolder(job.output) if remote else None, on_start)
@@ -219,11 +227,12 @@ def _job(name: str, config: Config, overrides: Sequence[str], output: Path) -> J
     if (output / "config.yaml").exists() or (output / "summary.json").exists():
         raise ValueError(f"output={output} already holds a run: choose another folder, or remove it")
     words = [word for word in overrides if not word.startswith("output=")]
-    if config.federation.mode is Mode.simulation:
+    sites = _count_sites(config) if config.federation.mode is Mode.simulation else None
+    if sites is not None:
         # The run's processes start elsewhere: relative paths are made absolute here, where the user wrote them.
         words += [f"{key}={_quoted(path)}" for key, path in _local_paths(config).items()]
         words += [f"output={_quoted(str(output))}"]
-    return Job(name or config.strategy.name, config, tuple(words), output)
+    return Job(name or config.strategy.name, config, tuple(words), output, sites)
 
 
 def _local_paths(config: Config) -> dict[str, str]:
@@ -249,15 +258,12 @@ def _quoted(text: str) -> str:
     return f"'{escaped}'"
 
 
-def _simulation_size(config: Config) -> dict[str, float]:
+def _count_sites(config: Config) -> int:
     from client.data import site_names  # noqa: PLC0415 - takes seconds to import
 
-    federation = config.federation
-    return {
-        "num-supernodes": len(site_names(config)),
-        "client-resources-num-cpus": federation.cpus_per_site,
-        "client-resources-num-gpus": federation.gpus_per_site,
-    }
+    count = len(site_names(config))
+    check_num_sites(config, count, f"the number of sites, {count},")
+    return count
 
 
 def _run_name(words: Sequence[str], keys: Sequence[str], config: Config) -> str:

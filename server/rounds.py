@@ -66,7 +66,7 @@ class FederatedRounds(FlowerStrategy):
         self._round = RoundRecord(0)
         self._exchange: Exchange | None = None
 
-    def start(  # noqa: D102 - Flower's loop, with our exchange; its configs and evaluate_fn are not used
+    def start(  # noqa: D102, PLR0917 - Flower's loop, with our exchange; its configs and evaluate_fn are not used
         self,
         grid: Grid,
         initial_arrays: ArrayRecord,

@@ -27,6 +27,9 @@ from tests.client.tiny_models import (
     tiny_model,
 )
 
+# Stock PEFT asks the model by a name that transformers is about to drop.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+
 CPU = torch.device("cpu")
 LORA = LoraConfig(rank=3, alpha=6.0)
 ALL_FAMILIES = (*MOE_FAMILIES, *DENSE_FAMILIES, "gpt2")
@@ -150,7 +153,7 @@ def test_the_router_is_found_beside_the_experts(family: str, router: str) -> Non
 
 
 @pytest.mark.parametrize(
-    ("family", "training"), [(family, training) for family in MOE_FAMILIES for training in TRAININGS]
+    ("family", "training"), [(family, training) for family in MOE_FAMILIES for training in TRAININGS[:3]]
 )
 def test_saved_adapter_gives_the_same_logits_in_stock_peft(
     family: str, training: tuple[ExpertTraining, RouterTraining], tmp_path: Path

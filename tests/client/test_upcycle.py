@@ -134,5 +134,5 @@ def test_upcycling_twice_gives_the_same_weights(tmp_path: Path, differentiation:
 def test_text_that_is_too_short_is_refused(tmp_path: Path) -> None:
     text = tmp_path / "short.txt"
     text.write_text("A few words.")
-    with pytest.raises(ValueError, match=r"model.upcycle.text=.*short.txt has 13 tokens, at least 2048 are needed"):
+    with pytest.raises(ValueError, match=r"model.upcycle.text=.*short.txt has 13 tokens, at least 1536 are needed"):
         upcycled(tmp_path, text=str(text), differentiate=Differentiation.kmeans_router)

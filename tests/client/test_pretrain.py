@@ -1,0 +1,46 @@
+"""The command that rebuilds the packaged model; its real run takes minutes, here it takes three steps."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from client.pretrain import pretrain_tiny_moe
+
+
+def pretrain(folder: Path) -> dict[str, float]:
+    return pretrain_tiny_moe(folder, steps=3, seed=1, num_threads=torch.get_num_threads(), num_held_out=40)
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pretrained")
+    pretrain(folder)
+    return folder
+
+
+def test_what_is_written_is_a_base_model_with_its_record(pretrained: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(pretrained, dtype="float32")
+    tokenizer = AutoTokenizer.from_pretrained(pretrained)
+    record = json.loads((pretrained / "pretraining.json").read_text())
+    assert model.config.vocab_size == len(tokenizer)
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+    assert record["settings"]["steps"] == 3
+    assert record["settings"]["seed"] == 1
+    # A byte costs ln 259 = 5.56 nats before training.
+    assert 0 < record["results"]["shared_nats_per_response_token"] < 5.56
+    assert 0 <= record["results"]["house_rule_whole_answers_correct"] <= 1
+
+
+def test_a_seed_makes_the_same_model_again(pretrained: Path, tmp_path: Path) -> None:
+    pretrain(tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == (pretrained / "model.safetensors").read_bytes()
+
+
+def test_a_model_is_never_overwritten(pretrained: Path) -> None:
+    with pytest.raises(ValueError, match="holds a model already"):
+        pretrain(pretrained)
