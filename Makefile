@@ -12,11 +12,14 @@ PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip
 run: $(STAMP)
 	$(BIN)/bouquet run -m strategy=fc_moe,fedavg,local_only
 
-test: $(STAMP)
-	$(BIN)/python -m pytest -m "not network and not containers and not gpu"
+SLOW := simulation or processes
+ELSEWHERE := network or containers or gpu
+
+test: test-unit
+	$(BIN)/python -m pytest -m "($(SLOW)) and not ($(ELSEWHERE))"
 
 test-unit: $(STAMP)
-	$(BIN)/python -m pytest -m "not simulation and not processes and not network and not containers and not gpu"
+	$(BIN)/python -m pytest -n auto -m "not ($(SLOW) or $(ELSEWHERE))"
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

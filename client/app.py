@@ -97,7 +97,7 @@ def node_of(node_config: Mapping[str, Any], config: Config) -> Node:
         return Node(site=names[index])
     for key in ("site", "data"):
         if not node_config.get(key):
-            example = "flower-supernode --node-config 'site=\"NAME\" data=\"FILE\"'"
+            example = 'flower-supernode --node-config \'site="NAME" data="FILE"\''
             raise ValueError(f"the node config needs {key}=...: {example}")
     private = str(node_config.get("private", "") or default_private_root())
     device = str(node_config.get("device", ""))
@@ -129,7 +129,7 @@ def _answer(
         answer = work(_site(request, config, node), request, adapter)
         return encode(_sender(name, hash_here), answer, message)
     # The edge of the process: whatever went wrong is told by name instead of ending as an anonymous crash.
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
         log.exception("site %s failed", name)
         reason = str(error) if _is_ours(error) else f"{type(error).__name__} (details in the site's log)"
         return messages.encode_failure(_sender(name, hash_here), reason, message)

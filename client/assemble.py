@@ -16,6 +16,7 @@ from client.text import Example, check_packing
 from conf.schema import Config, Device
 from conf.seeds import generator_for
 
+
 def simulated_site(config: Config, name: str, private_folder: Path) -> Site:
     """One of ``site_names``.
 
@@ -63,8 +64,7 @@ def model_for(config: Config) -> AdaptedModel:
     torch.set_num_threads(config.train.num_threads)
     adapted = adapted_model(config.model, config.lora, resolve_device(config.device))
     if config.data.packing:
-        adapted.model.eval()
-        check_packing(adapted.model)
+        check_packing(adapted.base.model)
     return adapted
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging as transformers_logging
+
+from client.bases import without_progress_bars
 
 
 def merge_adapter(adapter: Path, folder: Path) -> None:
@@ -20,13 +21,13 @@ def merge_adapter(adapter: Path, folder: Path) -> None:
         raise ValueError(f"{adapter} holds no adapter: the run did not complete a round")
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty: choose another folder")
-    transformers_logging.disable_progress_bar()
     path = PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
-    try:
-        base = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except OSError as error:
-        raise ValueError(f"base model {path} of {adapter} cannot be read: {error}") from error
-    merged = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
-    merged.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    with without_progress_bars():
+        try:
+            base = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(path)
+        except OSError as error:
+            raise ValueError(f"base model {path} of {adapter} cannot be read: {error}") from error
+        merged = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
+        merged.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)

@@ -76,7 +76,9 @@ class Joined:
 
 def encode_request(kind: str, node_id: int, request: Request, adapter: Arrays) -> Message:
     """A message of ``kind`` to one node."""
-    content = RecordDict({"request": ConfigRecord({"json": json.dumps(asdict(request))}), "adapter": to_record(adapter)})
+    content = RecordDict(
+        {"request": ConfigRecord({"json": json.dumps(asdict(request))}), "adapter": to_record(adapter)}
+    )
     return Message(content, node_id, kind, group_id=str(request.server_round))
 
 

@@ -161,7 +161,9 @@ def _check_form(override: Override) -> None:
     if not key or override.is_add() or override.is_force_add() or override.is_delete() or override.package is not None:
         raise ValueError(f"cannot read the setting {override.input_line!r}: write it as key=value")
     if key.partition(".")[0] == "hydra":
-        raise ValueError(f"{override.input_line}: Bouquet composes its settings with Hydra, but takes none of Hydra's own")
+        raise ValueError(
+            f"{override.input_line}: Bouquet composes its settings with Hydra, but takes none of Hydra's own"
+        )
     if key in GROUPS and not isinstance(value, str) and not override.is_sweep_override():
         given = override.get_value_string()
         raise ValueError(f"{key} must be a name, got {given!r}; what belongs to it is set by {key}.setting=value")

@@ -42,11 +42,11 @@ def main(grid: Grid, context: Context) -> None:
     """Run the rounds; raises what went wrong, after it was written to ``summary.json``."""
     overrides = str(context.run_config["overrides"])
     config = load_config(overrides)
-    folder = RunFolder(run_folder_path(config, str(context.run_id)))
-    record = RunRecord(folder, open_logger(config, folder.path))
+    record = RunRecord(RunFolder(run_folder_path(config, str(context.run_id))))
     run = Run(config, str(context.run_id), record)
     record.started(to_yaml(config), {"strategy": config.strategy.name, "rounds": config.rounds, "run_id": run.run_id})
     try:
+        record.log_row = open_logger(config, record.folder.path)
         run.prepare(grid, overrides)
         run.train(grid)
     # The edge of the process: every end is told in summary.json, then goes on as it was.
@@ -158,7 +158,9 @@ def check_num_nodes(grid: Grid, num_sites: int, overrides: str) -> None:
     while (num_nodes := len(list(grid.get_node_ids()))) != num_sites and time.monotonic() < deadline:
         time.sleep(0.2)
     if num_nodes != num_sites:
-        run_config = shlex.quote(f'overrides="{overrides}"')
+        # Flower reads a TOML string, but without escapes.
+        mark = "'" if '"' in overrides else '"'
+        run_config = shlex.quote(f"overrides={mark}{overrides}{mark}")
         raise ValueError(
             f"{num_nodes} simulated nodes, but these settings make {num_sites} sites; run: "
             "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1 flwr run . --stream "

@@ -56,7 +56,11 @@ class Connection:
     def stop(self, run_id: str) -> None:
         """Ask the SuperLink to end a run; a run that has ended is left alone."""
         subprocess.run(  # noqa: S603
-            self.command("stop", run_id, "bouquet"), env=dict(self.environment), capture_output=True, timeout=60, check=False
+            self.command("stop", run_id, "bouquet"),
+            env=dict(self.environment),
+            capture_output=True,
+            timeout=60,
+            check=False,
         )
 
     def _follow(self, words: Sequence[str]) -> subprocess.Popen[str]:

@@ -162,9 +162,7 @@ def plan(overrides: list[str], *, multirun: bool) -> tuple[list[Job], Path]:
     folder = Path(configs[0].output or f"outputs/compare-{time.strftime('%Y%m%d-%H%M%S')}").expanduser().resolve()
     keys = swept_keys(overrides) or ["strategy"]
     names = [_run_name(words, keys, config) for words, config in zip(sweep, configs, strict=True)]
-    jobs = [
-        _job(name, config, words, folder / name) for name, config, words in zip(names, configs, sweep, strict=True)
-    ]
+    jobs = [_job(name, config, words, folder / name) for name, config, words in zip(names, configs, sweep, strict=True)]
     return jobs, folder
 
 

@@ -24,7 +24,7 @@ def open_logger(config: Config, folder: Path) -> LogRow:
         return _tensorboard(folder)
     if config.logger is Logger.wandb:
         return _wandb(config, folder)
-    return lambda row: None
+    return lambda _row: None
 
 
 def scalars(row: Mapping[str, Any]) -> Iterator[tuple[str, float]]:

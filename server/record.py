@@ -91,9 +91,10 @@ class RunFolder:
 class RunRecord:
     """Writes the run folder and the tagged log lines together."""
 
-    def __init__(self, folder: RunFolder, log_row: Callable[[Mapping[str, Any]], None]) -> None:
+    def __init__(self, folder: RunFolder) -> None:
         self.folder = folder
-        self.log_row = log_row
+        self.log_row: Callable[[Mapping[str, Any]], None] = _log_nowhere
+        """Takes each row of metrics too: see ``server.loggers``."""
 
     def started(self, config_yaml: str, facts: Mapping[str, Any]) -> None:
         """The run begins: resolved settings, and what the live view needs to know."""
@@ -133,6 +134,10 @@ class RunRecord:
             for start in range(0, max(len(content), 1), _CHUNK_BYTES):
                 chunk = content[start : start + _CHUNK_BYTES]
                 emit("file", {"name": name, "start": start, "base64": base64.b64encode(chunk).decode()})
+
+
+def _log_nowhere(row: Mapping[str, Any]) -> None:  # noqa: ARG001
+    """Besides the run folder and the tagged lines."""
 
 
 def default_name(config: Config) -> str:

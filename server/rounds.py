@@ -73,8 +73,8 @@ class FederatedRounds(FlowerStrategy):
         num_rounds: int = 3,
         timeout: float = 3600,
         train_config: ConfigRecord | None = None,
-        evaluate_config: ConfigRecord | None = None,  # noqa: ARG002
-        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,  # noqa: ARG002
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
     ) -> Result:
         self.summary()
         self.adapter = to_arrays(initial_arrays)
@@ -95,13 +95,21 @@ class FederatedRounds(FlowerStrategy):
         return Result(arrays=to_record(self.adapter))
 
     def configure_train(  # noqa: D102
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid  # noqa: ARG002
+        self,
+        server_round: int,
+        arrays: ArrayRecord,
+        config: ConfigRecord,
+        grid: Grid,
     ) -> Iterable[Message]:
         sampled = sample_sites(self.roster.present(grid), self.config, server_round)
         return self._requests(TRAIN, sampled)
 
     def configure_evaluate(  # noqa: D102
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid  # noqa: ARG002
+        self,
+        server_round: int,
+        arrays: ArrayRecord,
+        config: ConfigRecord,
+        grid: Grid,
     ) -> Iterable[Message]:
         return self._requests(EVALUATE, self.roster.present(grid))
 
@@ -131,7 +139,9 @@ class FederatedRounds(FlowerStrategy):
         return to_record(self.adapter), None
 
     def aggregate_evaluate(  # noqa: D102
-        self, server_round: int, replies: Iterable[Message]  # noqa: ARG002
+        self,
+        server_round: int,
+        replies: Iterable[Message],
     ) -> MetricRecord | None:
         losses: dict[str, HeldOutLoss] = {}
         pooled: list[float] = []

@@ -14,6 +14,7 @@ from client.data import SiteData, held_out_file, own_site, simulated_sites, site
 from client.embedded import DOMAINS, embedded_rows
 from client.text import Example
 from conf.schema import Config, DataConfig, Dirichlet, Files, Iid, Natural
+from strategies.fedavg import FedAvg
 
 SHARED_DATA = Path(__file__).parents[3] / "shared" / "data"
 
@@ -50,7 +51,8 @@ def write(path, rows):
 
 def config_for(path, partition=None, seed=0, **changes):
     path = None if path is None else str(path)
-    return Config(data=DataConfig(path=path, **changes), partition=partition or Natural(column="owner"), seed=seed)
+    data = DataConfig(path=path, **changes)
+    return Config(strategy=FedAvg(), data=data, partition=partition or Natural(column="owner"), seed=seed)
 
 
 def everything(site):

@@ -73,7 +73,9 @@ def test_every_number_has_a_limit_tested_here():
 
 
 def test_more_experts_a_token_than_experts_are_refused():
-    with pytest.raises(ValueError, match=r"model.upcycle.experts_per_token must be <= model.upcycle.num_experts=4, got 5"):
+    with pytest.raises(
+        ValueError, match=r"model.upcycle.experts_per_token must be <= model.upcycle.num_experts=4, got 5"
+    ):
         schema.UpcycleConfig(num_experts=4, experts_per_token=5)
 
 

@@ -14,8 +14,8 @@ from tests.server.commands import (
     rows,
     run_folder,
     summary,
-    supernode,
     superlink,
+    supernode,
     write_site_files,
 )
 

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 from flwr.app import Message, RecordDict
 
-from client.assemble import pooled_held_out, simulated_site
 from client.evaluation import HeldOutLoss
 from client.messages import EVALUATE, JOIN, TRAIN, decode_losses, encode_losses
-from client.model import adapted_model
-from client.site import POOLED, shared_arrays
+from client.site import POOLED
 from conf.compose import load_config
-from server.record import adapter_sha256
 from server.round_record import sample_sites
 from tests.server.conftest import SITES
 from tests.server.faults import answers_twice, crashes, sends, stays_silent, with_adapter
@@ -32,7 +27,10 @@ FAULTS = {
     "other names": (sends(with_adapter(lambda name, array: (f"x.{name}", array))), "array names differ"),
     "nothing": (sends(lambda update: replace(update, adapter={})), "array names differ"),
     "integers": (sends(with_adapter(lambda name, array: (name, array.astype(np.int64)))), "must be float32, got int64"),
-    "other settings": (sends(lambda update: update, settings_hash="0" * 64), "settings hash 000000000000, this run has "),
+    "other settings": (
+        sends(lambda update: update, settings_hash="0" * 64),
+        "settings hash 000000000000, this run has ",
+    ),
     "another's name": (sends(lambda update: update, site="court"), "reply in the name of 'court' from another node"),
     "no examples": (sends(lambda update: replace(update, num_examples=0)), "num_examples must be >= 1, got 0"),
     "no loss": (sends(lambda update: replace(update, metrics={"train_loss": np.nan})), "metric train_loss is nan"),
@@ -114,7 +112,9 @@ def test_run_that_fails_in_its_first_round_has_no_adapter(run):
 
 
 def crashes_in(kind):
-    return lambda message, honest: crashes(message, honest) if message.metadata.message_type == kind else [honest(message)]
+    return lambda message, honest: (
+        crashes(message, honest) if message.metadata.message_type == kind else [honest(message)]
+    )
 
 
 def test_bad_evaluation_is_dropped_and_the_round_stands(run):
@@ -239,54 +239,6 @@ def test_fraction_asks_the_sites_that_the_seed_draws(run):
     assert [row["num_sites"] for row in result.rounds()] == [0, 2, 2, 2, 2]
 
 
-def test_global_loss_is_the_token_weighted_mean_of_the_sites(fc_moe_run):
-    """On all sites' held-out data together: sum_k T_k loss_k / sum_k T_k with T_k response tokens of site k."""
-    tokens, losses = {}, {}
-    for sent in fc_moe_run.grid.sent:
-        if sent.up and sent.kind == EVALUATE:
-            sender, measured = decode_losses(sent.message())
-            tokens[sender.site], losses[sender.site] = measured[sender.site].num_tokens, measured[sender.site].loss
-    assert losses == fc_moe_run.summary["site_loss"]
-    mean = sum(tokens[site] * losses[site] for site in SITES) / sum(tokens.values())
-    assert fc_moe_run.summary["global_loss"] == pytest.approx(mean, rel=1e-6)
-
-
-def test_bytes_are_those_of_the_arrays_in_the_messages(fc_moe_run):
-    """Down: the adapter with each train and evaluate message; up: the adapter and the token counts of each update."""
-    result = fc_moe_run
-    adapter_bytes = result.grid.payload(TRAIN, up=False) // (2 * 4)
-    assert result.summary["bytes_down"] == 2 * 4 * 2 * adapter_bytes
-    assert result.summary["bytes_up"] == result.grid.payload(TRAIN, up=True)
-    num_layers, num_experts, header = 2, 4, 128
-    assert result.summary["bytes_up"] == 2 * 4 * (adapter_bytes + num_layers * (num_experts * 8 + header))
-    assert result.grid.payload(EVALUATE, up=True) == result.grid.payload(JOIN, up=True) == 0
-
-
-def test_rows_hold_what_the_run_folder_promises(fc_moe_run):
-    start, first, second = fc_moe_run.rounds()
-    assert [row["round"] for row in (start, first, second)] == [0, 1, 2]
-    assert start["train_loss"] is None
-    assert start["global_loss"] > 0
-    assert first["aggregation_gap"] >= 0
-    for site in SITES:
-        for row in fc_moe_run.site_rows(site):
-            measured = {"train_loss", "own_loss", "loss", "num_tokens", "num_steps", "train_seconds", "num_examples"}
-            assert measured | {"bytes_up", "bytes_down"} <= row.keys()
-    shares = [(row["num_examples"], row["train_loss"]) for site in SITES for row in fc_moe_run.site_rows(site)[:1]]
-    mean = sum(examples * loss for examples, loss in shares) / sum(examples for examples, _ in shares)
-    assert first["train_loss"] == pytest.approx(mean)
-
-
-def test_diagnostics_tell_who_conflicted_about_what(fc_moe_run):
-    found = json.loads((fc_moe_run.folder.path / "diagnostics" / "round-0002.json").read_text())
-    layers = found["experts"]
-    assert layers.keys() == found["expert_tokens"]["bank"].keys()
-    for layer in layers.values():
-        assert layer["sites"] == SITES
-        assert np.shape(layer["conflict"]) == np.shape(layer["cosine"]) == np.shape(layer["tokens"]) == (4, 4)
-        assert len(layer["scale"]) == 4
-
-
 def test_evaluation_is_every_so_many_rounds_and_after_the_last(run):
     result = run("rounds=5 eval.every=2")
     assert [row["round"] for row in result.rounds() if row["global_loss"] is not None] == [0, 2, 4, 5]
@@ -294,88 +246,12 @@ def test_evaluation_is_every_so_many_rounds_and_after_the_last(run):
     assert [row["round"] for row in result.site_rows("bank") if "own_loss" in row] == [2, 4, 5]
 
 
-def test_local_only_sends_no_adapter_in_either_direction(honest):
-    result = honest("strategy=local_only")
-    assert result.error is None
-    assert result.summary["bytes_down"] == result.grid.payload(TRAIN, up=False) == 0
-    num_layers, counts_and_header = 2, 4 * 8 + 128
-    assert result.summary["bytes_up"] == 2 * 4 * num_layers * counts_and_header
-    for sent in result.grid.sent:
-        message = sent.message()
-        assert not message.content.array_records["adapter"] if "adapter" in message.content else True
-        assert b"lora_" not in sent.content
-
-
-def test_local_only_has_the_mean_of_the_sites_pooled_losses_as_global_loss(honest):
-    result = honest("strategy=local_only")
-    pooled, own = {}, {}
-    for sent in result.grid.sent:
-        if sent.up and sent.kind == EVALUATE:
-            sender, measured = decode_losses(sent.message())
-            pooled[sender.site], own[sender.site] = measured[POOLED].loss, measured[sender.site].loss
-    assert result.summary["global_loss"] == pytest.approx(np.mean([pooled[site] for site in SITES]))
-    assert result.summary["site_loss"] == own
-    assert len(set(pooled.values())) == 4  # each site has a model of its own
-
-
-def test_centralised_is_one_site_that_knows_each_sites_loss(honest):
-    result = honest("strategy=centralised", num_sites=1)
-    assert result.error is None
-    assert result.summary["num_sites"] == 1
-    assert sorted(result.summary["site_loss"]) == SITES
-    config = load_config(result.grid.overrides)
-    assert len(pooled_held_out(config)) == 2 * 4
-    row, _ = result.site_rows("centralised")
-    assert row["num_examples"] == sum(honest("rounds=1").site_rows(site)[0]["num_examples"] for site in SITES)
-
-
-def plain_federation(config, folder, num_rounds):
-    """The same run without Flower: sites and strategy in two loops."""
-    sites = [simulated_site(config, name, folder) for name in SITES]
-    adapter = shared_arrays(sites[0].adapted.initial_adapter(config.seed), config)
-    state = config.strategy.init_state(adapter)
-    for server_round in range(1, num_rounds + 1):
-        updates = [site.train(server_round, adapter) for site in sites]
-        aggregation = config.strategy.aggregate(adapter, state, updates)
-        adapter, state = aggregation.adapter, aggregation.state
-    return {**sites[0].adapted.initial_adapter(config.seed), **adapter}
-
-
-ROUTER_LOCAL = "strategy=fc_moe model.router=local train.optimizer_state=keep method.retention.kind=orthogonal"
-
-
-@pytest.mark.parametrize("words", ["strategy=fc_moe", "strategy=fedyogi train.optimizer_state=keep", ROUTER_LOCAL])
-def test_run_without_flower_gives_the_same_adapter(honest, tmp_path, words):
-    result = honest(words)
-    config = load_config(result.grid.overrides)
-    assert adapter_sha256(plain_federation(config, tmp_path / "private", 2)) == result.summary["adapter_sha256"]
-
-
-def test_router_kept_local_never_crosses_the_wire(honest):
-    """Neither its name nor, once trained, its bytes; nor anything else that the sites keep to themselves."""
-    result = honest(ROUTER_LOCAL)
-    assert result.error is None
-    config = load_config(result.grid.overrides)
-    routers = [name for name in initial_adapter(config) if name.endswith("mlp.gate.weight")]
-    assert len(routers) == 2
-    private = [simulated_site(config, site, result.folder.path / "private").store.load() for site in SITES]
-    assert all(f"own/{router}" in arrays for arrays in private for router in routers)
-    assert all(any(name.startswith(kind) for name in arrays) for arrays in private for kind in ("optimizer/", "fc_moe/"))
-    kept = [(name, a.tobytes()) for arrays in private for name, a in arrays.items() if np.count_nonzero(a) > 4]
-    for sent in result.grid.sent:
-        assert b"gate.weight" not in sent.content
-        assert b"optimizer/" not in sent.content
-        # What a site received last is kept too, but it is the server's own.
-        assert not [name for name, content in kept if content in sent.content and "/received/" not in name]
-
-
-def initial_adapter(config):
-    return adapted_model(config.model, config.lora, torch.device("cpu")).initial_adapter(config.seed)
-
-
 def test_rounds_refuse_an_adapter_that_no_float32_can_hold(run):
     """Finite replies whose aggregate overflows: the strategy is named, no site is blamed."""
     huge = sends(with_adapter(lambda name, array: (name, np.full_like(array, 3e38))))
-    result = run("strategy=fedavgm strategy.learning_rate=10 federation.min_sites=4 rounds=1", faults=dict.fromkeys(range(4), huge))
+    result = run(
+        "strategy=fedavgm strategy.learning_rate=10 federation.min_sites=4 rounds=1",
+        faults=dict.fromkeys(range(4), huge),
+    )
     text = r"round 1: strategy=fedavgm got good replies, but no adapter out of them: .* holds NaN or infinity"
     assert re.fullmatch(text, str(result.error))

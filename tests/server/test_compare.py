@@ -1,0 +1,66 @@
+"""The table that sets runs side by side."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from server.compare import comparison
+from server.record import RunFolder
+
+SUMMARY = {
+    "status": "completed",
+    "global_loss": 1.25,
+    "site_loss": {"a": 1.0, "b": 2.5, "c": 1.0},
+    "bytes_up": 3_000_000,
+    "bytes_down": 6_000,
+    "num_sites": 3,
+    "wall_seconds": 12.4,
+}
+
+
+def shown(folders):
+    console = Console(file=io.StringIO(), width=140)
+    console.print(comparison(folders))
+    return console.file.getvalue()
+
+
+def run_folder(parent, name, **changes):
+    RunFolder(parent / name).write_text("summary.json", json.dumps(SUMMARY | changes))
+    return parent / name
+
+
+def cells(table, name):
+    line = next(line for line in table.splitlines() if name in line)
+    return [cell.strip() for cell in line.strip("│┃").split("│")]
+
+
+def test_row_holds_losses_worst_site_and_bytes_of_a_site(tmp_path):
+    """Mean of the sites: (1 + 2.5 + 1) / 3 = 1.5; bytes up: 3,000,000 / 3 sites."""
+    table = shown([run_folder(tmp_path, "fc_moe")])
+    assert cells(table, "fc_moe") == ["fc_moe", "1.2500", "1.5000", "2.5000 (b)", "1.0 MB", "2.0 kB", "12"]
+
+
+def test_runs_stand_in_the_order_given(tmp_path):
+    table = shown([run_folder(tmp_path, name) for name in ("zeta", "alpha")])
+    assert table.index("zeta") < table.index("alpha")
+
+
+def test_run_without_evaluated_sites_has_no_mean(tmp_path):
+    table = shown([run_folder(tmp_path, "bare", site_loss={}, global_loss=None)])
+    assert cells(table, "bare")[1:4] == ["-", "-", "-"]
+
+
+@pytest.mark.parametrize(("folder", "word"), [("broken", "failed"), ("running", "no summary")])
+def test_run_that_did_not_complete_says_so_instead_of_numbers(tmp_path, folder, word):
+    if folder == "broken":
+        run_folder(tmp_path, "broken", status="failed")
+    assert cells(shown([tmp_path / folder]), folder)[:3] == [folder, word, ""]
+
+
+def test_real_run_fits_the_table(fc_moe_run):
+    table = shown([fc_moe_run.folder.path])
+    assert f"{fc_moe_run.summary['global_loss']:.4f}" in table
