@@ -10,7 +10,7 @@ PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip
 .PHONY: run test test-unit check format clean
 
 run: $(STAMP)
-	$(BIN)/bouquet run -m strategy=fc_moe,fedavg,local_only
+	$(BIN)/bouquet run -m strategy=fc_moe,fedavg,local_only train.max_steps=15
 
 SLOW := simulation or processes
 ELSEWHERE := network or containers or gpu

@@ -119,7 +119,8 @@ class Site:
             site=self.name,
             adapter=shared,
             num_examples=self.num_examples,
-            expert_tokens=result.expert_tokens,
+            # Counts weigh what is shared; a site that shares nothing does not tell how its text was routed.
+            expert_tokens=result.expert_tokens if shared else {},
             metrics=metrics,
         )
 

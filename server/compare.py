@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from server.record import RunFolder
@@ -21,9 +22,9 @@ def comparison(folders: Sequence[Path]) -> Table:
     for folder in folders:
         summary = RunFolder(folder).summary()
         if summary is None or summary["status"] != "completed":
-            table.add_row(folder.name, "failed" if summary else "no summary", *[""] * 5)
+            table.add_row(escape(folder.name), "failed" if summary else "no summary", *[""] * 5)
         else:
-            table.add_row(folder.name, *_cells(summary))
+            table.add_row(escape(folder.name), *_cells(summary))
     return table
 
 
@@ -33,7 +34,7 @@ def _cells(summary: Mapping[str, Any]) -> list[str]:
     return [
         number(summary["global_loss"]),
         number(sum(losses.values()) / len(losses)) if losses else "-",
-        f"{number(losses[worst])} ({worst})" if worst else "-",
+        f"{number(losses[worst])} ({escape(worst)})" if worst else "-",
         size(summary["bytes_up"] / summary["num_sites"]),
         size(summary["bytes_down"] / summary["num_sites"]),
         f"{summary['wall_seconds']:.0f}",

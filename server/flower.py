@@ -133,19 +133,23 @@ def remote_superlink(address: str, root_certificates: str | None) -> Iterator[Co
 
 def end_marked(mark: str) -> None:
     """End every process whose environment carries ``mark``, politely first, whoever its parent is now."""
+    alive: set[psutil.Process] = set()
     for end, patience_seconds in ((signal.SIGTERM, 10.0), (signal.SIGKILL, 10.0)):
-        processes = list(_marked(mark))
-        for process in processes:
+        alive |= _marked(mark)
+        for process in alive:
             with contextlib.suppress(psutil.Error):
                 process.send_signal(end)
-        psutil.wait_procs(processes, timeout=patience_seconds)
+        alive = set(psutil.wait_procs(alive, timeout=patience_seconds)[1])
 
 
-def _marked(mark: str) -> Iterator[psutil.Process]:
+def _marked(mark: str) -> set[psutil.Process]:
+    """Processes that carry ``mark``, and their descendants: Ray's daemons overwrite their own environment."""
+    found: set[psutil.Process] = set()
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
             if process.pid != os.getpid() and process.environ().get(MARK) == mark:
-                yield process
+                found |= {process, *process.children(recursive=True)}
+    return found
 
 
 def _environment(home: Path, num_threads: int) -> dict[str, str]:

@@ -50,7 +50,7 @@ class Job:
 
 def main() -> None:
     """Entry point: exit code 0 only if everything asked for was done."""
-    signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ended as by Ctrl-C
     try:
         cli()
     except ValueError as error:
@@ -59,9 +59,6 @@ def main() -> None:
     except RuntimeError as error:
         errors.print(f"[red]error:[/] {error}", markup=True)
         sys.exit(FAILED)
-    except KeyboardInterrupt:
-        errors.print("interrupted; the run was stopped")
-        sys.exit(INTERRUPTED)
 
 
 @cli.command()
@@ -71,8 +68,12 @@ def run(
 ) -> None:
     """Run a federation: simulated here, or on the sites of a SuperLink (federation=remote)."""
     jobs, folder = plan(list(overrides or []), multirun=multirun)
-    with connect(jobs[0].config) as connection:
-        ended = [launch(job, connection) for job in jobs]
+    try:
+        with connect(jobs[0].config) as connection:
+            ended = [launch(job, connection) for job in jobs]
+    except KeyboardInterrupt:
+        errors.print("interrupted; the run was stopped")
+        raise SystemExit(INTERRUPTED) from None
     if multirun:
         console.print(comparison([job.output for job in jobs]))
     console.print(str(folder), soft_wrap=True)

@@ -136,7 +136,7 @@ class RunRecord:
                 emit("file", {"name": name, "start": start, "base64": base64.b64encode(chunk).decode()})
 
 
-def _log_nowhere(row: Mapping[str, Any]) -> None:  # noqa: ARG001
+def _log_nowhere(row: Mapping[str, Any]) -> None:
     """Besides the run folder and the tagged lines."""
 
 

@@ -57,7 +57,7 @@ class View:
 
     def tell(self, text: str) -> None:
         """One line above the table."""
-        self.console.print(f"[dim]{self.title}[/] {escape(text)}", highlight=False, soft_wrap=True)
+        self.console.print(f"[dim]{escape(self.title)}[/] {escape(text)}", highlight=False, soft_wrap=True)
 
     def _round_line(self, row: Mapping[str, Any]) -> str:
         return (
@@ -86,7 +86,7 @@ class View:
             table.add_column(column, justify="left" if column == "site" else "right")
         for name, row in sorted(self.sites.items()):
             table.add_row(
-                name + (" (dropped)" if row.get("dropped") and row["round"] == done else ""),
+                escape(name) + (" (dropped)" if row.get("dropped") and row["round"] == done else ""),
                 str(row.get("num_examples", "")), number(row.get("train_loss")), number(row.get("loss")),
                 size(row["bytes_up"]), size(row["bytes_down"]),
             )  # fmt: skip

@@ -17,9 +17,9 @@ SITES = sorted(DOMAINS)
 
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory):
-    """Folder of a tiny OLMoE."""
+    """Folder of a tiny OLMoE of one layer."""
     folder = tmp_path_factory.mktemp("base")
-    save_tiny_base(folder, "olmoe")
+    save_tiny_base(folder, "olmoe", num_hidden_layers=1)
     return folder
 
 

@@ -112,7 +112,7 @@ def test_global_loss_is_the_token_weighted_mean_of_the_sites(fc_moe_run):
 def test_bytes_are_those_of_the_arrays_in_the_messages(fc_moe_run):
     """Down: the adapter with each train and evaluate message; up: the adapter and the token counts of each update."""
     summary, grid = fc_moe_run.summary, fc_moe_run.grid
-    num_rounds, num_sites, num_layers, num_experts, header = 2, 4, 2, 4, 128
+    num_rounds, num_sites, num_layers, num_experts, header = 2, 4, 1, 4, 128
     adapter_bytes = grid.payload(TRAIN, up=False) // (num_rounds * num_sites)
     assert summary["bytes_down"] == num_rounds * num_sites * 2 * adapter_bytes
     counts = num_layers * (num_experts * 8 + header)
@@ -145,9 +145,7 @@ def test_diagnostics_tell_who_conflicted_about_what(fc_moe_run):
 def test_local_only_sends_no_adapter_in_either_direction(honest):
     result = honest("strategy=local_only")
     assert result.error is None
-    assert result.summary["bytes_down"] == 0
-    counts = 2 * (4 * 8 + 128)  # of two layers
-    assert result.summary["bytes_up"] == 2 * 4 * counts
+    assert result.summary["bytes_down"] == result.summary["bytes_up"] == 0
     for sent in result.grid.sent:
         assert not sent.message().content.array_records.get("adapter")
         assert b"lora_" not in sent.content
@@ -176,7 +174,7 @@ def test_what_is_private_never_crosses_the_wire(honest):
     result = honest(ROUTER_LOCAL)
     config = load_config(result.grid.overrides)
     routers = [name for name in model_of(config).initial_adapter(0) if name.endswith("mlp.gate.weight")]
-    assert len(routers) == 2
+    assert len(routers) == 1
     private = [simulated_site(config, site, result.folder.path / "private").store.load() for site in SITES]
     for arrays in private:
         assert all(f"own/{router}" in arrays for router in routers)
@@ -195,8 +193,9 @@ def test_what_is_private_never_crosses_the_wire(honest):
         assert b"optimizer/" not in sent.content
 
 
-@pytest.mark.parametrize("num_nodes", [2, 5])
-@pytest.mark.parametrize("words", ["seed=1", '"data.filter.domain=[bank, clinic, court, workshop]"'])
+@pytest.mark.parametrize(
+    ("num_nodes", "words"), [(2, "seed=1"), (5, '"data.filter.domain=[bank, clinic, court, workshop]"')]
+)
 def test_wrong_number_of_nodes_is_refused_with_the_exact_command(run, monkeypatch, num_nodes, words):
     monkeypatch.setattr(server.app, "NODES_APPEAR_SECONDS", 0.0)
     result = run(words, num_sites=num_nodes)

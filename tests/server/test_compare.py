@@ -44,6 +44,13 @@ def test_row_holds_losses_worst_site_and_bytes_of_a_site(tmp_path):
     assert cells(table, "fc_moe") == ["fc_moe", "1.2500", "1.5000", "2.5000 (b)", "1.0 MB", "2.0 kB", "12"]
 
 
+def test_names_with_brackets_are_only_text(tmp_path):
+    """A sweep over a list names its folders so."""
+    table = shown([run_folder(tmp_path, "topic=[a,b]", site_loss={"[red]x": 1.0})])
+    assert cells(table, "topic")[0] == "topic=[a,b]"
+    assert "([red]x)" in table
+
+
 def test_runs_stand_in_the_order_given(tmp_path):
     table = shown([run_folder(tmp_path, name) for name in ("zeta", "alpha")])
     assert table.index("zeta") < table.index("alpha")

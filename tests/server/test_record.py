@@ -43,7 +43,9 @@ def test_log_rebuilds_the_run_folder_bit_for_bit(fc_moe_run, copy):
 
 def test_log_with_other_lines_in_between_and_in_front_rebuilds_the_same(fc_moe_run, copy):
     """Flower and Ray write into the same stream, and Flower may put its own words before a line."""
-    noisy = "".join(f"INFO :      something else\n\x1b[36m(actor)\x1b[0m {line}\n" for line in fc_moe_run.log.splitlines())
+    noisy = "".join(
+        f"INFO :      something else\n\x1b[36m(actor)\x1b[0m {line}\n" for line in fc_moe_run.log.splitlines()
+    )
     replay(noisy, copy)
     assert files(copy.path) == files(fc_moe_run.folder.path, "diagnostics/", "private/")
 
@@ -79,7 +81,7 @@ def test_adapter_too_large_for_a_log_is_left_at_the_server_and_said_to_be(tmp_pa
     assert f"copy it from {source.path / 'adapter'} at the server" in log
 
 
-@pytest.mark.parametrize("name", ["../outside", "/tmp/outside", "adapter/../../outside"])  # noqa: S108
+@pytest.mark.parametrize("name", ["../outside", "/tmp/outside", "adapter/../../outside"])
 @pytest.mark.parametrize("start", [0, 3])
 def test_line_that_names_a_file_outside_the_folder_is_refused(copy, name, start):
     copy.path.mkdir()

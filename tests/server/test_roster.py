@@ -64,7 +64,10 @@ def answers_twice_as(site):
 
 
 REFUSALS = {
-    "settings": (joins("a", settings_hash="0" * 64), "a refused: settings hash 000000000000, this run has abcabcabcabc"),
+    "settings": (
+        joins("a", settings_hash="0" * 64),
+        "a refused: settings hash 000000000000, this run has abcabcabcabc",
+    ),
     "base model": (joins("a", base="0" * 64), "a refused: base model 000000000000, this run has f00f00f00f00"),
     "no data": (joins("a", num_examples=0), "a refused: it has 0 training examples, at least 1 is needed"),
     "failure": (fails("a", "data=x.csv: there is no such file"), "a refused: data=x.csv: there is no such file"),

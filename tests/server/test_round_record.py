@@ -26,16 +26,19 @@ def test_rows_are_the_sites_by_name_and_then_the_rounds():
     *sites, of_round = record.rows()
     assert [row["site"] for row in sites] == ["a", "b", "c"]
     assert {row["type"] for row in sites} == {"site"}
-    assert of_round.items() >= {
-        "type": "round",
-        "round": 3,
-        "train_loss": (1 * 4.0 + 3 * 2.0) / 4,
-        "num_sites": 2,
-        "dropped": {"c": "too late"},
-        "bytes_up": 30,
-        "bytes_down": 3,
-        "global_loss": None,
-    }.items()
+    assert (
+        of_round.items()
+        >= {
+            "type": "round",
+            "round": 3,
+            "train_loss": (1 * 4.0 + 3 * 2.0) / 4,
+            "num_sites": 2,
+            "dropped": {"c": "too late"},
+            "bytes_up": 30,
+            "bytes_down": 3,
+            "global_loss": None,
+        }.items()
+    )
     assert of_round["seconds"] >= 0
 
 

@@ -16,9 +16,9 @@ ROUND = {"kind": "row", "type": "round", "round": 1, "global_loss": 1.5, "train_
          "bytes_up": 6_000, "bytes_down": 30, "seconds": 20.0}  # fmt: skip
 
 
-def shown(lines, *, terminal):
+def shown(lines, *, terminal, title="my-run"):
     console = Console(file=io.StringIO(), width=120, force_terminal=terminal, color_system=None)
-    with View(console, "my-run") as view:
+    with View(console, title) as view:
         for values in lines:
             view.show(values)
     return console.file.getvalue()
@@ -30,7 +30,8 @@ def test_outside_a_terminal_each_round_is_one_line():
     assert lines[0] == "my-run run 7: fc_moe, 4 rounds"
     assert lines[1].startswith("my-run round 0/4  global loss 1.5000  train loss -  ")
     assert lines[2] == (
-        "my-run round 1/4  global loss 1.5000  train loss 2.0000  sites 3  up 6.0 kB  down 30 B  20.0 s  left 1 min 00 s"
+        "my-run round 1/4  global loss 1.5000  train loss 2.0000  sites 3  up 6.0 kB  down 30 B  20.0 s  "
+        "left 1 min 00 s"
     )
     assert len(lines) == 3
 
@@ -55,7 +56,8 @@ def test_terminal_shows_the_sites_and_who_was_dropped():
 def test_markup_in_a_sites_words_is_only_text(terminal):
     """A site chooses its name and its reasons; they must not colour or break the terminal's table."""
     event = {"kind": "event", "text": "dropped [bold]x[/bold]: [/red] was bad"}
-    text = shown([STARTED, event, SITE | {"site": "[/red]"}, ROUND], terminal=terminal)
+    text = shown([STARTED, event, SITE | {"site": "[/red]"}, ROUND], terminal=terminal, title="a=[b]")
+    assert "a=[b]" in text
     assert "dropped [bold]x[/bold]: [/red] was bad" in text
 
 
