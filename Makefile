@@ -10,7 +10,7 @@ PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip
 .PHONY: run test test-unit check format clean
 
 run: $(STAMP)
-	$(BIN)/bouquet run -m strategy=fc_moe,fedavg,local_only train.max_steps=15
+	$(BIN)/bouquet run -m strategy=fc_moe,fedavg,local_only rounds=4 train.max_steps=12
 
 SLOW := simulation or processes
 ELSEWHERE := network or containers or gpu
@@ -34,7 +34,7 @@ format: $(STAMP)
 $(STAMP): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Bouquet needs Python 3.11 or newer: make PYTHON=python3.12 ..."; exit 1; }
 	@$(PYTHON) -m venv $(VENV) || { echo "no virtual environments here: apt-get install python3-venv"; exit 1; }
-	$(PIP) install -q -r requirements.lock
+	$(PIP) install -q --no-compile -r requirements.lock
 	$(PIP) install -q --no-deps -e .
 	@touch $(STAMP)
 

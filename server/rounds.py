@@ -228,7 +228,7 @@ class FederatedRounds(FlowerStrategy):
         self.record.event(f"round {self._round.server_round}: dropped {site}: {reason}")
 
     def _measure_start(self) -> None:
-        if self.global_loss is not None and self.config.method.name != "local_only":
+        if self.global_loss is not None:
             self._round.global_loss = self.global_loss(self.adapter)
             self._finish_round()
 

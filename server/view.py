@@ -24,7 +24,9 @@ class View:
         self.rounds: list[Mapping[str, Any]] = []
         self.sites: dict[str, dict[str, Any]] = {}
         self._started = time.monotonic()
-        self._live = Live(self._draw(), console=console, refresh_per_second=4) if console.is_terminal else None
+        self._live = (
+            Live(get_renderable=self._draw, console=console, refresh_per_second=4) if console.is_terminal else None
+        )
 
     def __enter__(self) -> View:
         if self._live:
@@ -35,7 +37,6 @@ class View:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._live:
-            self._live.update(self._draw())
             self._live.stop()
 
     def show(self, values: Mapping[str, Any]) -> None:
@@ -52,8 +53,6 @@ class View:
             self.rounds.append(values)
             if not self._live:
                 self.tell(self._round_line(values))
-        if self._live:
-            self._live.update(self._draw())
 
     def tell(self, text: str) -> None:
         """One line above the table."""
@@ -75,11 +74,9 @@ class View:
 
     def _draw(self) -> Group:
         done = self.rounds[-1]["round"] if self.rounds else 0
-        head = Text.assemble(
-            (self.title, "bold"),
-            f"  round {done}/{self.num_rounds or '?'}  {duration(time.monotonic() - self._started)} gone, "
-            f"{self._time_left()} left",
-        )
+        progress = f"round {done}/{self.num_rounds}, {self._time_left()} left" if self.num_rounds else "starting"
+        gone = duration(time.monotonic() - self._started)
+        head = Text.assemble((self.title, "bold"), f"  {progress}, {gone} gone")
         losses = [number(row["global_loss"]) for row in self.rounds if row["global_loss"] is not None]
         table = Table(box=None, pad_edge=False)
         for column in ("site", "examples", "train loss", "held-out loss", "up", "down"):

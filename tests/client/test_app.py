@@ -6,6 +6,7 @@ import json
 import logging
 
 import pytest
+import torch
 
 from client.app import _is_ours, node_of
 from client.embedded import embedded_rows
@@ -106,6 +107,13 @@ def test_what_is_wrong_with_the_data_is_told_by_setting(ask):
     assert site_of(reply) == "ward"
     with pytest.raises(ValueError, match=r"^data=.*ward.txt must end in one of "):
         decode_joined(reply)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_sites_own_device_wins_over_the_runs(ask):
+    """The run says cpu; here the site asks for what its machine does not have."""
+    with pytest.raises(ValueError, match="^device=cuda, but torch sees no CUDA device here"):
+        decode_joined(ask(JOIN, GOOD, run="r7", device="cuda"))
 
 
 def test_adapter_of_another_model_is_refused_by_site(ask, tmp_path):

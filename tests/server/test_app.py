@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 import server.app
 from client.assemble import pooled_held_out, simulated_site
 from client.embedded import embedded_rows
-from client.messages import EVALUATE, JOIN, TRAIN, decode_losses
+from client.messages import EVALUATE, JOIN, TRAIN, decode_losses, decode_request
 from client.model import adapted_model
 from client.site import POOLED, shared_arrays
 from conf.compose import load_config, settings_hash
@@ -153,6 +153,7 @@ def test_local_only_sends_no_adapter_in_either_direction(honest):
 
 def test_local_only_has_the_mean_of_the_sites_pooled_losses_as_global_loss(honest):
     result = honest("strategy=local_only")
+    assert [row["round"] for row in result.rounds()] == [1, 2]  # there is no global model to measure at the start
     pooled = [losses[POOLED].loss for losses in measured(result).values()]
     assert len(set(pooled)) == 4  # each site has a model of its own
     assert result.summary["global_loss"] == pytest.approx(np.mean(pooled))
@@ -239,10 +240,10 @@ def test_site_with_other_settings_is_refused_by_name_before_the_first_round(run)
 
 @pytest.fixture(scope="module")
 def site_files(tmp_path_factory):
-    """Three sites' files."""
+    """Three sites' files, of 10, 20 and 30 rows."""
     folder = tmp_path_factory.mktemp("sites")
-    for site in SITES[:3]:
-        rows = [row for row in embedded_rows(120, seed=0) if row["domain"] == site]
+    for number, site in enumerate(SITES[:3], start=1):
+        rows = [row for row in embedded_rows(120, seed=0) if row["domain"] == site][: 10 * number]
         (folder / f"{site}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
@@ -252,7 +253,8 @@ def remote_run(small, site_files, tmp_path_factory):
     """Three real sites, each with its own file and private folder; the server has held-out data of its own."""
     folder = tmp_path_factory.mktemp("remote")
     grid = Loopback(
-        f"{small} strategy=fc_moe partition=files federation=remote federation.superlink=host:1 federation.min_sites=3"
+        f"{small} strategy=fc_moe partition=files federation=remote federation.superlink=host:1 "
+        "federation.min_sites=3 eval.max_examples=null"
     )
     for site in SITES[:3][::-1]:
         data, private = site_files / f"{site}.jsonl", folder / f"home of {site}"
@@ -262,7 +264,7 @@ def remote_run(small, site_files, tmp_path_factory):
 
 def test_real_sites_give_the_adapter_of_their_simulation(small, remote_run, site_files, tmp_path):
     assert remote_run.error is None
-    words = f"{small} strategy=fc_moe partition=files data.path={site_files}"
+    words = f"{small} strategy=fc_moe partition=files data.path={site_files} eval.max_examples=null"
     simulated = run_server(simulation(words, 3), tmp_path / "run")
     for key in ("adapter_sha256", "site_loss", "settings_hash", "bytes_up", "bytes_down"):
         assert remote_run.summary[key] == simulated.summary[key], key
@@ -271,11 +273,14 @@ def test_real_sites_give_the_adapter_of_their_simulation(small, remote_run, site
 def test_without_data_at_the_server_the_global_loss_is_the_example_weighted_mean(remote_run):
     own = [losses[site] for site, losses in measured(remote_run).items()]
     weights = [loss.num_examples for loss in own]
+    assert sorted(weights) == [2, 4, 6]
     assert remote_run.summary["global_loss"] == pytest.approx(np.average([loss.loss for loss in own], weights=weights))
     assert remote_run.rounds()[0]["round"] == 1  # nothing could be measured before
 
 
 def test_real_sites_keep_their_private_state_at_home(remote_run):
+    requests = [decode_request(sent.message())[0] for sent in remote_run.grid.sent if not sent.up]
+    assert {request.private_root for request in requests} == {""}
     assert not (remote_run.folder.path / "private").exists()
     for site in SITES[:3]:
         home = remote_run.folder.path.parent / f"home of {site}"

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 from flwr.app import Message, RecordDict
 
 from client.evaluation import HeldOutLoss
-from client.messages import EVALUATE, JOIN, TRAIN, decode_losses, encode_losses
+from client.messages import EVALUATE, JOIN, TRAIN, decode_losses, decode_request, decode_update, encode_losses
 from client.site import POOLED
 from conf.compose import load_config
+from server.app import Run
+from server.record import RunFolder, RunRecord, adapter_sha256
 from server.round_record import sample_sites
+from strategies.fedavg import FedAvg
 from tests.server.conftest import SITES
 from tests.server.faults import answers_twice, crashes, sends, stays_silent, with_adapter
 from tests.server.loopback import in_round, run_server, simulation
@@ -163,13 +167,30 @@ def test_second_and_late_replies_change_nothing(run):
     assert sorted(result.summary["site_loss"]) == SITES
 
 
+def set_newest_first(grid, *, value=True):
+    grid.newest_first = value
+
+
 def test_order_of_arrival_and_node_ids_change_no_bit(run, fc_moe_run):
     one = fc_moe_run
-    other = run("strategy=fc_moe", change=lambda grid: setattr(grid, "newest_first", True))
+    other = run("strategy=fc_moe", change=set_newest_first)
     assert one.grid.nodes.keys().isdisjoint(other.grid.nodes)
     for key in ("adapter_sha256", "global_loss", "site_loss", "bytes_up", "bytes_down"):
         assert one.summary[key] == other.summary[key]
     assert one.adapter() == other.adapter()
+
+
+def test_order_of_arrival_changes_no_bit_of_a_mean_of_losses(run):
+    """In float64, 1e16 + 1 + 1 + 1 is 1e16, but 1 + 1 + 1 + 1e16 is more."""
+    pooled = [1e16, 1.0, 1.0, 1.0]
+    faults = {
+        number: losses_of(lambda losses, loss=loss: {**losses, POOLED: replace(losses[POOLED], loss=loss)})
+        for number, loss in enumerate(pooled)
+    }
+    for newest_first in (False, True):
+        change = partial(set_newest_first, value=newest_first)
+        result = run("strategy=local_only rounds=1", faults=faults, change=change)
+        assert result.summary["global_loss"] == 1e16 / 4
 
 
 def test_site_that_dies_and_returns_on_another_node_goes_on(run, fc_moe_run):
@@ -212,6 +233,30 @@ def test_site_that_stays_away_is_not_asked_and_the_rest_goes_on(run):
     assert result.error is None
     assert [row["num_sites"] for row in result.rounds()] == [0, 3, 3]
     assert len(result.site_rows("bank")) == 1
+
+
+class OneEach(FedAvg):
+    """Answers each site with its own last adapter, and keeps the mean as the global one."""
+
+    def aggregate(self, adapter, state, updates):
+        own = {update.site: update.adapter for update in updates}
+        return replace(super().aggregate(adapter, state, updates), personal=own)
+
+
+def test_strategy_may_answer_each_site_differently(small, tmp_path):
+    grid = simulation(small, len(SITES))
+    config = load_config(small)
+    config.strategy = OneEach()
+    run = Run(config, str(grid.run_id), RunRecord(RunFolder(tmp_path)))
+    run.prepare(grid, small)
+    run.train(grid)
+    sent = [decode_update(sent.message()) for sent in grid.sent if sent.up and sent.kind == TRAIN]
+    after_round_1 = {sender.site: update.adapter for sender, update in sent[: len(SITES)]}
+    asked = [sent for sent in grid.sent if not sent.up and sent.kind == TRAIN][len(SITES) :]
+    assert len(asked) == len(SITES)
+    for message in asked:
+        _, adapter = decode_request(message.message())
+        assert adapter_sha256(adapter) == adapter_sha256(after_round_1[run.rounds.roster.name_of(message.site)])
 
 
 def test_fraction_asks_the_sites_that_the_seed_draws(run):
