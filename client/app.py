@@ -7,8 +7,7 @@ import os
 import platform
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -119,10 +118,11 @@ def _answer(
 ) -> Message:
     name, hash_here = str(context.node_config.get("site", f"node {context.node_id}")), ""
     try:
-        config, hash_here = _settings(str(context.run_config["overrides"]))
+        config = load_config(str(context.run_config["overrides"]))
+        hash_here = settings_hash(config)
         node = node_of(context.node_config, config)
         name = node.site
-        config = replace(config, device=node.device or config.device)
+        config.device = node.device or config.device
         request, adapter = messages.decode_request(message)
         if request.settings_hash != hash_here:
             raise ValueError(f"settings hash {hash_here[:12]} here, {request.settings_hash[:12]} at the server")
@@ -133,13 +133,6 @@ def _answer(
         log.exception("site %s failed", name)
         reason = str(error) if _is_ours(error) else f"{type(error).__name__} (details in the site's log)"
         return messages.encode_failure(_sender(name, hash_here), reason, message)
-
-
-@lru_cache(maxsize=16)
-def _settings(overrides: str) -> tuple[Config, str]:
-    """Settings and their hash; composing them takes longer than a small site's round, so a process does it once."""
-    config = load_config(overrides)
-    return config, settings_hash(config)
 
 
 def _is_ours(error: Exception) -> bool:

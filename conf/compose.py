@@ -6,13 +6,14 @@ Server and sites compose the same overrides with the same files, so both hold th
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import json
 import shlex
 from collections.abc import Mapping, Sequence
 from enum import Enum
-from functools import cache
+from functools import cache, lru_cache
 from itertools import product
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -56,13 +57,18 @@ _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: 
 
 
 def load_config(overrides: str | Sequence[str] = "") -> Config:
-    """Settings from ``conf/config.yaml`` and Hydra overrides, as checked dataclasses.
+    """Settings from ``conf/config.yaml`` and Hydra overrides, as checked dataclasses; the caller's own to change.
 
     Raises:
         ValueError: If a key is unknown, a value has the wrong type or lies outside its limits, or two
             settings contradict each other. The message names the key, the value and the limit.
     """
-    words = _words(overrides)
+    return copy.deepcopy(_composed(tuple(_words(overrides))))
+
+
+# Composing takes longer than a small site's round, and a process is asked for the same settings with every message.
+@lru_cache(maxsize=16)
+def _composed(words: tuple[str, ...]) -> Config:
     for override in _parse(words):
         _check_form(override)
     _register()

@@ -16,6 +16,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from conf.check import check_num_sites
 from conf.compose import expand_sweep, load_config, swept_keys
@@ -54,10 +55,10 @@ def main() -> None:
     try:
         cli()
     except ValueError as error:
-        errors.print(f"[red]error:[/] {error}", markup=True)
+        errors.print(f"[red]error:[/] {escape(str(error))}")
         sys.exit(BAD_SETTINGS)
     except RuntimeError as error:
-        errors.print(f"[red]error:[/] {error}", markup=True)
+        errors.print(f"[red]error:[/] {escape(str(error))}")
         sys.exit(FAILED)
 
 
@@ -76,7 +77,7 @@ def run(
         raise SystemExit(INTERRUPTED) from None
     if multirun:
         console.print(comparison([job.output for job in jobs]))
-    console.print(str(folder), soft_wrap=True)
+    console.print(escape(str(folder)), soft_wrap=True)
     if not all(ended):
         raise SystemExit(FAILED)
 
@@ -105,7 +106,7 @@ def fetch(folder: Annotated[Path, typer.Argument(help="Local folder of a remote 
         outcome = follow(process, view, folder / "log.txt", RunFolder(folder), lambda _: None)
     if not _report(folder.name, outcome):
         raise SystemExit(FAILED)
-    console.print(str(folder), soft_wrap=True)
+    console.print(escape(str(folder)), soft_wrap=True)
 
 
 @cli.command(name="export-base")
@@ -118,7 +119,7 @@ def export_base(
 
     identity = export(load_config(overrides or []).model, folder)
     console.print(f"{identity.name} sha256 {identity.sha256}", soft_wrap=True)
-    console.print(str(folder), soft_wrap=True)
+    console.print(escape(str(folder)), soft_wrap=True)
 
 
 @cli.command()
@@ -131,7 +132,7 @@ def merge(
 
     target = folder or run_folder / "merged"
     merge_adapter(run_folder / "adapter", target)
-    console.print(str(target), soft_wrap=True)
+    console.print(escape(str(target)), soft_wrap=True)
 
 
 @cli.command()
@@ -145,7 +146,7 @@ def pretrain(
     from client.pretrain import pretrain_tiny_moe  # noqa: PLC0415 - torch takes seconds to import
 
     pretrain_tiny_moe(folder, steps=steps, seed=seed, num_threads=num_threads)
-    console.print(str(folder), soft_wrap=True)
+    console.print(escape(str(folder)), soft_wrap=True)
 
 
 def plan(overrides: list[str], *, multirun: bool) -> tuple[list[Job], Path]:
@@ -217,7 +218,7 @@ def connect(config: Config) -> Iterator[Connection]:
 
 def _report(name: str, outcome: Outcome) -> bool:
     if not outcome.completed:
-        errors.print(f"[red]{name} failed:[/] ", outcome.error, markup=True)
+        errors.print(f"[red]{escape(name)} failed:[/] {escape(outcome.error)}")
     return outcome.completed
 
 

@@ -161,7 +161,8 @@ def test_nothing_private_is_in_the_update(base_config, tmp_path, method):
         received = noisy(update.adapter, seed=0)
         assert update.adapter.keys() == first_global(site).keys()
         assert not any("gate.weight" in name for name in update.adapter)
-        assert update.expert_tokens.keys() == site.adapted.layers.keys()
+        # Whoever shares nothing does not tell how its text was routed either.
+        assert update.expert_tokens.keys() == (site.adapted.layers.keys() if update.adapter else set())
         assert update.metrics.keys() == {"train_loss", "num_tokens", "num_steps", "train_seconds", "own_loss"}
     private = site.store.load()
     assert {"own/model.layers.0.mlp.gate.weight", "optimizer/step/model.layers.0.mlp.gate.weight"} <= private.keys()

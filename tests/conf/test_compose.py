@@ -35,6 +35,13 @@ def fc_moe():
     return load_config("strategy=fc_moe partition=dirichlet partition.alpha=0.1 rounds=5")
 
 
+def test_settings_loaded_twice_are_two_configs():
+    first = load_config("seed=3")
+    first.train.batch_size, first.seed = 1, 4
+    assert load_config("seed=3").train.batch_size != 1
+    assert load_config("seed=3").seed == 3
+
+
 def test_command_of_the_readme_composes(fc_moe):
     assert isinstance(fc_moe.strategy, FcMoe)
     assert isinstance(fc_moe.method, FcMoeConfig)
@@ -128,7 +135,6 @@ def test_filter_takes_any_column(words, expected):
     [
         ("strategy=nope", r"^strategy must be one of centralised, fc_moe, .*fedyogi, local_only, got 'nope'$"),
         ("partition=even", r"^partition must be one of dirichlet, files, iid, .*, got 'even'$"),
-        ("model=gpt5", r"^model must be one of olmoe_1b_7b, smollm2_moe, tiny_moe, got 'gpt5'$"),
         ("method=null", r"^method must be a name, got 'null'"),
         ("roundz=3", r"^unknown setting 'roundz'; settings of the run: data, .*rounds, seed"),
         ("train.step=3", r"^unknown setting 'train.step'; settings of train: batch_size, .*max_steps"),
@@ -145,16 +151,13 @@ def test_filter_takes_any_column(words, expected):
         ("strategy=fc_moe strategy.name=x", r"^unknown setting 'strategy.name'"),
         ("data.filterx=3", r"^unknown setting 'data.filterx'"),
         ("rounds=three", r"^rounds must be a whole number, got 'three'$"),
-        ("rounds=1.5", r"^rounds must be a whole number, got 1.5$"),
         ("rounds=null", r"^rounds must be a whole number, got null$"),
         ("train.max_steps=all", r"^train.max_steps must be a whole number or null, got 'all'$"),
-        ("lora.alpha=big", r"^lora.alpha must be a number, got 'big'$"),
         ("lora.attention=perhaps", r"^lora.attention must be true or false, got 'perhaps'$"),
         ("data.prompt_column=null", r"^data.prompt_column must be text, got null$"),
         ("data.path=[a,b]", r"^data.path must be text or null, got \['a', 'b'\]$"),
         ("train=3", r"^train must be a group of settings, each set by key.setting=value, got 3$"),
         ("model.experts=all", r"^model.experts must be one of lora, full, frozen, got 'all'$"),
-        ("logger=print", r"^logger must be one of none, tensorboard, wandb, got 'print'$"),
         (
             "strategy=fc_moe method.retention.kind=all",
             r"^method.retention.kind must be one of off, paper, .*, got 'all'$",

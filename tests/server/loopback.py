@@ -182,8 +182,8 @@ def simulation(overrides: str, num_sites: int, faults: Mapping[int, Fault] | Non
 
 def run_server(grid: Loopback, folder: Path) -> Finished:
     """Run the real ServerApp on ``grid`` to its end, whatever that is."""
-    overrides = f"{grid.overrides} output={json.dumps(str(folder))}"
-    context = Context(grid.run_id, 1, {}, RecordDict(), {"overrides": overrides})
+    grid.overrides = f"{grid.overrides} output={json.dumps(str(folder))}"
+    context = Context(grid.run_id, 1, {}, RecordDict(), {"overrides": grid.overrides})
     error = None
     with contextlib.redirect_stdout(io.StringIO()) as log:
         try:
