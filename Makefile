@@ -10,7 +10,7 @@ PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip
 .PHONY: run test test-unit check format clean
 
 run: $(STAMP)
-	$(BIN)/bouquet run -m strategy=fc_moe,fedavg,local_only rounds=4 train.max_steps=12
+	$(BIN)/bouquet run -m strategy=fc_moe,fedavg,local_only rounds=3 train.max_steps=10 train.learning_rate=2e-3 eval.max_examples=40
 
 SLOW := simulation or processes
 ELSEWHERE := network or containers or gpu

@@ -22,8 +22,9 @@ from pathlib import Path
 
 import psutil
 
-APP_FOLDER = Path(__file__).resolve().parents[1]
-"""The checkout: what Flower bundles and sends to the sites."""
+CHECKOUT = Path(__file__).resolve().parents[1]
+"""What Flower bundles and sends to the sites lies here."""
+_BUNDLED = ("pyproject.toml", "README.md", "LICENSE", "strategies", "conf", "client", "server")
 MARK = "BOUQUET_LAUNCH"
 """Environment variable that all processes of one launch inherit, so that none is left behind."""
 _STARTED = re.compile(r"Successfully started run (\d+)")
@@ -42,9 +43,10 @@ class Connection:
 
     def run(self, overrides: str, federation: Mapping[str, float]) -> subprocess.Popen[str]:
         """Submit a run and follow its log: lines come on standard output until the run ends."""
-        run_config = Path(self.environment["FLWR_HOME"]) / f"run-{uuid.uuid4().hex}.toml"
+        home = Path(self.environment["FLWR_HOME"])
+        run_config = home / f"run-{uuid.uuid4().hex}.toml"
         run_config.write_text(f"overrides = {json.dumps(overrides)}\n")
-        words = ["run", str(APP_FOLDER), "bouquet", "--stream", "--run-config", str(run_config)]
+        words = ["run", str(_staged(home / "app")), "bouquet", "--stream", "--run-config", str(run_config)]
         if federation:
             words += ["--federation-config", " ".join(f"{key}={value}" for key, value in federation.items())]
         return self._follow(words)
@@ -168,6 +170,19 @@ def _environment(home: Path, num_threads: int) -> dict[str, str]:
         "OMP_NUM_THREADS": str(num_threads),
         "TYPER_USE_RICH": "0",  # plain error texts instead of boxes
     }
+
+
+def _staged(folder: Path) -> Path:
+    """A folder with what is bundled and nothing else: Flower walks all of it, virtual environments included."""
+    if not folder.exists():
+        folder.mkdir()
+        for name in _BUNDLED:
+            source = CHECKOUT / name
+            if source.is_dir():
+                shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(source, folder / name)
+    return folder
 
 
 def _write_connection(home: Path, address: str, root_certificates: str | None) -> None:
