@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,8 @@ from client.site import POOLED, Site
 from client.text import Example, check_packing
 from conf.schema import Config, Device
 from conf.seeds import generator_for
+
+log = logging.getLogger("bouquet.client")
 
 
 def simulated_site(config: Config, name: str, private_folder: Path) -> Site:
@@ -39,9 +42,14 @@ def real_site(config: Config, name: str, path: str, private_folder: Path) -> Sit
     """A site with a data file of its own.
 
     Raises:
-        ValueError: As ``simulated_site``.
+        ValueError: As ``simulated_site``; what is wrong with the data is told in the site's log only, since the text
+            may quote them.
     """
-    data = own_site(config, name, path)
+    try:
+        data = own_site(config, name, path)
+    except ValueError as error:
+        log.error("the data of site %s cannot be used: %s", name, error)  # noqa: TRY400 - the caller logs the trace
+        raise ValueError(f"the data of site {name!r} cannot be used; the reason is in the site's log") from error
     return _site(config, name, data.train, {name: _limited(config, data)}, private_folder)
 
 
