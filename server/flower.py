@@ -56,14 +56,15 @@ class Connection:
         return self._follow(["log", run_id, "bouquet", "--stream"])
 
     def stop(self, run_id: str) -> None:
-        """Ask the SuperLink to end a run; a run that has ended is left alone."""
-        subprocess.run(  # noqa: S603
-            self.command("stop", run_id, "bouquet"),
-            env=dict(self.environment),
-            capture_output=True,
-            timeout=60,
-            check=False,
-        )
+        """Ask the SuperLink to end a run; a run that has ended is left alone, and an answer not waited for long."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            subprocess.run(  # noqa: S603
+                self.command("stop", run_id, "bouquet"),
+                env=dict(self.environment),
+                capture_output=True,
+                timeout=60,
+                check=False,
+            )
 
     def _follow(self, words: Sequence[str]) -> subprocess.Popen[str]:
         return subprocess.Popen(  # noqa: S603
