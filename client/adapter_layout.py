@@ -41,6 +41,8 @@ class MoeLayer:
     """The experts' fused projections, 3-D parameters with the expert on axis 0: gate_up_proj, down_proj."""
     router: str | None
     """Path of the router, such as ``model.layers.0.mlp.gate``; None if there is none we recognise."""
+    has_interface: bool = True
+    """Whether the experts are called through transformers' experts interface: tokens, chosen experts, weights."""
 
 
 class Packing(Enum):
@@ -84,17 +86,20 @@ class Slot:
 def moe_layers(model: PreTrainedModel) -> dict[str, MoeLayer]:
     """The model's layers of routed experts by their name, in order; empty for a dense model.
 
-    Every family of transformers 5 with fused experts goes through its experts interface, which marks
+    Nearly every family of transformers 5 with fused experts goes through its experts interface, which marks
     the module with ``is_transposed``; so this needs no list of families.
     """
     layers = {}
     for path, module in model.named_modules():
         name, _, last = path.rpartition(".")
         weights = {key: weight for key, weight in module.named_parameters(recurse=False) if weight.ndim == 3}
-        if last == "experts" and weights and hasattr(module, "is_transposed"):
-            (num_experts,) = {weight.shape[0] for weight in weights.values()}
+        counts = {weight.shape[0] for weight in weights.values()}
+        if last == "experts" and len(counts) == 1:
+            (num_experts,) = counts
             router = _router_path(model, name, num_experts)
-            layers[name] = MoeLayer(name, num_experts, tuple(weights), router)
+            has_interface = hasattr(module, "is_transposed")
+            if has_interface or router is not None:  # else nobody could count its tokens
+                layers[name] = MoeLayer(name, num_experts, tuple(weights), router, has_interface)
     return layers
 
 
@@ -171,9 +176,9 @@ def _check_settings(model: PreTrainedModel, config: ModelConfig, layers: dict[st
     if not layers and is_mixture(model):
         if config.experts is not ExpertTraining.frozen:
             raise ValueError(
-                f"{family} has experts, but none as fused 3-D parameters of a module named 'experts' behind "
-                f"transformers' experts interface, so model.experts={config.experts.value} would leave every routed "
-                "expert untrained; set model.experts=frozen to train the rest"
+                f"{family} has experts, but none as fused 3-D parameters of a module named 'experts' beside a router, "
+                f"so model.experts={config.experts.value} would leave every routed expert untrained; set "
+                "model.experts=frozen to train the rest"
             )
     elif not layers and config.experts is ExpertTraining.full:
         raise ValueError(f"{family} is dense: model.experts=full has no expert to train; set model.experts=lora")
@@ -224,9 +229,7 @@ def adapter_slots(model: peft.PeftModel) -> dict[str, Slot]:
     for path, module in _adapted_modules(model):
         if isinstance(module, ParamWrapper):
             name = f"{path}.{module.parameter_name}"
-            num_experts = module.num_experts
-            slots[f"{name}.lora_A"] = Slot(_weight(module.lora_A), Packing.expert_a, num_experts)
-            slots[f"{name}.lora_B"] = Slot(_weight(module.lora_B), Packing.expert_b, num_experts)
+            slots[f"{name}.lora_A"], slots[f"{name}.lora_B"] = expert_slots(module)
         elif isinstance(module, LoraLayer):
             slots[f"{path}.lora_A"] = Slot(_weight(module.lora_A), Packing.plain)
             slots[f"{path}.lora_B"] = Slot(_weight(module.lora_B), Packing.plain)
@@ -236,6 +239,14 @@ def adapter_slots(model: peft.PeftModel) -> dict[str, Slot]:
                 if parameter.requires_grad:
                     slots[f"{path}.{name}"] = Slot(parameter, Packing.plain, base=originals[name])
     return slots
+
+
+def expert_slots(wrapper: ParamWrapper) -> tuple[Slot, Slot]:
+    """A and B of one fused parameter: (E, R, I) and (E, O, R) when unpacked."""
+    return (
+        Slot(_weight(wrapper.lora_A), Packing.expert_a, wrapper.num_experts),
+        Slot(_weight(wrapper.lora_B), Packing.expert_b, wrapper.num_experts),
+    )
 
 
 def _weight(factor: nn.ModuleDict) -> nn.Parameter:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from client.adapter_layout import ADAPTER, adapter_slots, moe_layers, peft_config, train_replaced_in_float32
 from client.bases import BaseIdentity, materialise, without_progress_bars
-from client.routing import ExpertTokenCounter, count_expert_tokens
+from client.experts import use_engine
+from client.routing import ExpertTokenCounter, RoutedTokens, count_router_choices
 from conf.schema import LoraConfig, ModelConfig
 from conf.seeds import generator_for
 from strategies.adapters import Arrays, check_same_layout
@@ -105,6 +107,9 @@ class AdaptedModel:
         self.layers: dict[str, int] = {name: layer.num_experts for name, layer in layers.items()}
         """MoE layer -> number of its routed experts; empty for a dense model."""
         train_replaced_in_float32(self.model, layers)
+        self._moe_layers = layers
+        self._routed = RoutedTokens()
+        use_engine(self.model, layers, self._routed)
         self._slots = adapter_slots(self.model)
         # Zero-stride arrays: the names and shapes of an adapter without its memory.
         self._layout: Arrays = {
@@ -159,14 +164,23 @@ class AdaptedModel:
         tensor = torch.from_numpy(np.array(array, np.float32))
         return self._slots[name].pack(tensor).to(self.device)
 
-    def count_expert_tokens(self) -> AbstractContextManager[ExpertTokenCounter]:
+    @contextmanager
+    def count_expert_tokens(self) -> Iterator[ExpertTokenCounter]:
         """Count the tokens routed to each expert while the context lasts.
 
-        Call the counter's ``set_mask`` before each forward pass: padding is not counted.
+        Call the counter's ``set_mask`` before each forward pass: padding is not counted, and no expert computes it.
         """
-        network = self.model.get_base_model()
-        experts = {layer: network.get_submodule(f"{layer}.experts") for layer in self.layers}
-        return count_expert_tokens(experts, self.layers, self.device)
+        counter = ExpertTokenCounter(self.layers, self.device)
+        network: Any = self.model.get_base_model()
+        outside = [layer for layer in self._moe_layers.values() if not layer.has_interface]
+        routers = {layer.name: network.get_submodule(str(layer.router)) for layer in outside}
+        per_token = network.config.get_text_config().num_experts_per_tok if routers else 0
+        self._routed.counter = counter
+        try:
+            with count_router_choices(routers, per_token, counter):
+                yield counter
+        finally:
+            self._routed.counter = None
 
     def save_peft(self, arrays: Arrays, folder: Path) -> None:
         """Write ``arrays`` in PEFT's own format, for ``PeftModel.from_pretrained(base, folder)``.

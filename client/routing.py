@@ -6,7 +6,8 @@ Shape suffixes: T tokens, E experts.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,50 +20,85 @@ class ExpertTokenCounter:
     """Tokens routed to each expert, summed over the forward passes since it was made; padding is left out."""
 
     def __init__(self, num_experts: Mapping[str, int], device: torch.device) -> None:
+        self._device = device
         self._totals_E = {
             layer: torch.zeros(count, dtype=torch.int64, device=device) for layer, count in num_experts.items()
         }
-        self._mask: torch.Tensor | None = None
+        self._uncounted: set[str] = set()
+        self.real_tokens: torch.Tensor | None = None
+        """Indices, int64, of the tokens of this pass that are real in the flattened batch; None if all are."""
 
     def set_mask(self, token_mask: torch.Tensor) -> None:
         """Say which tokens of the next forward pass are real: bool (batch, time), true for all but padding."""
-        self._mask = token_mask.reshape(-1)
+        self._uncounted = set(self._totals_E)
+        mask_N = token_mask.reshape(-1)
+        # A mask lies on the CPU when it is made, so that asking it keeps no GPU waiting.
+        self.real_tokens = None if bool(mask_N.all()) else mask_N.nonzero().squeeze(1).to(self._device)
 
-    def add(self, layer: str, top_k_index: torch.Tensor) -> None:
-        """Add one layer's routing: int64 (batch * time, experts per token)."""
-        assert self._mask is not None, "set_mask must come before the forward pass"
-        chosen = top_k_index.reshape(len(self._mask), -1)[self._mask.to(top_k_index.device)]
-        totals_E = self._totals_E[layer]
-        totals_E += torch.bincount(chosen.reshape(-1), minlength=len(totals_E))
+    def add(self, layer: str, tokens_E: torch.Tensor) -> None:
+        """Add one layer's real tokens of this pass; only once, since gradient checkpointing computes a pass again."""
+        if layer in self._uncounted:
+            self._uncounted.remove(layer)
+            self._totals_E[layer] += tokens_E
 
     def totals(self) -> dict[str, NDArray[np.float64]]:
         """Layer -> (num_experts,) tokens so far; a layer's sum is tokens times experts per token."""
         return {layer: totals_E.cpu().numpy().astype(np.float64) for layer, totals_E in self._totals_E.items()}
 
 
+@dataclass
+class RoutedTokens:
+    """Who counts a model's routed tokens at the moment; all its layers ask the same object."""
+
+    counter: ExpertTokenCounter | None = None
+
+
 @contextmanager
 def count_expert_tokens(
     experts: Mapping[str, nn.Module], num_experts: Mapping[str, int], device: torch.device
 ) -> Iterator[ExpertTokenCounter]:
-    """Count the tokens that each layer's experts module is called with.
+    """Count the tokens that each layer's experts module is called with, of any model of transformers.
 
-    Every experts module of transformers 5 is called as ``(hidden_states, top_k_index, top_k_weights)``, whatever
-    PEFT has wrapped around it.
+    Every experts module in transformers' interface is called as ``(hidden_states, top_k_index, top_k_weights)``.
     """
     counter = ExpertTokenCounter(num_experts, device)
 
     def hook_for(layer: str) -> Any:
         def count(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:  # noqa: ARG001
-            counter.add(layer, inputs[1])
+            counter.add(layer, chosen_tokens(inputs[1], num_experts[layer], counter.real_tokens))
 
         return count
 
-    handles = [module.register_forward_pre_hook(hook_for(layer)) for layer, module in experts.items()]
-    try:
+    with ExitStack() as stack:
+        for layer, module in experts.items():
+            stack.callback(module.register_forward_pre_hook(hook_for(layer)).remove)
         yield counter
-    finally:
-        for handle in handles:
-            handle.remove()
+
+
+@contextmanager
+def count_router_choices(
+    routers: Mapping[str, nn.Module], experts_per_token: int, counter: ExpertTokenCounter
+) -> Iterator[None]:
+    """Count what routers choose whose experts are called another way: the largest of the last (N, E) they return."""
+
+    def hook_for(layer: str) -> Any:
+        def count(module: nn.Module, inputs: Any, outputs: Any) -> None:  # noqa: ARG001
+            logits_NE = outputs[-1] if isinstance(outputs, tuple) else outputs
+            chosen_NK = logits_NE.topk(experts_per_token, dim=-1).indices
+            counter.add(layer, chosen_tokens(chosen_NK, logits_NE.shape[-1], counter.real_tokens))
+
+        return count
+
+    with ExitStack() as stack:
+        for layer, module in routers.items():
+            stack.callback(module.register_forward_hook(hook_for(layer)).remove)
+        yield
+
+
+def chosen_tokens(chosen_NK: torch.Tensor, num_experts: int, real_tokens: torch.Tensor | None) -> torch.Tensor:
+    """(E,) int64: how many real tokens chose each expert."""
+    chosen = chosen_NK if real_tokens is None else chosen_NK[real_tokens]
+    return torch.bincount(chosen.reshape(-1), minlength=num_experts)
 
 
 def routing_entropy(tokens_E: NDArray[np.floating]) -> float:

@@ -102,11 +102,13 @@ def test_site_says_who_it_is_and_how_much_it_has(ask, overrides):
     assert sender.base_model_loads >= 1
 
 
-def test_what_is_wrong_with_the_data_is_told_by_setting(ask):
+def test_what_is_wrong_with_the_data_is_told_in_the_sites_own_log(ask, caplog):
+    """A path or a value of a column may say more than the server should know."""
     reply = ask(JOIN, GOOD, name="ward.txt", run="r2")
     assert site_of(reply) == "ward"
-    with pytest.raises(ValueError, match=r"^data=.*ward.txt must end in one of "):
+    with pytest.raises(ValueError, match=r"^the data of site 'ward' cannot be used; the reason is in the site's log$"):
         decode_joined(reply)
+    assert "ward.txt must end in one of " in caplog.text
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

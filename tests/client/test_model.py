@@ -185,7 +185,7 @@ def test_saved_dense_adapter_gives_the_same_logits_in_stock_peft(family: str, tm
 def test_initial_adapter_leaves_the_logits_of_the_base(training: tuple[ExpertTraining, RouterTraining]) -> None:
     adapted = adapt("olmoe", experts=training[0], router=training[1])
     adapted.load_adapter(adapted.initial_adapter(seed=3))
-    torch.testing.assert_close(logits(adapted.model), logits(adapted.base.model), atol=0, rtol=0)
+    torch.testing.assert_close(logits(adapted.model), logits(adapted.base.model), atol=1e-5, rtol=1e-5)
 
 
 def test_initial_adapter_is_drawn_from_the_seed_within_its_limits() -> None:
@@ -293,10 +293,10 @@ def test_training_nothing_is_refused() -> None:
 
 
 def test_experts_of_an_unknown_form_are_refused_unless_frozen() -> None:
-    """Llama 4's experts do not go through the experts interface: no top-k index, no tokens to count."""
+    """DBRX joins its experts into plain matrices: there is no parameter with the expert on axis 0."""
     with pytest.raises(ValueError, match=r"would leave every routed expert untrained; set model.experts=frozen"):
-        adapt("llama4_text")
-    assert adapt("llama4_text", experts=ExpertTraining.frozen).layers == {}
+        adapt("dbrx")
+    assert adapt("dbrx", experts=ExpertTraining.frozen).layers == {}
 
 
 def test_one_base_is_read_once_and_shared_by_its_adapters(tmp_path: Path) -> None:

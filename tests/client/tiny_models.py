@@ -80,6 +80,31 @@ _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", {"intermediate_size": 20, "head_dim": 8}),
     "granite": ("granite", {"intermediate_size": 20}),
     "gpt2": ("gpt2", {"n_positions": 512}),
+    # Plain experts, without a gate; the mixer of its second layer is the MoE.
+    "nemotron_h": (
+        "nemotron_h",
+        {
+            "layers_block_type": ["attention", "moe"],
+            "intermediate_size": 24,
+            "moe_intermediate_size": 24,
+            "moe_shared_expert_intermediate_size": 24,
+            "n_routed_experts": NUM_EXPERTS,
+            "num_experts_per_tok": TOP_K,
+            "head_dim": 8,
+        },
+    ),
+    # The experts' weights are joined into plain matrices.
+    "dbrx": (
+        "dbrx",
+        {
+            "d_model": 16,
+            "n_heads": 2,
+            "n_layers": NUM_LAYERS,
+            "max_seq_len": 64,
+            "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4},
+            "ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": NUM_EXPERTS, "moe_top_k": TOP_K},
+        },
+    ),
     # Its experts take every token and so have no place in transformers' experts interface.
     "llama4_text": (
         "llama4_text",
