@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip
 
-.PHONY: run test test-unit check format clean
+.PHONY: run test test-unit test-extras check format clean
 
 run: $(STAMP)
 	$(BIN)/bouquet run -m strategy=fc_moe,fedavg,local_only rounds=3 train.max_steps=10 train.learning_rate=2e-3 eval.max_examples=40
@@ -20,6 +20,11 @@ test: test-unit
 
 test-unit: $(STAMP)
 	$(BIN)/python -m pytest -n auto -m "not ($(SLOW) or $(ELSEWHERE))"
+
+# What only those need who ask for it; last, since torchao slows the start of every process where it is installed.
+test-extras: $(STAMP)
+	$(PIP) install -q torchao==0.18.0
+	$(BIN)/python -m pytest tests/client/test_quantization.py
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -133,11 +133,10 @@ def _experts(experts: Any, engine: Engine, hidden_ND: Tensor, chosen_NK: Tensor,
 def _projection(experts: Any, engine: Engine, name: str, dtype: torch.dtype) -> tuple[Projection, Factors]:
     weight = getattr(experts, name)
     bias = getattr(experts, f"{name}_bias") if experts.has_bias else None
-    weight_EIO = weight if experts.is_transposed else weight.mT
     wrapper = engine.wrappers.get(name)
     if wrapper is None or wrapper.disable_adapters or wrapper.merged:
-        return Projection(weight_EIO, bias, 1.0), None
-    return Projection(weight_EIO, bias, wrapper.scaling[ADAPTER]), _factors(wrapper, dtype)
+        return Projection(weight, bias, is_transposed=experts.is_transposed), None
+    return Projection(weight, bias, wrapper.scaling[ADAPTER], experts.is_transposed), _factors(wrapper, dtype)
 
 
 def _factors(wrapper: ParamWrapper, dtype: torch.dtype) -> Factors:

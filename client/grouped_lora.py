@@ -59,12 +59,19 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Projection:
-    """One frozen linear map per expert."""
+    """One linear map per expert."""
 
-    weight_EIO: Tensor
-    bias_EO: Tensor | None
-    scale: float
+    weight: Tensor
+    """(E, O, I), or (E, I, O) if ``is_transposed``; may be a quantised tensor of torchao's."""
+    bias_EO: Tensor | None = None
+    scale: float = 1.0
     """Factor of the low-rank term: alpha / rank."""
+    is_transposed: bool = False
+
+    def input_major(self) -> Tensor:
+        """The weight as inputs meet it; of a quantised one a new tensor, so that only one layer's is held at a time."""
+        weight = self.weight.dequantize() if is_quantized(self.weight) else self.weight
+        return weight if self.is_transposed else weight.mT
 
 
 @dataclass(frozen=True)
@@ -171,7 +178,7 @@ def _project(  # noqa: PLR0917
     bias_weights_S1: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The projection of each pair, (S, O), and ``scale * x A^T``, (S, R)."""
-    y_SO = grouped_mm(x_SI, projection.weight_EIO, pairs.ends_E)
+    y_SO = grouped_mm(x_SI, projection.input_major(), pairs.ends_E)
     if projection.bias_EO is not None:
         bias_SO = projection.bias_EO[pairs.expert_S]
         y_SO = y_SO + (bias_SO if bias_weights_S1 is None else bias_SO * bias_weights_S1)
@@ -194,7 +201,7 @@ def _project_backward(  # noqa: PLR0917
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of the projection's input, of A and of B; none of its weight."""
     ends_E = pairs.ends_E
-    grad_x_SI = grouped_mm(grad_SO, projection.weight_EIO.mT, ends_E) if needs_x else None
+    grad_x_SI = grouped_mm(grad_SO, projection.input_major().mT, ends_E) if needs_x else None
     if A_ERI is None or B_EOR is None or x_SI is None or x_SR is None:
         return grad_x_SI, None, None
     grad_SR = grouped_mm(grad_SO, B_EOR, ends_E) * projection.scale
@@ -203,6 +210,11 @@ def _project_backward(  # noqa: PLR0917
     grad_A_ERI = grouped_mm(grad_SR.t(), x_SI, ends_E)
     grad_B_EOR = grouped_mm(grad_SO.t(), x_SR, ends_E)
     return grad_x_SI, grad_A_ERI, grad_B_EOR
+
+
+def is_quantized(weight: Tensor) -> bool:
+    """Whether torchao keeps the weight as integers and scales."""
+    return hasattr(weight, "qdata")
 
 
 def grouped_mm(left: Tensor, right: Tensor, ends_E: Tensor) -> Tensor:

@@ -23,8 +23,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from client.adapter_layout import ADAPTER, adapter_slots, moe_layers, peft_config, train_replaced_in_float32
 from client.bases import BaseIdentity, materialise, without_progress_bars
 from client.experts import use_engine
+from client.quantization import quantize_int8
 from client.routing import ExpertTokenCounter, RoutedTokens, count_router_choices
-from conf.schema import LoraConfig, ModelConfig
+from conf.schema import LoraConfig, ModelConfig, Quantization
 from conf.seeds import generator_for
 from strategies.adapters import Arrays, check_same_layout
 
@@ -52,16 +53,19 @@ def load_base(model: ModelConfig, device: torch.device) -> BaseModel:
     """The base model that ``model`` names, in its dtype and without gradients; read once a process.
 
     Raises:
-        ValueError: If the base cannot be had (see ``client.bases.materialise``) or is no causal language model.
+        ValueError: If the base cannot be had (see ``client.bases.materialise``), is no causal language model, or is to
+            be quantised without torchao.
     """
     global _num_base_loads  # noqa: PLW0603
-    key = repr((model.name, model.source, model.wheel_dir, model.upcycle, model.dtype, device))
+    key = repr((model.name, model.source, model.wheel_dir, model.upcycle, model.dtype, model.quantization, device))
     if key not in _bases:
         identity = materialise(model)
         dtype: torch.dtype = getattr(torch, model.dtype.value)
         with without_progress_bars():
             network: Any = AutoModelForCausalLM.from_pretrained(identity.folder, dtype=dtype)
         network.to(device).eval().requires_grad_(requires_grad=False)
+        if model.quantization is Quantization.int8:
+            quantize_int8(network)
         tokenizer = AutoTokenizer.from_pretrained(identity.folder)
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
@@ -100,7 +104,7 @@ class AdaptedModel:
         with warnings.catch_warnings():
             # PEFT asks the model by a name that transformers is about to drop.
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
-            self.model = peft.get_peft_model(_share_weights(base.model), peft_config(base.model, config, lora))
+            self.model = peft.get_peft_model(share_weights(base.model), peft_config(base.model, config, lora))
         """The module to call; computes with the adapter that was loaded last."""
         # Set here: PEFT overwrites what its config says with the folder that the base was read from.
         self.model.peft_config[ADAPTER].base_model_name_or_path = base.identity.path
@@ -201,7 +205,7 @@ class AdaptedModel:
         self.model.save_pretrained(str(folder), state_dict=state, save_embedding_layers=False)
 
 
-def _share_weights(model: PreTrainedModel) -> PreTrainedModel:
+def share_weights(model: PreTrainedModel) -> PreTrainedModel:
     """A model of the same modules around the same tensors, for PEFT to wrap; ``model`` itself stays as it is."""
     tensors = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})

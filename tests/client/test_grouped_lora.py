@@ -34,8 +34,8 @@ def problem(*, bias: bool, dtype: torch.dtype = torch.float64) -> tuple[list[Ten
     shapes = [(N, D), (N, K), (E, R, D), (E, 2 * F, R), (E, R, F), (E, D, R)]
     inputs = [random(*shape, seed=i, dtype=dtype).requires_grad_() for i, shape in enumerate(shapes)]
     up_bias, down_bias = (random(E, 2 * F, dtype=dtype), random(E, D, dtype=dtype)) if bias else (None, None)
-    up = Projection(random(E, D, 2 * F, dtype=dtype), up_bias, SCALE)
-    down = Projection(random(E, F, D, dtype=dtype), down_bias, SCALE)
+    up = Projection(random(E, 2 * F, D, dtype=dtype), up_bias, SCALE)
+    down = Projection(random(E, F, D, dtype=dtype), down_bias, SCALE, is_transposed=True)
     chosen = choices()
     return inputs, ExpertBlock(up, down, gated, Pairs.of(chosen, E)), chosen
 
@@ -53,8 +53,8 @@ def naive(inputs: list[Tensor], block: ExpertBlock, chosen: Tensor) -> Tensor:
         total = torch.zeros(D, dtype=hidden.dtype)
         for place in range(K):
             expert = int(chosen[token, place])
-            up = block.up.weight_EIO[expert].T + SCALE * up_b[expert] @ up_a[expert]
-            down = block.down.weight_EIO[expert].T + SCALE * down_b[expert] @ down_a[expert]
+            up = block.up.weight[expert] + SCALE * up_b[expert] @ up_a[expert]
+            down = block.down.weight[expert].T + SCALE * down_b[expert] @ down_a[expert]
             opened = up @ hidden[token]
             if block.up.bias_EO is not None:
                 opened = opened + block.up.bias_EO[expert]
@@ -135,11 +135,11 @@ def test_products_without_a_kernel_are_those_with_one() -> None:
 
 def test_trainable_weights_get_autograds_own_gradient() -> None:
     inputs, block, chosen = problem(bias=False)
-    weight = block.up.weight_EIO.clone().requires_grad_()
+    weight = block.up.weight.clone().requires_grad_()
     pairs = block.pairs
     rows = inputs[0].detach()[pairs.token_S]
-    grouped_linear(rows, Projection(weight, None, SCALE), None, pairs).sum().backward()
+    grouped_linear(rows, Projection(weight), None, pairs).sum().backward()
     for expert in range(E):
         tokens = (chosen == expert).any(dim=1)
         expected = inputs[0].detach()[tokens].sum(dim=0)[:, None].expand(D, 2 * F)
-        torch.testing.assert_close(weight.grad[expert], expected)
+        torch.testing.assert_close(weight.grad[expert], expected.T)
