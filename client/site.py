@@ -6,12 +6,11 @@ import itertools
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 
-import torch
-
 from client.evaluation import HeldOutLoss, held_out_loss
 from client.methods import method_for
 from client.model import AdaptedModel
 from client.private import PrivateStore, under
+from client.runtime import configure_torch
 from client.text import Example, TokenSequence, encode
 from client.training import TrainingResult, train
 from conf.schema import Config, RouterTraining
@@ -134,7 +133,7 @@ class Site:
             ValueError: If ``received`` is not the shared part of this model's adapter, the store cannot be used, or a
                 held-out set is empty.
         """
-        torch.set_num_threads(self.config.train.num_threads)
+        configure_torch(self.config.train)
         adapter = self._completed(received, self.store.load())
         batch_size = self.config.eval.batch_size
         return {
