@@ -96,10 +96,10 @@ class TrainingMemory:
     def describe(self, num_sequences: int) -> str:
         """What ``num_sequences`` at a time need, in words and numbers."""
         optimizer, activations = self.optimizer_bytes, self.activation_bytes(num_sequences)
+        present = f"base model ({amount(self.base_bytes)}) and adapter ({amount(self.adapter_bytes)})"
         return (
-            f"training needs {gib(optimizer + activations)} beside base model ({gib(self.base_bytes)}) and adapter "
-            f"({gib(self.adapter_bytes)}): {gib(optimizer)} for gradients and moments, {gib(activations)} for "
-            f"activations of {num_sequences} x {self._shape.num_tokens} tokens"
+            f"training needs {amount(optimizer + activations)} beside {present}: {amount(optimizer)} for gradients and "
+            f"moments, {amount(activations)} for activations of {num_sequences} x {self._shape.num_tokens} tokens"
         )
 
     @cached_property
@@ -164,7 +164,7 @@ def choose_micro_batch(
         if fitting
         else "train.gradient_checkpointing=true, a smaller data.max_length or model.dtype=bfloat16"
     )
-    raise ValueError(f"{memory.describe(wanted)}; {gib(free)} are free on {adapted.device}: set {advice}")
+    raise ValueError(f"{memory.describe(wanted)}; {amount(free)} are free on {adapted.device}: set {advice}")
 
 
 def free_bytes(device: torch.device) -> int:
@@ -180,9 +180,10 @@ def free_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def gib(num_bytes: float) -> str:
-    """Bytes for people."""
-    return f"{num_bytes / 2**30:.2f} GiB"
+def amount(num_bytes: float) -> str:
+    """Memory for people."""
+    mebibytes = num_bytes / 2**20
+    return f"{mebibytes:.1f} MiB" if mebibytes < 1024 else f"{mebibytes / 1024:.1f} GiB"
 
 
 def step_peak_bytes(adapted: AdaptedModel, sequences: Sequence[TokenSequence], *, gradient_checkpointing: bool) -> int:
