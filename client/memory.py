@@ -31,12 +31,11 @@ AUTO = "auto"
 
 _CUDA_HEADROOM = 1.1
 """What is counted is taken this many times: for the kernels' own buffers and gaps between tensors."""
-_CPU_HEADROOM = 2.0
-_CPU_CHECKPOINTING_HEADROOM = 4.0
-"""glibc's heap keeps gaps as large as the tensors: growth of the resident set was measured at 1.7 to 1.9 times the
-tensors of a step (Llama and OLMoE of width 128, 16 and 64 sequences of 256 tokens), with checkpointing, whose tensors
-are of more mixed ages, at 2.9 to 3.7 times. Without gaps (MALLOC_MMAP_THRESHOLD_=131072) it was 1.0, and steps took
-three times as long."""
+_CPU_HEADROOM = 2.2
+_CPU_CHECKPOINTING_HEADROOM = 3.5
+"""glibc's heap keeps gaps as large as the tensors: the resident set was measured to grow by 1.7 to 2.1 times the
+tensors of a step (Llama and OLMoE of width 128, 16 and 64 sequences of 256 tokens), with checkpointing by 2.7 to 3.7
+times. Without gaps (MALLOC_MMAP_THRESHOLD_=131072) it was 1.0, and a step took two to four times as long."""
 
 
 @dataclass(frozen=True)

@@ -159,8 +159,6 @@ def _accumulate_gradients(
         batch = collate(chosen, adapted.tokenizer.pad_token_id)
         counter.set_mask(batch["token_mask"])
         nll, _ = response_nll(adapted, batch)
-        # Checkpointed layers meet these tokens again in the backward pass.
-        counter.set_mask(torch.zeros_like(batch["token_mask"]))
         torch.autograd.backward(nll * (scale / num_tokens))
         total += nll.detach()
     loss = total / num_tokens

@@ -69,15 +69,15 @@ def test_activations_of_a_linear_map_by_hand():
 def test_two_passes_tell_what_more_sequences_take(adapted, checkpointing):
     memory = TrainingMemory(adapted, SHAPE, gradient_checkpointing=checkpointing)
     counted = step_peak_bytes(adapted, [SHAPE.sequence()] * 7, gradient_checkpointing=checkpointing)
-    headroom = 4 if checkpointing else 2
+    headroom = 3.5 if checkpointing else 2.2
     assert memory.activation_bytes(7) == pytest.approx(headroom * counted, rel=0.05)
 
 
-def test_checkpointing_needs_less_than_half(adapted):
+def test_checkpointing_needs_less(adapted):
     plain, thrifty = (
         step_peak_bytes(adapted, [SHAPE.sequence()] * 4, gradient_checkpointing=flag) for flag in (False, True)
     )
-    assert thrifty < 0.5 * plain
+    assert thrifty < 0.7 * plain
 
 
 def test_base_adapter_gradients_and_moments_by_hand(base_config, adapted, memory):
@@ -191,5 +191,5 @@ def test_estimate_is_above_the_growth_of_the_process_and_at_most_twice_it():
     assert finished.returncode == 0, finished.stderr
     for line in finished.stdout.splitlines():
         estimated, grown = map(int, line.split())
-        assert grown <= 1.1 * estimated
+        assert grown <= estimated
         assert estimated <= 2 * grown
