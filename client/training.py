@@ -19,6 +19,7 @@ from client.model import AdaptedModel
 from client.routing import ExpertTokenCounter
 from client.runtime import configure_torch
 from client.text import TokenSequence, collate
+from client.throughput import Throughput, ThroughputMeter
 from conf.schema import OptimizerState, TrainConfig
 from strategies.adapters import Arrays
 
@@ -48,6 +49,7 @@ class TrainingResult:
     """Mean over those tokens of the loss when they were seen, nats per token, without the proximal term."""
     seconds: float
     """Wall time."""
+    throughput: Throughput
 
 
 def train(
@@ -88,6 +90,7 @@ def train(
     adamw = _adamw(adapted, optimizer, config)
     anchored = _anchored(adapted, anchor) if config.proximal_mu > 0 else []
     nll, num_steps, num_tokens = 0.0, 0, 0
+    meter = ThroughputMeter(adapted)
     try:
         with (
             adapted.count_expert_tokens() as counter,
@@ -101,9 +104,11 @@ def train(
                     adapted, passes, anchored=anchored, counter=counter, step=num_steps, config=config
                 )
                 adamw.step()
+                meter.add(chosen)
                 num_tokens += sum(sequence.num_targets for sequence in chosen)
     finally:
         adamw.zero_grad()  # the next site of this process needs the memory
+    throughput = meter.result(counter.totals())
     return TrainingResult(
         adapter=adapted.read_adapter(),
         optimizer=_optimizer_arrays(adapted, adamw) if config.optimizer_state is OptimizerState.keep else {},
@@ -113,6 +118,7 @@ def train(
         num_tokens=num_tokens,
         loss=nll / num_tokens,
         seconds=time.perf_counter() - began,
+        throughput=throughput,
     )
 
 
