@@ -12,6 +12,7 @@ import torch
 from client.data import CENTRALISED, SiteData, own_site, simulated_sites
 from client.model import AdaptedModel, adapted_model
 from client.private import PrivateStore
+from client.runtime import configure_torch
 from client.site import POOLED, Site
 from client.text import Example, check_packing
 from conf.schema import Config, Device
@@ -64,12 +65,12 @@ def pooled_held_out(config: Config) -> list[Example]:
 
 
 def model_for(config: Config) -> AdaptedModel:
-    """This process's base model and adapter, loaded once; sets torch's threads.
+    """This process's base model and adapter, loaded once; sets torch's switches.
 
     Raises:
         ValueError: If the model settings do not work out, or the model cannot train on packed sequences as asked.
     """
-    torch.set_num_threads(config.train.num_threads)
+    configure_torch(config.train)
     adapted = adapted_model(config.model, config.lora, resolve_device(config.device))
     if config.data.packing:
         check_packing(adapted.base.model)

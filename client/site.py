@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from functools import cached_property
-
-import torch
 
 from client.evaluation import HeldOutLoss, held_out_loss
 from client.methods import method_for
 from client.model import AdaptedModel
 from client.private import PrivateStore, under
+from client.runtime import configure_torch
 from client.text import Example, TokenSequence, encode
 from client.training import TrainingResult, train
 from conf.schema import Config, RouterTraining
@@ -88,8 +88,8 @@ class Site:
         """Train locally from the global adapter; the update holds what is shared and nothing else.
 
         Its metrics are train_loss (nats per response token), num_tokens (response tokens trained on), num_steps,
-        train_seconds and, with ``evaluate_own``, own_loss: that of the site's adapter just trained on its held-out
-        data (in a centralised run, on all sites').
+        micro_batch, train_seconds, those of ``client.throughput.Throughput`` and, with ``evaluate_own``, own_loss: that
+        of the site's adapter just trained on its held-out data (in a centralised run, on all sites').
 
         The store is written last: a round that fails leaves it as it was.
 
@@ -134,7 +134,7 @@ class Site:
             ValueError: If ``received`` is not the shared part of this model's adapter, the store cannot be used, or a
                 held-out set is empty.
         """
-        torch.set_num_threads(self.config.train.num_threads)
+        configure_torch(self.config.train)
         adapter = self._completed(received, self.store.load())
         batch_size = self.config.eval.batch_size
         return {
@@ -180,5 +180,7 @@ def _metrics(result: TrainingResult) -> dict[str, float]:
         "train_loss": result.loss,
         "num_tokens": float(result.num_tokens),
         "num_steps": float(result.num_steps),
+        "micro_batch": float(result.micro_batch),
         "train_seconds": result.seconds,
+        **{name: float(value) for name, value in asdict(result.throughput).items()},
     }

@@ -43,6 +43,11 @@ class TokenSequence:
     lengths: list[int]
     """Tokens of each example in it; they add up to ``len(input_ids)``."""
 
+    @property
+    def num_targets(self) -> int:
+        """Response tokens that carry loss: all but one that is the first of the sequence, which nothing predicts."""
+        return sum(label != IGNORED_LABEL for label in self.labels[1:])
+
 
 def encode(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> list[TokenSequence]:
     """Token sequences of at most ``data.max_length`` tokens, in the order of the examples.

@@ -377,6 +377,15 @@ class TrainConfig:
     learning_rate: float = 1e-3
     batch_size: int = 8
     """Sequences per optimiser step."""
+    micro_batch: int | str | None = None
+    """Sequences per forward and backward pass, of which an optimiser step takes as many as it needs; null: all at once;
+    ``auto``: as many as fit into memory. Changes the result by rounding only (and by another draw of a model's
+    dropout); with ``auto`` the last bits depend on the machine."""
+    gradient_checkpointing: bool = False
+    """Keep only the inputs of the model's layers and compute the rest again in the backward pass: a third more
+    computation, a fraction of the memory for activations."""
+    deterministic: bool = False
+    """Use only algorithms that give the same bits every time, on a GPU too; an operation that has none is an error."""
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     """Gradients are clipped to this Euclidean norm."""
@@ -395,6 +404,13 @@ class TrainConfig:
             self.learning_rate,
         )
         require(self.batch_size >= 1, "train.batch_size", ">= 1", self.batch_size)
+        in_range = isinstance(self.micro_batch, int) and 1 <= self.micro_batch <= self.batch_size
+        require(
+            in_range or self.micro_batch in {None, "auto"},
+            "train.micro_batch",
+            f"null, auto, or from 1 to train.batch_size={self.batch_size}",
+            self.micro_batch,
+        )
         require(0 <= self.weight_decay < math.inf, "train.weight_decay", ">= 0", self.weight_decay)
         require(self.max_grad_norm > 0, "train.max_grad_norm", "> 0", self.max_grad_norm)
         require(0 <= self.proximal_mu < math.inf, "train.proximal_mu", ">= 0", self.proximal_mu)
@@ -436,8 +452,9 @@ class FederationConfig:
     """Share of the sites asked in a round, drawn by site name with the run's generator."""
     cpus_per_site: int = 1
     """CPU cores of one simulated site; the machine's cores divided by it are the sites trained at a time."""
-    gpus_per_site: float = 0.0
-    """GPU share of one simulated site."""
+    gpus_per_site: float | None = None
+    """GPU share of one simulated site, 0: no GPU; null: none without a GPU, else as little as the memory estimate of
+    its training allows."""
     join_timeout_seconds: float = 600.0
     """How long to wait for ``min_sites`` sites before round 1; a site may have to build its base model first."""
     round_timeout_seconds: float = 3600.0
@@ -447,7 +464,12 @@ class FederationConfig:
         require(self.min_sites >= 1, "federation.min_sites", ">= 1", self.min_sites)
         require(0 < self.fraction <= 1, "federation.fraction", "in (0, 1]", self.fraction)
         require(self.cpus_per_site >= 1, "federation.cpus_per_site", ">= 1", self.cpus_per_site)
-        require(self.gpus_per_site >= 0, "federation.gpus_per_site", ">= 0", self.gpus_per_site)
+        require(
+            self.gpus_per_site is None or 0 <= self.gpus_per_site < math.inf,
+            "federation.gpus_per_site",
+            "null or >= 0",
+            self.gpus_per_site,
+        )
         require(self.join_timeout_seconds > 0, "federation.join_timeout_seconds", "> 0", self.join_timeout_seconds)
         require(self.round_timeout_seconds > 0, "federation.round_timeout_seconds", "> 0", self.round_timeout_seconds)
 

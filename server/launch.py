@@ -174,7 +174,7 @@ def launch(job: Job, connection: Connection) -> bool:
     size = {
         "num-supernodes": job.num_sites or 0,
         "client-resources-num-cpus": job.config.federation.cpus_per_site,
-        "client-resources-num-gpus": job.config.federation.gpus_per_site,
+        "client-resources-num-gpus": job.config.federation.gpus_per_site or 0.0,
     }
     started: list[str] = []
 

@@ -31,6 +31,10 @@ from conf.seeds import generator_for
 from strategies.fedavg import FedAvg
 from tests.client.tiny_models import save_tiny_base
 
+METRICS = {
+    "train_loss", "num_tokens", "num_steps", "micro_batch", "train_seconds", "own_loss",
+    "tokens_per_second", "peak_memory_bytes", "flop_utilization",
+}  # fmt: skip
 COLOURS = ["red", "green", "blue", "grey", "pink"]
 TRAIN = [Example(f"Name colour {number}.", "", colour) for number, colour in enumerate(COLOURS)]
 HELD_OUT = [Example("Name colour 7.", "", "teal"), Example("Name colour 8.", "the sky", "azure")]
@@ -163,7 +167,7 @@ def test_nothing_private_is_in_the_update(base_config, tmp_path, method):
         assert not any("gate.weight" in name for name in update.adapter)
         # Whoever shares nothing does not tell how its text was routed either.
         assert update.expert_tokens.keys() == (site.adapted.layers.keys() if update.adapter else set())
-        assert update.metrics.keys() == {"train_loss", "num_tokens", "num_steps", "train_seconds", "own_loss"}
+        assert update.metrics.keys() == METRICS
     private = site.store.load()
     assert {"own/model.layers.0.mlp.gate.weight", "optimizer/step/model.layers.0.mlp.gate.weight"} <= private.keys()
     assert bool(update.adapter) == (method.name != "local_only")

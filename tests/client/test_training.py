@@ -8,13 +8,11 @@ import torch
 
 from client.evaluation import held_out_loss
 from client.model import AdaptedModel, load_base
-from client.text import TokenSequence
-from client.training import train
-from conf.schema import ExpertTraining, LoraConfig, OptimizerState, Precision, RouterTraining, TrainConfig
+from conf.schema import ExpertTraining, LoraConfig, OptimizerState, Precision, RouterTraining
+from tests.client.local_training import distance, eight_sequences, gradient, noisy, run
 from tests.client.tiny_models import TOP_K, save_tiny_base
 
 CPU = torch.device("cpu")
-BETA_1 = 0.9
 
 
 @pytest.fixture(scope="module")
@@ -29,44 +27,13 @@ def adapted(base_config):
 
 @pytest.fixture(scope="module")
 def sequences():
-    """Eight sequences of 6 to 16 tokens, the latter half of each the response."""
-    generator = np.random.default_rng(0)
-    made = []
-    for length in generator.integers(6, 17, 8).tolist():
-        input_ids = generator.integers(0, 256, length).tolist()
-        made.append(TokenSequence(input_ids, [-100] * (length // 2) + input_ids[length // 2 :], [length]))
-    return made
+    return eight_sequences()
 
 
 @pytest.fixture
 def start(adapted):
     """The initial adapter with noise on it, so that no LoRA B is zero."""
     return noisy(adapted.initial_adapter(0))
-
-
-def noisy(adapter, seed=0, deviation=0.1):
-    generator = np.random.default_rng(seed)
-    return {name: (a + generator.normal(0, deviation, a.shape)).astype(np.float32) for name, a in adapter.items()}
-
-
-def run(adapted, sequences, start, *, anchor=None, optimizer=None, generator=None, **settings):
-    config = TrainConfig(**{"learning_rate": 1e-2, "batch_size": 3, **settings})
-    generator = generator or np.random.default_rng(0)
-    anchor, optimizer = anchor or {}, optimizer or {}
-    return train(
-        adapted, sequences, start=start, anchor=anchor, optimizer=optimizer, config=config, generator=generator
-    )
-
-
-def gradient(adapted, sequences, start, **settings):
-    """Gradient of the first step: Adam's first moment is then (1 - beta_1) times it."""
-    settings = {"max_steps": 1, "max_grad_norm": 1e9, "optimizer_state": OptimizerState.keep, **settings}
-    moments = run(adapted, sequences, start, **settings).optimizer
-    return {name: moments[f"exp_avg/{name}"] / (1 - BETA_1) for name in start}
-
-
-def distance(left, right):
-    return np.sqrt(sum(np.sum((left[name] - right[name]) ** 2) for name in left))
 
 
 def test_proximal_terms_gradient_is_mu_times_the_distance_from_the_anchor(adapted, sequences, start):

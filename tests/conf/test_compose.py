@@ -152,6 +152,7 @@ def test_filter_takes_any_column(words, expected):
         ("data.filterx=3", r"^unknown setting 'data.filterx'"),
         ("rounds=three", r"^rounds must be a whole number, got 'three'$"),
         ("rounds=null", r"^rounds must be a whole number, got null$"),
+        ("train.micro_batch=2.5", r"^train.micro_batch must be a whole number or text or null, got 2.5$"),
         ("train.max_steps=all", r"^train.max_steps must be a whole number or null, got 'all'$"),
         ("lora.attention=perhaps", r"^lora.attention must be true or false, got 'perhaps'$"),
         ("data.prompt_column=null", r"^data.prompt_column must be text, got null$"),
@@ -290,3 +291,8 @@ def test_written_settings_read_back_as_the_same_run(words):
     again = load_config(list(as_words(written)))
     assert again == config
     assert settings_hash(again) == settings_hash(config)
+
+
+@pytest.mark.parametrize(("word", "value"), [("3", 3), ("auto", "auto"), ("null", None)])
+def test_micro_batch_is_a_number_or_a_word(word, value):
+    assert load_config(f"train.micro_batch={word}").train.micro_batch == value

@@ -36,6 +36,9 @@ OUT_OF_RANGE = [
     (schema.TrainConfig, "train.learning_rate", 0.0, "> 0"),
     (schema.TrainConfig, "train.learning_rate", math.inf, "> 0"),
     (schema.TrainConfig, "train.batch_size", 0, ">= 1"),
+    (schema.TrainConfig, "train.micro_batch", 0, "null, auto, or from 1 to train.batch_size=8"),
+    (schema.TrainConfig, "train.micro_batch", 9, "null, auto, or from 1 to train.batch_size=8"),
+    (schema.TrainConfig, "train.micro_batch", "all", "null, auto, or from 1 to train.batch_size=8"),
     (schema.TrainConfig, "train.weight_decay", -1.0, ">= 0"),
     (schema.TrainConfig, "train.weight_decay", math.inf, ">= 0"),
     (schema.TrainConfig, "train.max_grad_norm", 0.0, "> 0"),
@@ -49,7 +52,7 @@ OUT_OF_RANGE = [
     (schema.FederationConfig, "federation.fraction", 0.0, "in (0, 1]"),
     (schema.FederationConfig, "federation.fraction", 1.01, "in (0, 1]"),
     (schema.FederationConfig, "federation.cpus_per_site", 0, ">= 1"),
-    (schema.FederationConfig, "federation.gpus_per_site", -0.5, ">= 0"),
+    (schema.FederationConfig, "federation.gpus_per_site", -0.5, "null or >= 0"),
     (schema.FederationConfig, "federation.join_timeout_seconds", 0.0, "> 0"),
     (schema.FederationConfig, "federation.round_timeout_seconds", 0.0, "> 0"),
 ]

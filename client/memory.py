@@ -1,0 +1,243 @@
+"""How much memory local training takes, found out before a round: by one pass over one sequence, not by a formula.
+
+What a step needs beside the base model and the adapter are the adapter's gradients and moments, and what a forward
+and backward pass makes: activations kept for the backward pass, logits, temporary tensors, layers computed again.
+The latter are counted as they are made and freed, so they are those of this model, dtype and way of running experts.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import psutil
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from client.checkpointing import checkpointed_layers
+from client.evaluation import response_nll
+from client.model import AdaptedModel
+from client.text import IGNORED_LABEL, TokenSequence, collate
+from conf.schema import TrainConfig
+
+AUTO = "auto"
+"""``train.micro_batch``: as many sequences at a time as fit."""
+
+_CUDA_HEADROOM = 1.1
+"""What is counted is taken this many times: for the kernels' own buffers and gaps between tensors."""
+_CPU_HEADROOM = 2.2
+_CPU_CHECKPOINTING_HEADROOM = 3.5
+"""glibc's heap keeps gaps as large as the tensors: the resident set was measured to grow by 1.7 to 2.1 times the
+tensors of a step (Llama and OLMoE of width 128, 16 and 64 sequences of 256 tokens), with checkpointing by 2.7 to 3.7
+times. Without gaps (MALLOC_MMAP_THRESHOLD_=131072) it was 1.0, and a step took two to four times as long."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The largest sequence of a site, as far as memory is concerned."""
+
+    num_tokens: int
+    num_targets: int
+    """Tokens with a loss: their logits are widened to float32."""
+    packed: bool
+
+    @classmethod
+    def of(cls, sequences: Iterable[TokenSequence]) -> Shape:
+        """The least shape that no sequence exceeds."""
+        shapes = [(len(sequence.input_ids), sequence.num_targets, len(sequence.lengths) > 1) for sequence in sequences]
+        tokens, targets, packed = zip(*shapes, strict=True)
+        return cls(max(tokens), max(targets), any(packed))
+
+    def sequence(self) -> TokenSequence:
+        """A sequence of this shape, of whatever tokens."""
+        num_prompt = self.num_tokens - self.num_targets
+        labels = [IGNORED_LABEL] * num_prompt + [0] * self.num_targets
+        half = self.num_tokens // 2
+        return TokenSequence([0] * self.num_tokens, labels, [half, self.num_tokens - half][not self.packed :])
+
+
+class TrainingMemory:
+    """Bytes that training takes on the model's device, with sequences of one shape."""
+
+    def __init__(self, adapted: AdaptedModel, shape: Shape, *, gradient_checkpointing: bool) -> None:
+        self._adapted = adapted
+        self._shape = shape
+        self._gradient_checkpointing = gradient_checkpointing
+        trained = adapted.parameters_by_name().values()
+        base = adapted.base.model
+        self.base_bytes = _storage_bytes([*base.parameters(), *base.buffers()])
+        self.adapter_bytes = _storage_bytes(trained)
+        checkpointing_headroom = _CPU_CHECKPOINTING_HEADROOM if gradient_checkpointing else _CPU_HEADROOM
+        self._headroom = _CUDA_HEADROOM if adapted.device.type == "cuda" else checkpointing_headroom
+        self.optimizer_bytes = 3 * self.adapter_bytes
+        """A gradient and Adam's two moments of every trained value."""
+
+    def activation_bytes(self, num_sequences: int) -> int:
+        """What a forward and backward pass over so many sequences takes at its highest point."""
+        return int(self._headroom * (self._one + (num_sequences - 1) * self._another))
+
+    def fits(self, num_sequences: int, free_bytes: int) -> bool:
+        """Whether gradients, moments and activations fit into ``free_bytes``."""
+        spare = free_bytes - self.optimizer_bytes
+        # Nothing grows faster than in proportion: often that is proof enough, and saves the pass over two sequences.
+        return num_sequences * self._headroom * self._one <= spare or self.activation_bytes(num_sequences) <= spare
+
+    def largest_fit(self, num_sequences: int, free_bytes: int) -> int:
+        """As many sequences, at most ``num_sequences``, as fit into ``free_bytes``; 0 if not even one does."""
+        return next((count for count in range(num_sequences, 0, -1) if self.fits(count, free_bytes)), 0)
+
+    def describe(self, num_sequences: int) -> str:
+        """What ``num_sequences`` at a time need, in words and numbers."""
+        optimizer, activations = self.optimizer_bytes, self.activation_bytes(num_sequences)
+        present = f"base model ({amount(self.base_bytes)}) and adapter ({amount(self.adapter_bytes)})"
+        return (
+            f"training needs {amount(optimizer + activations)} beside {present}: {amount(optimizer)} for gradients and "
+            f"moments, {amount(activations)} for activations of {num_sequences} x {self._shape.num_tokens} tokens"
+        )
+
+    @cached_property
+    def _one(self) -> int:
+        return self._measured(1)
+
+    @cached_property
+    def _another(self) -> int:
+        """What each further sequence adds."""
+        return max(0, self._measured(2) - self._one)
+
+    def _measured(self, num_sequences: int) -> int:
+        return step_peak_bytes(
+            self._adapted,
+            [self._shape.sequence()] * num_sequences,
+            gradient_checkpointing=self._gradient_checkpointing,
+        )
+
+
+_measured: weakref.WeakKeyDictionary[AdaptedModel, dict[tuple[Shape, bool], TrainingMemory]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def training_memory(adapted: AdaptedModel, sequences: Sequence[TokenSequence], config: TrainConfig) -> TrainingMemory:
+    """The memory that training on ``sequences`` takes; measured once a process for each shape of them.
+
+    Overwrites no adapter, but leaves no gradient either, and draws from torch's generator where the model has dropout.
+    """
+    shape = Shape.of(sequences)
+    known = _measured.setdefault(adapted, {})
+    key = (shape, config.gradient_checkpointing)
+    if key not in known:
+        known[key] = TrainingMemory(adapted, shape, gradient_checkpointing=config.gradient_checkpointing)
+    return known[key]
+
+
+def choose_micro_batch(
+    adapted: AdaptedModel, sequences: Sequence[TokenSequence], config: TrainConfig, free: int
+) -> int:
+    """Sequences of a forward and backward pass: ``train.micro_batch``, or with ``auto`` as many as fit.
+
+    Args:
+        adapted: The model; see ``training_memory``.
+        sequences: What it will be trained on.
+        config: The settings under ``train.``.
+        free: Bytes that training may take, ``free_bytes``.
+
+    Raises:
+        ValueError: If they do not fit; the message has the numbers and what to set.
+    """
+    wanted = config.micro_batch if isinstance(config.micro_batch, int) else config.batch_size
+    wanted = min(wanted, len(sequences))
+    memory = training_memory(adapted, sequences, config)
+    if memory.fits(wanted, free):
+        return wanted
+    fitting = memory.largest_fit(wanted, free)
+    if fitting and config.micro_batch == AUTO:
+        return fitting
+    advice = (
+        f"train.micro_batch={fitting} (or auto)"
+        if fitting
+        else "train.gradient_checkpointing=true, a smaller data.max_length or model.dtype=bfloat16"
+    )
+    raise ValueError(f"{memory.describe(wanted)}; {amount(free)} are free on {adapted.device}: set {advice}")
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that this process can still take: of the machine, or of the GPU and the process's share of it."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        held, used = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
+        share = int(torch.cuda.get_per_process_memory_fraction(device) * total)
+        return min(free + held - used, share - used)
+    if sys.platform == "linux":
+        # What earlier rounds freed is still this process's; glibc gives it back when asked.
+        ctypes.CDLL(None).malloc_trim(0)
+    return int(psutil.virtual_memory().available)
+
+
+def amount(num_bytes: float) -> str:
+    """Memory for people."""
+    mebibytes = num_bytes / 2**20
+    return f"{mebibytes:.1f} MiB" if mebibytes < 1024 else f"{mebibytes / 1024:.1f} GiB"
+
+
+def step_peak_bytes(adapted: AdaptedModel, sequences: Sequence[TokenSequence], *, gradient_checkpointing: bool) -> int:
+    """Bytes alive at the highest point of a forward and backward pass, without parameters and their gradients."""
+    parameters = list(adapted.parameters_by_name().values())
+    was_training = adapted.model.training
+    adapted.model.train()
+    gradients = [torch.zeros_like(parameter) for parameter in parameters]
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
+    known = [*adapted.model.parameters(), *adapted.model.buffers(), *gradients]
+    try:
+        with checkpointed_layers(adapted.model, enabled=gradient_checkpointing), _LiveBytes(known) as live:
+            nll, _ = response_nll(adapted, collate(sequences, adapted.tokenizer.pad_token_id))
+            torch.autograd.backward(nll)
+    finally:
+        for parameter in parameters:
+            parameter.grad = None
+        adapted.model.train(was_training)
+    peak: int = live.peak
+    return peak
+
+
+class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Bytes of all storages that torch's operations make while it lasts, and the most alive at a time."""
+
+    def __init__(self, known: Iterable[torch.Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.peak: int = 0
+        self._now = 0
+        self._known = {tensor.untyped_storage()._cdata for tensor in known}
+        self._watched: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self._watch(tensor.untyped_storage())
+        return result
+
+    def _watch(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key in self._known or key in self._watched:
+            return
+        self._watched[key] = weakref.ref(storage, partial(self._freed, key, storage.nbytes()))
+        self._now += storage.nbytes()
+        self.peak = max(self.peak, self._now)
+
+    def _freed(self, key: int, num_bytes: int, _reference: object) -> None:
+        del self._watched[key]
+        self._now -= num_bytes
+
+
+def _storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
