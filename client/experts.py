@@ -118,11 +118,12 @@ def _experts(experts: Any, engine: Engine, hidden_ND: Tensor, chosen_NK: Tensor,
     up, up_factors = _projection(experts, engine, up_name, dtype)
     down, down_factors = _projection(experts, engine, "down_proj", dtype)
     gate = experts._apply_gate if experts.has_gate else experts.act_fn
-    if up_weight.requires_grad or experts.has_post_expert_norm:
+    norm = getattr(experts, "post_expert_norm", None)
+    if up_weight.requires_grad or norm is not None:
         x_SD = hidden_ND.to(dtype)[pairs.token_S]
         out_SD = grouped_linear(gate(grouped_linear(x_SD, up, up_factors, pairs)), down, down_factors, pairs)
-        if experts.has_post_expert_norm:
-            out_SD = experts.post_expert_norm(out_SD)
+        if norm is not None:
+            out_SD = norm(out_SD)
         outputs = pairs.scatter_sum(out_SD * weights_NK.reshape(-1, 1)[pairs.slot_S])
     else:
         block = ExpertBlock(up, down, gate, pairs)
