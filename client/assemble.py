@@ -15,7 +15,7 @@ from client.private import PrivateStore
 from client.runtime import configure_torch
 from client.site import POOLED, Site
 from client.text import Example, check_packing
-from conf.schema import Config, Device
+from conf.schema import Config, Device, Mode
 from conf.seeds import generator_for
 
 log = logging.getLogger("bouquet.client")
@@ -71,7 +71,12 @@ def model_for(config: Config) -> AdaptedModel:
         ValueError: If the model settings do not work out, or the model cannot train on packed sequences as asked.
     """
     configure_torch(config.train)
-    adapted = adapted_model(config.model, config.lora, resolve_device(config.device))
+    device = resolve_device(config.device)
+    share = config.federation.gpus_per_site if config.federation.mode is Mode.simulation else None
+    if device.type == "cuda" and share is not None and 0 < share <= 0.5:
+        # Each process keeps to its part, the server's included: "auto" would else take what the others need.
+        torch.cuda.set_per_process_memory_fraction(share / (1 + share))
+    adapted = adapted_model(config.model, config.lora, device)
     if config.data.packing:
         check_packing(adapted.base.model)
     return adapted

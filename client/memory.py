@@ -82,6 +82,11 @@ class TrainingMemory:
         """What a forward and backward pass over so many sequences takes at its highest point."""
         return int(self._headroom * (self._one + (num_sequences - 1) * self._another))
 
+    def total_bytes(self, num_sequences: int) -> int:
+        """Everything that training takes, base model and adapter included."""
+        present = self.base_bytes + self.adapter_bytes
+        return present + self.optimizer_bytes + self.activation_bytes(num_sequences)
+
     def fits(self, num_sequences: int, free_bytes: int) -> bool:
         """Whether gradients, moments and activations fit into ``free_bytes``."""
         spare = free_bytes - self.optimizer_bytes
