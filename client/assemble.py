@@ -12,10 +12,10 @@ import torch
 from client.data import CENTRALISED, SiteData, own_site, simulated_sites
 from client.model import AdaptedModel, adapted_model
 from client.private import PrivateStore
-from client.runtime import configure_torch
+from client.runtime import configure_torch, resolve_device
 from client.site import POOLED, Site
 from client.text import Example, check_packing
-from conf.schema import Config, Device, Mode
+from conf.schema import Config, Mode
 from conf.seeds import generator_for
 
 log = logging.getLogger("bouquet.client")
@@ -80,18 +80,6 @@ def model_for(config: Config) -> AdaptedModel:
     if config.data.packing:
         check_packing(adapted.base.model)
     return adapted
-
-
-def resolve_device(device: Device) -> torch.device:
-    """The device to compute on.
-
-    Raises:
-        ValueError: If CUDA is asked for and there is none.
-    """
-    available = torch.cuda.is_available()
-    if device is Device.cuda and not available:
-        raise ValueError("device=cuda, but torch sees no CUDA device here: set device=cpu or device=auto")
-    return torch.device("cuda" if available and device is not Device.cpu else "cpu")
 
 
 def default_private_root() -> Path:

@@ -65,9 +65,10 @@ def _measure(config: Config) -> Need | None:
     # Torch takes seconds to import, and only this process needs it.
     import torch  # noqa: PLC0415
 
-    from client.assemble import model_for, resolve_device  # noqa: PLC0415
+    from client.assemble import model_for  # noqa: PLC0415
     from client.data import simulated_sites  # noqa: PLC0415
     from client.memory import training_memory  # noqa: PLC0415
+    from client.runtime import resolve_device  # noqa: PLC0415
     from client.text import encode  # noqa: PLC0415
 
     if resolve_device(config.device).type != "cuda":
