@@ -49,10 +49,10 @@ def adapted_on(device, config, rank=2, **changes):
 
 @pytest.mark.parametrize("experts", [ExpertTraining.lora, ExpertTraining.full])
 @pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(Precision.float32, 1e-3), (Precision.bfloat16, 0.1), (Precision.float16, 0.05)]
+    ("dtype", "tolerance"), [(Precision.float32, 1e-3), (Precision.bfloat16, 0.25), (Precision.float16, 0.05)]
 )
 def test_gradient_is_that_of_float32_on_the_cpu(base_config, experts, dtype, tolerance):
-    """A relative distance; bfloat16 keeps 8 bits of a number, float16 keeps 11. TF32 is off by default."""
+    """A relative distance. bfloat16 keeps 8 bits of a number, so a token near a tie may go to another expert."""
     exact = adapted_on("cpu", base_config, experts=experts)
     start = noisy(exact.initial_adapter(0), deviation=0.05)
     expected = gradient(exact, eight_sequences(), start)
