@@ -12,10 +12,10 @@ import torch
 from client.data import CENTRALISED, SiteData, own_site, simulated_sites
 from client.model import AdaptedModel, adapted_model
 from client.private import PrivateStore
-from client.runtime import configure_torch
+from client.runtime import configure_torch, resolve_device
 from client.site import POOLED, Site
 from client.text import Example, check_packing
-from conf.schema import Config, Device
+from conf.schema import Config, Mode
 from conf.seeds import generator_for
 
 log = logging.getLogger("bouquet.client")
@@ -71,22 +71,15 @@ def model_for(config: Config) -> AdaptedModel:
         ValueError: If the model settings do not work out, or the model cannot train on packed sequences as asked.
     """
     configure_torch(config.train)
-    adapted = adapted_model(config.model, config.lora, resolve_device(config.device))
+    device = resolve_device(config.device)
+    share = config.federation.gpus_per_site if config.federation.mode is Mode.simulation else None
+    if device.type == "cuda" and share is not None and 0 < share <= 0.5:
+        # Each process keeps to its part, the server's included: "auto" would else take what the others need.
+        torch.cuda.set_per_process_memory_fraction(share / (1 + share))
+    adapted = adapted_model(config.model, config.lora, device)
     if config.data.packing:
         check_packing(adapted.base.model)
     return adapted
-
-
-def resolve_device(device: Device) -> torch.device:
-    """The device to compute on.
-
-    Raises:
-        ValueError: If CUDA is asked for and there is none.
-    """
-    available = torch.cuda.is_available()
-    if device is Device.cuda and not available:
-        raise ValueError("device=cuda, but torch sees no CUDA device here: set device=cpu or device=auto")
-    return torch.device("cuda" if available and device is not Device.cpu else "cpu")
 
 
 def default_private_root() -> Path:

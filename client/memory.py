@@ -10,14 +10,14 @@ from __future__ import annotations
 import ctypes
 import sys
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
 import psutil
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 from client.checkpointing import checkpointed_layers
@@ -81,6 +81,11 @@ class TrainingMemory:
     def activation_bytes(self, num_sequences: int) -> int:
         """What a forward and backward pass over so many sequences takes at its highest point."""
         return int(self._headroom * (self._one + (num_sequences - 1) * self._another))
+
+    def total_bytes(self, num_sequences: int) -> int:
+        """Everything that training takes, base model and adapter included."""
+        present = self.base_bytes + self.adapter_bytes
+        return present + self.optimizer_bytes + self.activation_bytes(num_sequences)
 
     def fits(self, num_sequences: int, free_bytes: int) -> bool:
         """Whether gradients, moments and activations fit into ``free_bytes``."""
@@ -213,16 +218,15 @@ class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.peak: int = 0
         self._now = 0
-        self._known = {tensor.untyped_storage()._cdata for tensor in known}
+        self._known = {tensor.untyped_storage()._cdata for tensor in _plain(known)}
         self._watched: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                self._watch(tensor.untyped_storage())
+        for tensor in _plain(leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)):
+            self._watch(tensor.untyped_storage())
         return result
 
     def _watch(self, storage: torch.UntypedStorage) -> None:
@@ -239,5 +243,15 @@ class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
-    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
+    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in _plain(tensors)}
     return sum(storages.values())
+
+
+def _plain(tensors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """The tensors that hold memory: of a quantised one, its integers and scales."""
+    for tensor in tensors:
+        if is_traceable_wrapper_subclass(tensor):
+            names, _ = tensor.__tensor_flatten__()
+            yield from _plain(getattr(tensor, name) for name in names)
+        else:
+            yield tensor

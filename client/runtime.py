@@ -1,4 +1,4 @@
-"""torch's switches that hold for the whole process: threads, and whether only deterministic algorithms may run."""
+"""Where and how torch computes: the device, and the switches of a whole process."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 
 import torch
 
-from conf.schema import TrainConfig
+from conf.schema import Device, TrainConfig
 
 _CUBLAS_WORKSPACE = ":4096:8"
 """One of the two values with which cuBLAS gives the same bits every time
@@ -26,3 +26,15 @@ def configure_torch(config: TrainConfig) -> None:
     torch.backends.cudnn.deterministic = config.deterministic
     # Trying several algorithms and keeping the fastest is a choice by the clock.
     torch.backends.cudnn.benchmark = False
+
+
+def resolve_device(device: Device) -> torch.device:
+    """The device to compute on.
+
+    Raises:
+        ValueError: If CUDA is asked for and there is none.
+    """
+    available = torch.cuda.is_available()
+    if device is Device.cuda and not available:
+        raise ValueError("device=cuda, but torch sees no CUDA device here: set device=cpu or device=auto")
+    return torch.device("cuda" if available and device is not Device.cpu else "cpu")

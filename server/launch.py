@@ -24,6 +24,7 @@ from conf.schema import Config, Files, Mode, ModelSource
 from server.compare import comparison
 from server.flower import Connection, local_superlink, remote_superlink
 from server.follow import Outcome, follow
+from server.gpu_share import choose_gpus_per_site
 from server.record import RunFolder, default_name
 from server.view import View
 
@@ -171,11 +172,7 @@ def plan(overrides: list[str], *, multirun: bool) -> tuple[list[Job], Path]:
 def launch(job: Job, connection: Connection) -> bool:
     """Run one job to its end; True if it completed."""
     remote = job.config.federation.mode is Mode.remote
-    size = {
-        "num-supernodes": job.num_sites or 0,
-        "client-resources-num-cpus": job.config.federation.cpus_per_site,
-        "client-resources-num-gpus": job.config.federation.gpus_per_site or 0.0,
-    }
+    overrides, size = (job.overrides, {}) if remote else _sized(job)
     started: list[str] = []
 
     def on_start(run_id: str) -> None:
@@ -185,7 +182,7 @@ def launch(job: Job, connection: Connection) -> bool:
             facts["root_certificates"] = job.config.federation.root_certificates
             RunFolder(job.output).write_text("launch.json", json.dumps(facts) + "\n")
 
-    process = connection.run(shlex.join(job.overrides), {} if remote else size)
+    process = connection.run(shlex.join(overrides), size)
     try:
         with View(console, job.output.name) as view:
             outcome = follow(process, view, job.output / "log.txt", RunFolder(job.output) if remote else None, on_start)
@@ -195,6 +192,17 @@ def launch(job: Job, connection: Connection) -> bool:
             connection.stop(started[0])
         raise
     return _report(job.output.name, outcome)
+
+
+def _sized(job: Job) -> tuple[tuple[str, ...], dict[str, float]]:
+    """Settings and Flower's federation of a simulation, with the GPU share that a site gets."""
+    gpus = choose_gpus_per_site(job.config)
+    size = {
+        "num-supernodes": job.num_sites or 0,
+        "client-resources-num-cpus": job.config.federation.cpus_per_site,
+        "client-resources-num-gpus": gpus,
+    }
+    return (*job.overrides, f"federation.gpus_per_site={gpus}"), size
 
 
 @contextlib.contextmanager

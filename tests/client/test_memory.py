@@ -11,7 +11,8 @@ import torch
 from client.memory import Shape, TrainingMemory, _LiveBytes, choose_micro_batch, step_peak_bytes
 from client.model import AdaptedModel, load_base
 from client.text import TokenSequence
-from conf.schema import LoraConfig, Precision, TrainConfig
+from client.throughput import matrix_weights
+from conf.schema import LoraConfig, Precision, Quantization, TrainConfig
 from tests.client.local_training import eight_sequences
 from tests.client.tiny_models import save_tiny_base
 
@@ -91,6 +92,22 @@ def test_base_adapter_gradients_and_moments_by_hand(base_config, adapted, memory
     config = replace(base_config, dtype=Precision.bfloat16)
     halved = AdaptedModel(load_base(config, CPU), config, LoraConfig(rank=2))
     assert TrainingMemory(halved, SHAPE, gradient_checkpointing=False).base_bytes < 0.6 * memory.base_bytes
+
+
+def test_a_quantised_base_counts_by_its_integers_and_scales(base_config, memory):
+    """Linear maps and experts at a byte a weight; embeddings, head and norms stay in float32."""
+    pytest.importorskip("torchao")
+    config = replace(base_config, quantization=Quantization.int8)
+    quantised = AdaptedModel(load_base(config, CPU), config, LoraConfig(rank=2))
+    model = quantised.base.model
+    scales = sum(weight.shape[:-1].numel() for weight in matrix_weights(model).values()) * 4
+    saved = memory.base_bytes - TrainingMemory(quantised, SHAPE, gradient_checkpointing=False).base_bytes
+    narrowed = sum(weight.numel() for name, weight in matrix_weights(model).items() if is_narrow(name))
+    assert 3 * narrowed - scales <= saved <= 3 * narrowed
+
+
+def is_narrow(name):
+    return ".experts." in name or name.endswith("_proj.weight")
 
 
 def test_measuring_changes_nothing(adapted):

@@ -128,3 +128,16 @@ def test_a_round_leaves_no_gradient_and_no_moments_behind(adapted, sequences, st
         run(adapted, sequences, {name: array * np.float32(1e30) for name, array in start.items()})
     assert live_tensor_bytes() == before
     assert all(parameter.grad is None for parameter in adapted.parameters_by_name().values())
+
+
+@pytest.mark.parametrize("experts", [ExpertTraining.lora, ExpertTraining.full])
+def test_deterministic_rounds_give_the_same_bits_and_need_no_forbidden_operation(base_config, sequences, experts):
+    config = replace(base_config, experts=experts)
+    adapted = AdaptedModel(load_base(config, CPU), config, LoraConfig(rank=2))
+    start = noisy(adapted.initial_adapter(0))
+    first, again = (run(adapted, sequences, start, deterministic=True) for _ in range(2))
+    assert torch.are_deterministic_algorithms_enabled()
+    for name in start:
+        np.testing.assert_array_equal(again.adapter[name], first.adapter[name])
+    run(adapted, sequences, start)
+    assert not torch.are_deterministic_algorithms_enabled()

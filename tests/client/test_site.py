@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from client.evaluation import held_out_loss
-from client.model import adapted_model
+from client.model import adapted_model, base_model_loads
 from client.private import PrivateStore
 from client.site import POOLED, Site, shared_arrays
 from client.text import Example, collate, encode
@@ -29,6 +29,7 @@ from conf.schema import (
 )
 from conf.seeds import generator_for
 from strategies.fedavg import FedAvg
+from tests.client.local_training import live_tensor_bytes
 from tests.client.tiny_models import save_tiny_base
 
 METRICS = {
@@ -248,6 +249,21 @@ def test_rounds_and_sites_draw_different_orders(config, tmp_path):
     assert_same(site.train(1, received).adapter, first)
     assert differ(site.train(2, received).adapter, first)
     assert differ(make_site(config, tmp_path, name="elsewhere").train(1, received).adapter, first)
+
+
+def test_virtual_clients_of_a_process_share_one_base_and_leave_no_tensor_behind(config, tmp_path):
+    """Twenty sites, each a round with its moments kept: after each, the process holds the tensors it held after one."""
+    settings = replace(config, train=replace(config.train, max_steps=1, optimizer_state=OptimizerState.keep))
+    sites = [make_site(settings, tmp_path, name=f"site-{number:02}") for number in range(20)]
+    received, loads = first_global(sites[0]), base_model_loads()
+    assert len({id(site.adapted) for site in sites}) == 1
+    held = []
+    for site in sites:
+        site.train(1, received)
+        if site in (sites[0], sites[1], sites[-1]):
+            held.append(live_tensor_bytes())
+    assert held[0] == held[1] == held[-1]
+    assert base_model_loads() == loads
 
 
 def test_plain_fine_tuning_keeps_nothing_at_the_site(config, tmp_path):

@@ -23,7 +23,7 @@ SUMMARY = {
 
 
 def shown(folders):
-    console = Console(file=io.StringIO(), width=140)
+    console = Console(file=io.StringIO(), width=160)
     console.print(comparison(folders))
     return console.file.getvalue()
 
@@ -41,7 +41,15 @@ def cells(table, name):
 def test_row_holds_losses_worst_site_and_bytes_of_a_site(tmp_path):
     """Mean of the sites: (1 + 2.5 + 1) / 3 = 1.5; bytes up: 3,000,000 / 3 sites."""
     table = shown([run_folder(tmp_path, "fc_moe")])
-    assert cells(table, "fc_moe") == ["fc_moe", "1.2500", "1.5000", "2.5000 (b)", "1.0 MB", "2.0 kB", "12"]
+    assert cells(table, "fc_moe") == ["fc_moe", "1.2500", "1.5000", "2.5000 (b)", "1.0 MB", "2.0 kB", "12", "-", "-"]
+
+
+def test_speed_is_the_median_and_memory_the_largest_of_the_sites_rounds(tmp_path):
+    folder = RunFolder(run_folder(tmp_path, "fc_moe"))
+    for speed, memory in ((100.0, 4e9), (300.0, 5e9), (200.4, 3e9)):
+        folder.append_row({"type": "site", "tokens_per_second": speed, "peak_memory_bytes": memory})
+    folder.append_row({"type": "round"})
+    assert cells(shown([tmp_path / "fc_moe"]), "fc_moe")[-2:] == ["200", "5.0 GB"]
 
 
 def test_names_with_brackets_are_only_text(tmp_path):
