@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -87,11 +86,6 @@ def resolve_device(device: Device) -> torch.device:
     if device is Device.cuda and not available:
         raise ValueError("device=cuda, but torch sees no CUDA device here: set device=cpu or device=auto")
     return torch.device("cuda" if available and device is not Device.cpu else "cpu")
-
-
-def default_private_root() -> Path:
-    """Where a real site keeps its private state unless its node config says otherwise."""
-    return Path(os.environ.get("BOUQUET_PRIVATE", "~/.local/share/bouquet/private")).expanduser()
 
 
 def _site(

@@ -19,15 +19,20 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from tokenize import TokenError
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
+from flwr.common.serde import message_from_proto, message_to_proto
+from flwr.proto.message_pb2 import Message as ProtoMessage
+from google.protobuf.message import EncodeError
 from numpy.typing import DTypeLike, NDArray
 
-from client.evaluation import HeldOutLoss
 from strategies.adapters import Arrays
 from strategies.base import ClientUpdate
+
+if TYPE_CHECKING:  # torch takes seconds to import, and who only passes messages on needs none
+    from client.evaluation import HeldOutLoss
 
 FORMAT = 1
 """Version of this protocol; a reply with another one is refused."""
@@ -177,6 +182,26 @@ def payload_bytes(message: Message) -> int:
     return sum(len(array.data) for record in message.content.array_records.values() for array in record.values())
 
 
+def to_bytes(message: Message) -> bytes:
+    """A whole message as protobuf, for another process.
+
+    Raises:
+        ValueError: If it is too long for one.
+    """
+    try:
+        content: bytes = message_to_proto(message).SerializeToString()
+    except EncodeError as error:
+        raise ValueError(
+            f"a message with {payload_bytes(message)} bytes of arrays is too long for the worker: set worker=off"
+        ) from error
+    return content
+
+
+def from_bytes(content: bytes) -> Message:
+    """The message that ``to_bytes`` wrote."""
+    return message_from_proto(ProtoMessage.FromString(content))
+
+
 def to_record(arrays: Arrays) -> ArrayRecord:
     """Named arrays as Flower carries them."""
     return ArrayRecord({name: Array(array) for name, array in arrays.items()})
@@ -240,4 +265,6 @@ def _sender(*, site: object, settings_hash: object, process: object, base_model_
 
 def _held_out_loss(*, loss: Any, num_tokens: Any, num_examples: Any) -> HeldOutLoss:
     """A loss out of foreign JSON, of the right types."""
+    from client.evaluation import HeldOutLoss  # noqa: PLC0415 - see the top of this file
+
     return HeldOutLoss(loss=float(loss), num_tokens=int(num_tokens), num_examples=int(num_examples))

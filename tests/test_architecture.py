@@ -20,6 +20,7 @@ IMPORTS = {
 
 ONLY_IN = {
     "flwr": {
+        "client/answer.py",
         "client/app.py",
         "client/messages.py",
         "server/app.py",
