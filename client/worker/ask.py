@@ -9,7 +9,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
 from dataclasses import dataclass
 
 from filelock import FileLock
@@ -20,10 +20,13 @@ from client.node import Node
 from client.worker.place import CODE_ROOT, Place, code_sha256, open_log, place_of
 from client.worker.wire import check_peer, greeting, receive, send
 
-log = logging.getLogger("bouquet.client")
+log = logging.getLogger("flwr")  # whose process this is: what it says is shown
 
 _ATTEMPTS = 2
 _BACKLOG = 64
+_ENDING_SECONDS = 10.0
+"""Longest time that a killed process may take to be gone."""
+_LOOK_SECONDS = 0.02
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,10 +67,7 @@ def ask(node: Node, wanted: Wanted, call: Call, message: bytes) -> bytes:
 
 
 def _exchange(place: Place, wanted: Wanted, call: Call, message: bytes) -> bytes:
-    with _connected(place, wanted.idle_seconds) as connection:
-        check_peer(connection)
-        if receive(connection) != greeting(place.key, code_sha256()):
-            raise PermissionError(f"a worker of other code answers at {place.socket}: end it")
+    with _greeted(place, wanted.idle_seconds) as connection:
         # Our parent starts the process of every message.
         terms = {"idle_seconds": wanted.idle_seconds, "supernode": os.getppid()}
         send(connection, json.dumps(terms).encode())
@@ -76,21 +76,39 @@ def _exchange(place: Place, wanted: Wanted, call: Call, message: bytes) -> bytes
         return receive(connection)
 
 
-@contextlib.contextmanager
-def _connected(place: Place, idle_seconds: float) -> Iterator[socket.socket]:
-    """A connection to the worker, which is started if there is none; its greeting says when it is our turn."""
-    with socket.socket(socket.AF_UNIX) as connection:
+def _greeted(place: Place, idle_seconds: float) -> socket.socket:
+    """A connection to the worker, which is started if there is none, once it is our turn."""
+    deadline = time.monotonic() + _ENDING_SECONDS
+    while True:
+        connection, is_new = _connected(place, idle_seconds)
         try:
+            check_peer(connection)
+            if receive(connection) != greeting(place.key, code_sha256()):
+                raise PermissionError(f"a worker of other code answers at {place.socket}: end it")
+        except OSError as error:
+            connection.close()
+            # A process that is being killed still takes connections for a moment: that was no attempt.
+            if is_new or not isinstance(error, ConnectionError) or time.monotonic() > deadline:
+                raise
+            time.sleep(_LOOK_SECONDS)
+        else:
+            return connection
+
+
+def _connected(place: Place, idle_seconds: float) -> tuple[socket.socket, bool]:
+    """A connection, and whether its worker was started for it."""
+    connection = socket.socket(socket.AF_UNIX)
+    with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
+        connection.connect(str(place.socket))
+        return connection, False
+    # One at a time: whoever comes second finds the socket of the first.
+    with FileLock(place.socket.parent / "start.lock"):
+        with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
             connection.connect(str(place.socket))
-        except (FileNotFoundError, ConnectionRefusedError):
-            # One at a time: whoever comes second finds the socket of the first.
-            with FileLock(place.socket.parent / "start.lock"):
-                try:
-                    connection.connect(str(place.socket))
-                except (FileNotFoundError, ConnectionRefusedError):
-                    _start(place, idle_seconds)
-                    connection.connect(str(place.socket))
-        yield connection
+            return connection, False
+        _start(place, idle_seconds)
+        connection.connect(str(place.socket))
+        return connection, True
 
 
 def _start(place: Place, idle_seconds: float) -> None:
@@ -109,4 +127,4 @@ def _start(place: Place, idle_seconds: float) -> None:
             env=dict(os.environ) | {"PYTHONPATH": search_path},
             stdin=listener.fileno(), stdout=output, stderr=output, check=True,
         )  # fmt: skip
-    log.info("started a worker; its log: %s", place.log)
+    log.info("started the worker of this site; its log: %s", place.log)

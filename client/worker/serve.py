@@ -47,8 +47,6 @@ def run_worker(key: str, log_path: str, idle_seconds: float) -> None:
         idle_seconds: Time without a message after which it ends; later messages may bring another.
     """
     _log_to(log_path)
-    # Descriptor 0, the lowest: when a process is killed it is closed before any connection, so that whoever notices
-    # its end cannot meet it again.
     listener, patience = socket.socket(fileno=0), _Patience(idle_seconds)
     hello = greeting(key, code_sha256())
     log.info("ready")

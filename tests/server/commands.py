@@ -105,6 +105,7 @@ def _started(words: list[str], home: Path, mark: str) -> Iterator[subprocess.Pop
         MARK: mark,
         "FLWR_HOME": str(home / "flwr"),
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.05",
         "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
     }
     with (home / f"{words[0]}.log").open("wb") as log:

@@ -42,8 +42,8 @@ from client.messages import (
 from client.node import real_node
 from client.site import shared_arrays
 from client.worker.ask import Wanted, ask
-from client.worker.place import place_of
-from client.worker.wire import receive, send
+from client.worker.place import code_sha256, place_of
+from client.worker.wire import greeting, receive, send
 from conf.compose import load_config, settings_hash
 from tests.client.tiny_models import save_tiny_base
 from tests.server.loopback import Loopback, Node
@@ -236,14 +236,17 @@ def test_worker_of_other_code_is_not_spoken_to(ward, tmp_path):
 
 
 def test_two_workers_that_end_are_a_failure_by_the_sites_name(ward, tmp_path):
+    """Here one that greets twice and hangs up; before its greeting a worker may end as often as it likes."""
     node_config = ward.node_config | {"site": "lab", "private": str(tmp_path)}
-    calls = []
+    place, calls = place_of(real_node(node_config), ward.wanted.base), []
 
     def serve(connection):
         calls.append(1)
-        return len(calls) == 2
+        if len(calls) > 2:
+            send(connection, greeting(place.key, code_sha256()))
+        return len(calls) == 4
 
-    with answering(place_of(real_node(node_config), ward.wanted.base), serve):
+    with answering(place, serve):
         reply = ward.ask(JOIN, **node_config)
     with pytest.raises(ValueError, match=r"^the worker of site 'lab' ended 2 times before it had answered"):
         decode_joined(reply)
