@@ -14,6 +14,7 @@ import urllib.request
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -37,11 +38,11 @@ def run_folder(output: str) -> Path:
     return Path(output.strip().splitlines()[-1])
 
 
-def summary(folder: Path) -> dict:
+def summary(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "summary.json").read_text())
 
 
-def rows(folder: Path, kind: str) -> list[dict]:
+def rows(folder: Path, kind: str) -> list[dict[str, Any]]:
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [row for row in map(json.loads, lines) if row["type"] == kind]
 
