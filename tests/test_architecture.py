@@ -24,6 +24,7 @@ ONLY_IN = {
         "client/app.py",
         "client/messages.py",
         "server/app.py",
+        "server/clientapps.py",
         "server/exchange.py",
         "server/roster.py",
         "server/rounds.py",
