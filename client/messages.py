@@ -14,11 +14,9 @@ from __future__ import annotations
 
 import json
 import math
-import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from tokenize import TokenError
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,12 +32,12 @@ from strategies.base import ClientUpdate
 if TYPE_CHECKING:  # torch takes seconds to import, and who only passes messages on needs none
     from client.evaluation import HeldOutLoss
 
-FORMAT = 1
+FORMAT = 2
 """Version of this protocol; a reply with another one is refused."""
 
-_UNREADABLE = (json.JSONDecodeError, OSError, EOFError, MemoryError, SyntaxError, TokenError, zipfile.BadZipFile)
-"""What ``json.loads`` and ``numpy.load`` raise for foreign bytes, besides plain ``ValueError``."""
-
+_PACKED = "bouquet-arrays"
+_LENGTH_BYTES = 8
+_NO_TEXT = (json.JSONDecodeError, UnicodeDecodeError)
 TRAIN, EVALUATE, JOIN = MessageType.TRAIN, MessageType.EVALUATE, MessageType.QUERY
 
 
@@ -203,20 +201,44 @@ def from_bytes(content: bytes) -> Message:
 
 
 def to_record(arrays: Arrays) -> ArrayRecord:
-    """Named arrays as Flower carries them."""
-    return ArrayRecord({name: Array(array) for name, array in arrays.items()})
+    """Named arrays as Flower carries them: in one piece, since each piece costs several requests on its way.
+
+    The piece is the length of the layout (8 bytes, big-endian), the layout (JSON: name, dtype and shape of each array)
+    and the arrays' values, little-endian.
+    """
+    if not arrays:
+        return ArrayRecord()
+    layout = json.dumps([(name, array.dtype.name, array.shape) for name, array in arrays.items()]).encode()
+    values = (array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes() for array in arrays.values())
+    content = b"".join([len(layout).to_bytes(_LENGTH_BYTES, "big"), layout, *values])
+    return ArrayRecord({_PACKED: Array(dtype="uint8", shape=(len(content),), stype=_PACKED, data=content)})
 
 
 def to_arrays(record: ArrayRecord, dtype: DTypeLike = np.float32) -> dict[str, NDArray[Any]]:
     """Named arrays out of a Flower record.
 
     Raises:
-        ValueError: If an array is not of ``dtype``: a float64 that no float32 can hold would become infinite later.
+        ValueError: If the record is no such piece, or an array is not of ``dtype``: a float64 that no float32 can hold
+            would become infinite later.
+        LookupError: If the record is another app's.
     """
-    arrays = {str(name): array.numpy() for name, array in record.items()}
-    for name, array in arrays.items():
-        if array.dtype != dtype:
-            raise ValueError(f"{name} must be {np.dtype(dtype)}, got {array.dtype}")
+    if not record:
+        return {}
+    content, expected = record[_PACKED].data, np.dtype(dtype).newbyteorder("<")
+    offset = _LENGTH_BYTES + int.from_bytes(content[:_LENGTH_BYTES], "big")
+    arrays = {}
+    for name, declared, shape in json.loads(content[_LENGTH_BYTES:offset]):
+        if declared != expected.name:
+            raise ValueError(f"{name} must be {expected.name}, got {declared}")
+        if not all(type(length) is int and length >= 0 for length in shape):
+            raise ValueError(f"{name} has the shape {shape}")
+        count = math.prod(shape)
+        if count * expected.itemsize > len(content) - offset:
+            raise ValueError(f"{name} has the shape {shape}, but the record ends before it does")
+        arrays[str(name)] = np.frombuffer(content, expected, count, offset).reshape(shape).copy()
+        offset += count * expected.itemsize
+    if offset != len(content):
+        raise ValueError(f"{len(content) - offset} bytes of a record belong to no array")
     return arrays
 
 
@@ -234,7 +256,7 @@ def _malformed() -> Iterator[None]:
     """Turn what a hostile or foreign reply can raise into one ``ValueError``."""
     try:
         yield
-    except (LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, *_UNREADABLE) as error:
+    except (LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, MemoryError, *_NO_TEXT) as error:
         raise ValueError(f"not a reply of this version of Bouquet: {error!r}") from error
 
 
