@@ -71,7 +71,9 @@ class Size:
         )
         torch.manual_seed(0)
         with torch.device(device):
-            model: Any = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, self.dtype))
+            model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                config, dtype=getattr(torch, self.dtype)
+            )
         model.config._experts_implementation = "grouped_mm"
         frozen: PreTrainedModel = model.eval().requires_grad_(requires_grad=False)
         return frozen
@@ -111,7 +113,7 @@ class Variant:
         _wait(tokens.device)
         began = time.perf_counter()
         self.adamw.zero_grad()
-        self.loss(tokens)[0].backward()
+        torch.autograd.backward(self.loss(tokens)[0])
         self.adamw.step()
         _wait(tokens.device)
         return time.perf_counter() - began
@@ -164,10 +166,10 @@ def differences(ours: Variant, theirs: Variant, tokens: Tensor) -> dict[str, flo
         loss, logits = variant.loss(tokens)
         gradients = torch.autograd.grad(loss, list(variant.parameters.values()))
         found.append((logits.detach().float(), dict(zip(variant.parameters, gradients, strict=True))))
-    (our_logits, our_gradients), (logits, gradients) = found
+    (our_logits, our_gradients), (logits, their_gradients) = found
     return {
         "outputs": _relative(our_logits, logits),
-        "gradients": max(_relative(our_gradients[name], gradients[name]) for name in gradients),
+        "gradients": max(_relative(our_gradients[name], their_gradients[name]) for name in their_gradients),
     }
 
 
@@ -212,7 +214,7 @@ def _ratios(rows: dict[str, dict[str, Any]]) -> dict[str, float]:
 
     def turns(numerator: str, denominator: str) -> float:
         pairs = zip(rows[numerator]["samples"], rows[denominator]["samples"], strict=True)
-        return statistics.median(left / right for left, right in pairs)
+        return float(statistics.median(left / right for left, right in pairs))
 
     return {
         "ratio_step_vs_peft": turns("peft", "ours"),

@@ -1,162 +1,93 @@
-"""The ClientApp: decode a request, let the Site work, encode its answer."""
+"""The ClientApp: hands each message to the site's warm worker, or answers it itself.
+
+Flower starts a new process for every message to a real site. With a worker that process imports no torch.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
-import os
-import platform
-import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, TypeVar
+from dataclasses import asdict, replace
 
-from flwr.app import Context, Message
+from flwr.app import ConfigRecord, Context, Message
 from flwr.clientapp import ClientApp
 
 from client import messages
-from client.assemble import default_private_root, real_site, simulated_site
-from client.data import site_names
-from client.evaluation import HeldOutLoss
-from client.messages import Joined, Request, Sender
-from client.model import base_model_loads
-from client.site import Site
-from conf.compose import load_config, settings_hash
-from conf.schema import Config, Device, Mode
-from strategies.adapters import Arrays
-from strategies.base import ClientUpdate
-
-Answer = TypeVar("Answer")
+from client.call import Call, process_started
+from client.failures import reason_of
+from client.messages import Sender
+from client.node import Node, is_real, real_node
+from client.worker.ask import Wanted, ask
+from client.worker.place import base_key, code_sha256
 
 app = ClientApp()
 log = logging.getLogger("bouquet.client")
 
-_OUR_PACKAGES = ("client", "conf", "strategies")
-
-_sites: dict[tuple[str, str, str], Site] = {}
-"""(settings hash, run, site) -> Site: virtual clients of one process keep their encoded data."""
-
-
-@dataclass(frozen=True)
-class Node:
-    """Where this process stands: what the run cannot set for a site."""
-
-    site: str
-    data: str | None = None
-    """The site's own data file; None in simulation."""
-    private: Path | None = None
-    """Folder of the site's private state; None in simulation."""
-    device: Device | None = None
+_WANTED = "bouquet-worker"
+"""Key of what a run wants of its worker in ``Context.state``, which lives in the SuperNode's memory."""
 
 
 @app.query()
 def join(message: Message, context: Context) -> Message:
     """Say who is here, with which base model and how much data."""
-    return _answer(message, context, _join, messages.encode_joined)
+    return _answered(message, context)
 
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Train from the received adapter and send back what is shared."""
-    return _answer(message, context, _train, messages.encode_update)
+    return _answered(message, context)
 
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
     """Measure the received adapter on held-out data."""
-    return _answer(message, context, _evaluate, messages.encode_losses)
+    return _answered(message, context)
 
 
-def _join(site: Site, _request: Request, _adapter: Arrays) -> Joined:
-    return Joined(num_examples=site.num_examples, base_sha256=site.adapted.base.identity.sha256)
+def _answered(message: Message, context: Context) -> Message:
+    real = is_real(context.node_config)
+    call = Call(
+        node_id=context.node_id,
+        node_config=context.node_config,
+        overrides=str(context.run_config["overrides"]),
+        process_started=process_started() if real else None,
+    )
+    try:
+        if real:
+            node = real_node(call.node_config)
+            wanted = _wanted(call, node, context)
+            if wanted.enabled:
+                return messages.from_bytes(ask(node, wanted, call, messages.to_bytes(message)))
+    # The edge of the process, as in ``client.answer``.
+    except Exception as error:
+        log.exception("site %s failed", call.site)
+        sender = Sender(site=call.site, settings_hash="", process="", base_model_loads=0)
+        return messages.encode_failure(sender, reason_of(error), message)
+    from client.answer import answer  # noqa: PLC0415 - torch takes seconds to import
+
+    return answer(message, call)
 
 
-def _train(site: Site, request: Request, adapter: Arrays) -> ClientUpdate:
-    return site.train(request.server_round, adapter, evaluate_own=request.evaluate_own)
-
-
-def _evaluate(site: Site, _request: Request, adapter: Arrays) -> Mapping[str, HeldOutLoss]:
-    return site.evaluate(adapter)
-
-
-def node_of(node_config: Mapping[str, Any], config: Config) -> Node:
-    """Read a node's own settings.
+def _wanted(call: Call, node: Node, context: Context) -> Wanted:
+    """What the run wants of its worker. Composing its settings takes half a second: done once a run, then remembered.
 
     Raises:
-        ValueError: If ``site`` or ``data`` is missing at a real site, if a real site is asked to simulate, or if the
-            number of simulated nodes differs from the number of sites.
+        ValueError: If the settings cannot be composed.
     """
-    if config.federation.mode is Mode.simulation:
-        names = site_names(config)
-        if "partition-id" not in node_config:
-            raise ValueError("this is a site of its own, not a simulated one: the run needs federation=remote")
-        index = int(node_config["partition-id"])
-        if int(node_config["num-partitions"]) != len(names):
-            raise ValueError(f"{node_config['num-partitions']} simulated nodes for {len(names)} sites")
-        return Node(site=names[index])
-    for key in ("site", "data"):
-        if not node_config.get(key):
-            example = 'flower-supernode --node-config \'site="NAME" data="FILE"\''
-            raise ValueError(f"the node config needs {key}=...: {example}")
-    private = str(node_config.get("private", "") or default_private_root())
-    device = str(node_config.get("device", ""))
-    if device and device not in Device.__members__:
-        raise ValueError(f"node config device must be one of {', '.join(Device.__members__)}, got {device!r}")
-    return Node(
-        site=str(node_config["site"]),
-        data=str(Path(str(node_config["data"])).expanduser()),
-        private=Path(private).expanduser(),
-        device=Device[device] if device else None,
-    )
+    source = hashlib.sha256(f"{code_sha256()}\0{call.overrides}".encode()).hexdigest()
+    record = context.state.config_records.get(_WANTED)
+    if record is None or record["source"] != source:
+        from conf.compose import load_config  # noqa: PLC0415 - see above
 
-
-def _answer(
-    message: Message,
-    context: Context,
-    work: Callable[[Site, Request, Arrays], Answer],
-    encode: Callable[[Sender, Answer, Message], Message],
-) -> Message:
-    name, hash_here = str(context.node_config.get("site", f"node {context.node_id}")), ""
-    try:
-        config = load_config(str(context.run_config["overrides"]))
-        hash_here = settings_hash(config)
-        node = node_of(context.node_config, config)
-        name = node.site
-        config.device = node.device or config.device
-        request, adapter = messages.decode_request(message)
-        if request.settings_hash != hash_here:
-            raise ValueError(f"settings hash {hash_here[:12]} here, {request.settings_hash[:12]} at the server")
-        answer = work(_site(request, config, node), request, adapter)
-        return encode(_sender(name, hash_here), answer, message)
-    # The edge of the process: whatever went wrong is told by name instead of ending as an anonymous crash.
-    except Exception as error:
-        log.exception("site %s failed", name)
-        reason = str(error) if _is_ours(error) else f"{type(error).__name__} (details in the site's log)"
-        return messages.encode_failure(_sender(name, hash_here), reason, message)
-
-
-def _is_ours(error: Exception) -> bool:
-    """Whether our code raised it to be read: a library's exception may quote the site's data, which stays here."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    module = str(trace.tb_frame.f_globals.get("__name__", "")) if trace is not None else ""
-    return isinstance(error, ValueError) and module.partition(".")[0] in _OUR_PACKAGES
-
-
-def _site(request: Request, config: Config, node: Node) -> Site:
-    if not re.fullmatch(r"\w+", request.run):
-        raise ValueError(f"the run must be named by letters and digits, got {request.run!r}")
-    key = (request.settings_hash, request.run, node.site)
-    if key not in _sites:
-        if node.data is None:
-            _sites[key] = simulated_site(config, node.site, Path(request.private_root))
-        else:
-            assert node.private is not None
-            _sites[key] = real_site(config, node.site, node.data, node.private / request.run)
-    return _sites[key]
-
-
-def _sender(site: str, hash_here: str) -> Sender:
-    process = f"{platform.node()}:{os.getpid()}"
-    return Sender(site=site, settings_hash=hash_here, process=process, base_model_loads=base_model_loads())
+        config = load_config(call.overrides)
+        wanted = Wanted(
+            enabled=config.worker.enabled,
+            idle_seconds=60 * config.worker.idle_minutes,
+            base=base_key(config.model, node.device or config.device),
+        )
+        record = ConfigRecord({"source": source, "json": json.dumps(asdict(wanted))})
+        context.state[_WANTED] = record
+    wanted = Wanted(**json.loads(str(record["json"])))
+    return wanted if node.worker is None else replace(wanted, enabled=node.worker)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -80,11 +79,6 @@ def model_for(config: Config) -> AdaptedModel:
     if config.data.packing:
         check_packing(adapted.base.model)
     return adapted
-
-
-def default_private_root() -> Path:
-    """Where a real site keeps its private state unless its node config says otherwise."""
-    return Path(os.environ.get("BOUQUET_PRIVATE", "~/.local/share/bouquet/private")).expanduser()
 
 
 def _site(

@@ -16,7 +16,7 @@ from typing import Any
 import datasets
 
 from client.embedded import embedded_rows
-from client.partitions import MIN_ROWS, assign_rows, site_names_from
+from client.site_names import MIN_ROWS, site_names_from
 from client.templates import Example
 from conf.schema import Config, DataConfig, Dirichlet, Files, Natural, Pathological, Shard
 from conf.seeds import generator_for
@@ -153,6 +153,8 @@ def _sites_of_one_source(config: Config) -> dict[str, SiteData]:
     values = None if column is None else [row.owner for row in rows]
     if column is not None and "" in (values or ()):
         raise ValueError(f"partition.column={column!r} is empty in some rows of {origin}: choose rows with data.filter")
+    from client.partitions import assign_rows  # noqa: PLC0415 - takes seconds to import, and a real site needs none
+
     assigned = assign_rows(len(rows), values, config.partition, config.seed)
     return {site: _split(site, [rows[index] for index in indices], config) for site, indices in assigned.items()}
 

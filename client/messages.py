@@ -14,27 +14,30 @@ from __future__ import annotations
 
 import json
 import math
-import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from tokenize import TokenError
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
+from flwr.common.serde import message_from_proto, message_to_proto
+from flwr.proto.message_pb2 import Message as ProtoMessage
+from google.protobuf.message import EncodeError
 from numpy.typing import DTypeLike, NDArray
 
-from client.evaluation import HeldOutLoss
 from strategies.adapters import Arrays
 from strategies.base import ClientUpdate
 
-FORMAT = 1
+if TYPE_CHECKING:  # torch takes seconds to import, and who only passes messages on needs none
+    from client.evaluation import HeldOutLoss
+
+FORMAT = 2
 """Version of this protocol; a reply with another one is refused."""
 
-_UNREADABLE = (json.JSONDecodeError, OSError, EOFError, MemoryError, SyntaxError, TokenError, zipfile.BadZipFile)
-"""What ``json.loads`` and ``numpy.load`` raise for foreign bytes, besides plain ``ValueError``."""
-
+_PACKED = "bouquet-arrays"
+_LENGTH_BYTES = 8
+_NO_TEXT = (json.JSONDecodeError, UnicodeDecodeError)
 TRAIN, EVALUATE, JOIN = MessageType.TRAIN, MessageType.EVALUATE, MessageType.QUERY
 
 
@@ -177,21 +180,65 @@ def payload_bytes(message: Message) -> int:
     return sum(len(array.data) for record in message.content.array_records.values() for array in record.values())
 
 
+def to_bytes(message: Message) -> bytes:
+    """A whole message as protobuf, for another process.
+
+    Raises:
+        ValueError: If it is too long for one.
+    """
+    try:
+        content: bytes = message_to_proto(message).SerializeToString()
+    except EncodeError as error:
+        raise ValueError(
+            f"a message with {payload_bytes(message)} bytes of arrays is too long for the worker: set worker=off"
+        ) from error
+    return content
+
+
+def from_bytes(content: bytes) -> Message:
+    """The message that ``to_bytes`` wrote."""
+    return message_from_proto(ProtoMessage.FromString(content))
+
+
 def to_record(arrays: Arrays) -> ArrayRecord:
-    """Named arrays as Flower carries them."""
-    return ArrayRecord({name: Array(array) for name, array in arrays.items()})
+    """Named arrays as Flower carries them: in one piece, since each piece costs several requests on its way.
+
+    The piece is the length of the layout (8 bytes, big-endian), the layout (JSON: name, dtype and shape of each array)
+    and the arrays' values, little-endian.
+    """
+    if not arrays:
+        return ArrayRecord()
+    layout = json.dumps([(name, array.dtype.name, array.shape) for name, array in arrays.items()]).encode()
+    values = (array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes() for array in arrays.values())
+    content = b"".join([len(layout).to_bytes(_LENGTH_BYTES, "big"), layout, *values])
+    return ArrayRecord({_PACKED: Array(dtype="uint8", shape=(len(content),), stype=_PACKED, data=content)})
 
 
 def to_arrays(record: ArrayRecord, dtype: DTypeLike = np.float32) -> dict[str, NDArray[Any]]:
     """Named arrays out of a Flower record.
 
     Raises:
-        ValueError: If an array is not of ``dtype``: a float64 that no float32 can hold would become infinite later.
+        ValueError: If the record is no such piece, or an array is not of ``dtype``: a float64 that no float32 can hold
+            would become infinite later.
+        LookupError: If the record is another app's.
     """
-    arrays = {str(name): array.numpy() for name, array in record.items()}
-    for name, array in arrays.items():
-        if array.dtype != dtype:
-            raise ValueError(f"{name} must be {np.dtype(dtype)}, got {array.dtype}")
+    if not record:
+        return {}
+    content, expected = record[_PACKED].data, np.dtype(dtype).newbyteorder("<")
+    offset = _LENGTH_BYTES + int.from_bytes(content[:_LENGTH_BYTES], "big")
+    arrays = {}
+    for name, declared, shape in json.loads(content[_LENGTH_BYTES:offset]):
+        if declared != expected.name:
+            raise ValueError(f"{name} must be {expected.name}, got {declared}")
+        if not all(type(length) is int and length >= 0 for length in shape):
+            raise ValueError(f"{name} has the shape {shape}")
+        count = math.prod(shape)
+        if count * expected.itemsize > len(content) - offset:
+            raise ValueError(f"{name} has the shape {shape}, but the record ends before it does")
+        arrays[str(name)] = np.frombuffer(content, expected, count, offset).reshape(shape).copy()
+        offset += count * expected.itemsize
+    if offset != len(content):
+        raise ValueError(f"{len(content) - offset} bytes of a record belong to no array")
     return arrays
 
 
@@ -209,7 +256,7 @@ def _malformed() -> Iterator[None]:
     """Turn what a hostile or foreign reply can raise into one ``ValueError``."""
     try:
         yield
-    except (LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, *_UNREADABLE) as error:
+    except (LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, MemoryError, *_NO_TEXT) as error:
         raise ValueError(f"not a reply of this version of Bouquet: {error!r}") from error
 
 
@@ -240,4 +287,6 @@ def _sender(*, site: object, settings_hash: object, process: object, base_model_
 
 def _held_out_loss(*, loss: Any, num_tokens: Any, num_examples: Any) -> HeldOutLoss:
     """A loss out of foreign JSON, of the right types."""
+    from client.evaluation import HeldOutLoss  # noqa: PLC0415 - see the top of this file
+
     return HeldOutLoss(loss=float(loss), num_tokens=int(num_tokens), num_examples=int(num_examples))

@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import datasets
 from flwr_datasets.partitioner import (
@@ -19,18 +18,14 @@ from flwr_datasets.partitioner import (
     ShardPartitioner,
 )
 
+from client.site_names import MIN_ROWS, site_names_from
 from conf.schema import Dirichlet, Iid, Natural, PartitionConfig, Pathological, Shard
 from conf.seeds import generator_for
 
 logger = logging.getLogger(__name__)
 
-MIN_ROWS = 2
-"""Rows a site needs: one to train on and one held out."""
-
 MAX_DIRICHLET_SEEDS = 50
 """Seeds tried for a Dirichlet partition; flwr-datasets draws eleven times from each."""
-
-_MAX_NAME_LENGTH = 100
 
 
 def assign_rows(
@@ -63,28 +58,6 @@ def assign_rows(
     if num_unused:
         logger.warning("partition=%s leaves %d of %d rows unused", partition.name, num_unused, num_rows)
     return dict(sorted(sites.items()))
-
-
-def site_names_from(values: Iterable[str], source: str) -> dict[str, str]:
-    """Value -> site name that is safe as a file name: letters, digits, ``.``, ``_``, ``-``; others become ``-``.
-
-    Raises:
-        ValueError: Naming ``source``, if nothing is left of a value, if it is too long, or if two
-            values give the same name on a file system that ignores case.
-    """
-    names: dict[str, str] = {}
-    taken: dict[str, str] = {}
-    for value in values:
-        name = re.sub(r"[^A-Za-z0-9._-]+", "-", value).strip("-.")
-        if not name or len(name) > _MAX_NAME_LENGTH:
-            raise ValueError(
-                f"{source}: {value[:60]!r} cannot name a site: 1 to {_MAX_NAME_LENGTH} letters or digits are needed"
-            )
-        if name.casefold() in taken:
-            raise ValueError(f"{source}: {taken[name.casefold()]!r} and {value!r} would both name the site {name!r}")
-        names[value] = name
-        taken[name.casefold()] = value
-    return names
 
 
 def _check_enough_rows(num_rows: int, values: Sequence[str] | None, partition: PartitionConfig) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from strategies.adapters import Arrays
 
-FORMAT = "bouquet-private-1"
+FORMAT = "bouquet-private-2"
 
 
 def under(prefix: str, private: Arrays) -> dict[str, NDArray[Any]]:
@@ -27,7 +28,7 @@ def under(prefix: str, private: Arrays) -> dict[str, NDArray[Any]]:
 
 @dataclass(frozen=True)
 class PrivateStore:
-    """Named arrays of one site in one run, kept in one file that is replaced as a whole.
+    """Named arrays of one site in one run, kept in a file that is replaced as a whole.
 
     A reader sees the last complete version or none, also after a power cut or a kill in the middle of
     a save. One process at a time may save for a site.
@@ -45,41 +46,59 @@ class PrivateStore:
         """File of this site, readable by its owner alone."""
         return self.folder / f"{quote(self.site, safe='')}.safetensors"
 
-    def load(self) -> dict[str, NDArray[Any]]:
+    @property
+    def previous_path(self) -> Path:
+        """File of what was saved before the round that ``path`` was saved in."""
+        return self.path.with_name(f"{self.path.name}.previous")
+
+    def load(self, before_round: int | None = None) -> dict[str, NDArray[Any]]:
         """Arrays of the last save; empty if there was none.
+
+        Args:
+            before_round: The round that is about to start: what an earlier attempt at it saved does not count.
 
         Raises:
             ValueError: If the file is damaged, or was saved by another site or for another base model.
         """
-        if not self.path.exists():
-            return {}
-        try:
-            with safe_open(self.path, framework="numpy") as file:
-                metadata = file.metadata() or {}
-                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(self._damaged(str(error))) from error
-        if metadata.get("format") != FORMAT:
-            raise ValueError(self._damaged(f"format {metadata.get('format')!r}, expected {FORMAT!r}"))
-        if metadata["arrays_sha256"] != _sha256(arrays):
-            raise ValueError(self._damaged("its arrays differ from the hash written with them"))
-        self._check_owner(metadata)
-        return arrays
+        arrays, saved_in = self._read(self.path)
+        if saved_in is None or saved_in != before_round:
+            return arrays
+        return self._read(self.previous_path)[0]
 
-    def save(self, arrays: Arrays) -> None:
-        """Replace whatever was saved before; on return it is on the disk."""
+    def save(self, arrays: Arrays, server_round: int) -> None:
+        """Replace what was saved in an earlier round, or in an earlier attempt at this one; on return it is on disk."""
         contiguous = {name: np.asarray(array, order="C") for name, array in arrays.items()}
         metadata = {
             "format": FORMAT,
             "site": self.site,
             "base_sha256": self.base_sha256,
+            "server_round": str(server_round),
             "arrays_sha256": _sha256(contiguous),
         }
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.folder.chmod(0o700)
         for leftover in self.folder.glob(f".{self.path.name}.*.tmp"):
             leftover.unlink(missing_ok=True)
+        if self.path.exists() and self._read(self.path)[1] != server_round:
+            _link(self.path, self.previous_path)
         _replace(self.path, safetensors.numpy.save(contiguous, metadata))
+
+    def _read(self, path: Path) -> tuple[dict[str, NDArray[Any]], int | None]:
+        """Arrays of a file and the round they were saved in; None if there is no file."""
+        if not path.exists():
+            return {}, None
+        try:
+            with safe_open(path, framework="numpy") as file:
+                metadata = file.metadata() or {}
+                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(self._damaged(path, str(error))) from error
+        if metadata.get("format") != FORMAT:
+            raise ValueError(self._damaged(path, f"format {metadata.get('format')!r}, expected {FORMAT!r}"))
+        if metadata["arrays_sha256"] != _sha256(arrays):
+            raise ValueError(self._damaged(path, "its arrays differ from the hash written with them"))
+        self._check_owner(metadata)
+        return arrays, int(metadata["server_round"])
 
     def _check_owner(self, metadata: dict[str, str]) -> None:
         if metadata["site"] != self.site:
@@ -91,9 +110,9 @@ class PrivateStore:
                 "site start afresh"
             )
 
-    def _damaged(self, reason: str) -> str:
+    def _damaged(self, path: Path, reason: str) -> str:
         return (
-            f"private store of site {self.site!r} is damaged: {self.path}: {reason}; restore it from a backup, or "
+            f"private store of site {self.site!r} is damaged: {path}: {reason}; restore it from a backup, or "
             "move it away to let the site start afresh"
         )
 
@@ -104,6 +123,17 @@ def _sha256(arrays: Arrays) -> str:
         digest.update(f"{name}\0{arrays[name].dtype.str}\0{arrays[name].shape}\0".encode())
         digest.update(arrays[name].tobytes())
     return digest.hexdigest()
+
+
+def _link(path: Path, second: Path) -> None:
+    """Make ``second`` another name of what is at ``path``, which a later ``_replace`` of ``path`` does not change."""
+    temporary = path.with_name(f".{path.name}.link.tmp")
+    try:
+        temporary.hardlink_to(path)
+    except OSError:  # a file system without hard links
+        shutil.copy(path, temporary)
+    temporary.replace(second)
+    temporary.unlink(missing_ok=True)  # still there if both were one file already
 
 
 def _replace(path: Path, content: bytes) -> None:

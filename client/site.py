@@ -84,6 +84,10 @@ class Site:
         """Training examples the site holds."""
         return len(self._train_examples)
 
+    def prepare(self) -> None:
+        """Encode the training texts now, not in the first round."""
+        _ = self._train_sequences
+
     def train(self, server_round: int, received: Arrays, *, evaluate_own: bool = False) -> ClientUpdate:
         """Train locally from the global adapter; the update holds what is shared and nothing else.
 
@@ -91,13 +95,14 @@ class Site:
         micro_batch, train_seconds, those of ``client.throughput.Throughput`` and, with ``evaluate_own``, own_loss: that
         of the site's adapter just trained on its held-out data (in a centralised run, on all sites').
 
-        The store is written last: a round that fails leaves it as it was.
+        The store is written last: a round that fails leaves it as it was. A round that is asked for again, since its
+        reply was lost, starts from what the store held before it.
 
         Raises:
             ValueError: If ``received`` is not the shared part of this model's adapter, the store cannot be used, there
                 is nothing to train or evaluate on, or training diverges.
         """
-        private = self.store.load()
+        private = self.store.load(before_round=server_round)
         start_of_round = self._completed(received, private)
         result = train(
             self.adapted,
@@ -114,7 +119,9 @@ class Site:
         shared = shared_arrays(result.adapter, self.config)
         own = {_OWN + name: array for name, array in result.adapter.items() if name not in shared}
         optimizer = {_OPTIMIZER + name: array for name, array in result.optimizer.items()}
-        self._remember({**own, **optimizer, **self.method.remember(start_of_round, result.adapter)})
+        private = {**own, **optimizer, **self.method.remember(start_of_round, result.adapter)}
+        if private:
+            self.store.save(private, server_round)
         return ClientUpdate(
             site=self.name,
             adapter=shared,
@@ -158,10 +165,6 @@ class Site:
             return received
         own = under(_OWN, private) or self.adapted.initial_adapter(self.config.seed)
         return {name: received[name] if name in expected else own[name] for name in names}
-
-    def _remember(self, private: Arrays) -> None:
-        if private:
-            self.store.save(private)
 
     @cached_property
     def _train_sequences(self) -> list[TokenSequence]:

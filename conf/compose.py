@@ -46,11 +46,11 @@ PARTITIONS: tuple[type[PartitionConfig], ...] = (
 )  # fmt: skip
 
 NOT_HASHED = (
-    "data.path", "eval.path", "model.wheel_dir", "model.upcycle.text", "federation", "output", "device",
+    "data.path", "eval.path", "model.wheel_dir", "model.upcycle.text", "federation", "worker", "output", "device",
 )  # fmt: skip
-"""Settings that may differ between the two ends of a message: paths and places."""
+"""Settings that may differ between the two ends of a message: paths, places and processes."""
 
-GROUPS = ("model", "data", "partition", "method", "strategy", "federation", "experiment")
+GROUPS = ("model", "data", "partition", "method", "strategy", "federation", "worker", "experiment")
 """Settings that name a file or a dataclass with further settings."""
 
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
@@ -112,7 +112,7 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 
 def settings_hash(config: Config) -> str:
-    """SHA-256 (hex) over all settings but paths, federation, output and device."""
+    """SHA-256 (hex) over all settings but paths, federation, worker, output and device."""
     values = to_dict(config)
     for key in NOT_HASHED:
         *groups, last = key.split(".")

@@ -475,6 +475,19 @@ class FederationConfig:
 
 
 @dataclass(kw_only=True)
+class WorkerConfig:
+    """The warm worker of a real site: a process that keeps the base model between messages; a simulation has none."""
+
+    enabled: bool = True
+    """A site's own ``worker="on"`` or ``"off"`` in its node config wins."""
+    idle_minutes: float = 10.0
+    """It ends after so long without a message."""
+
+    def __post_init__(self) -> None:
+        require(0 < self.idle_minutes <= 1440, "worker.idle_minutes", "in (0, 1440]", self.idle_minutes)
+
+
+@dataclass(kw_only=True)
 class Config:
     """All settings of one run."""
 
@@ -487,6 +500,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     federation: FederationConfig = field(default_factory=FederationConfig)
+    worker: WorkerConfig = field(default_factory=WorkerConfig)
     rounds: int = 5
     """Rounds of local training and aggregation."""
     seed: int = 0

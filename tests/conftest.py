@@ -1,4 +1,4 @@
-"""For all tests: no network, no telemetry, one thread, and a cache of bases that outlives nothing."""
+"""For all tests: no network, no telemetry, one thread, and caches and workers' sockets that outlive nothing."""
 
 from __future__ import annotations
 
@@ -14,3 +14,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 if "BOUQUET_CACHE" not in os.environ:
     os.environ["BOUQUET_CACHE"] = tempfile.mkdtemp(prefix="bouquet-test-cache-")
     atexit.register(shutil.rmtree, os.environ["BOUQUET_CACHE"], ignore_errors=True)
+# Short, for the paths of sockets.
+os.environ["XDG_RUNTIME_DIR"] = tempfile.mkdtemp(prefix="bouquet-test-")
+atexit.register(shutil.rmtree, os.environ["XDG_RUNTIME_DIR"], ignore_errors=True)

@@ -20,9 +20,11 @@ IMPORTS = {
 
 ONLY_IN = {
     "flwr": {
+        "client/answer.py",
         "client/app.py",
         "client/messages.py",
         "server/app.py",
+        "server/clientapps.py",
         "server/exchange.py",
         "server/roster.py",
         "server/rounds.py",

@@ -8,8 +8,9 @@ import logging
 import pytest
 import torch
 
-from client.app import _is_ours, node_of
+from client.answer import node_of
 from client.embedded import embedded_rows
+from client.failures import is_ours
 from client.messages import JOIN, TRAIN, Request, decode_joined, decode_update, encode_request, site_of
 from conf.compose import load_config, settings_hash
 from conf.schema import Config, Device, FederationConfig, Mode
@@ -44,6 +45,7 @@ def test_real_site_keeps_its_private_state_where_the_environment_says(tmp_path, 
             {"site": "w", "data": "x", "device": "gpu"},
             r"^node config device must be one of auto, cpu, cuda, got 'gpu'$",
         ),
+        ({"site": "w", "data": "x", "worker": "no"}, r"^node config worker must be on or off, got 'no'$"),
     ],
 )
 def test_missing_or_wrong_node_config_is_refused_with_the_way_to_give_it(node_config, message):
@@ -82,7 +84,7 @@ def ask(overrides, tmp_path):
     def reply_to(kind, rows, name="ward.jsonl", run="r1", **node_config):
         (tmp_path / name).write_bytes(rows)
         grid = Loopback(overrides)
-        node = grid.connect(Node({"site": "ward", "data": str(tmp_path / name), **node_config}))
+        node = grid.connect(Node({"site": "ward", "data": str(tmp_path / name), "worker": "off", **node_config}))
         request = Request(run=run, server_round=1, settings_hash=settings_hash(load_config(overrides)))
         (message_id,) = grid.push_messages([encode_request(kind, node, request, {})])
         (reply,) = grid.pull_messages([message_id])
@@ -139,10 +141,10 @@ def test_value_error_of_a_library_is_not_taken_for_ours():
     """``json`` quotes no data here, but its ValueErrors are as foreign as those that do."""
     with pytest.raises(ValueError, match="Expecting value") as caught:
         json.loads("secret")
-    assert not _is_ours(caught.value)
+    assert not is_ours(caught.value)
     with pytest.raises(ValueError, match="rounds must be >= 1") as caught:
         load_config("rounds=0")
-    assert _is_ours(caught.value)
+    assert is_ours(caught.value)
 
 
 @pytest.mark.parametrize("run", ["../../elsewhere", "a/b", "", "."])
@@ -154,7 +156,7 @@ def test_server_cannot_choose_where_private_state_lies(ask, run):
 def test_request_under_other_settings_is_refused_with_both_hashes(ask, overrides, tmp_path):
     grid = Loopback(overrides)
     (tmp_path / "ward.jsonl").write_bytes(GOOD)
-    node = grid.connect(Node({"site": "ward", "data": str(tmp_path / "ward.jsonl")}))
+    node = grid.connect(Node({"site": "ward", "data": str(tmp_path / "ward.jsonl"), "worker": "off"}))
     request = Request(run="r5", server_round=0, settings_hash="0" * 64)
     (message_id,) = grid.push_messages([encode_request(JOIN, node, request, {})])
     (reply,) = grid.pull_messages([message_id])

@@ -5,10 +5,8 @@ import warnings
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from client.partitions import assign_rows, site_names_from
+from client.partitions import assign_rows
 from conf.schema import Dirichlet, Files, Iid, Natural, Pathological, Shard
 
 VALUES = [("red", "green", "blue", "grey")[index // 50] for index in range(200)]
@@ -125,35 +123,3 @@ def test_impossible_partitions_are_refused_naming_setting_and_numbers(num_rows, 
 def test_site_with_one_row_is_refused_by_name():
     with pytest.raises(ValueError, match=r"partition=natural leaves .* \{'violet': 1\}.*data\.filter"):
         assign_rows(201, [*VALUES, "violet"], Natural(), 0)
-
-
-def test_site_names_are_safe_as_file_names():
-    values = ["ward 7/b", "../etc", "plain", "Zürich"]
-    assert list(site_names_from(values, "x").values()) == ["ward-7-b", "etc", "plain", "Z-rich"]
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        (["a b", "a/b"], "'a b' and 'a/b' would both name the site 'a-b'"),
-        (["North", "north"], "'North' and 'north' would both name the site 'north'"),
-        (["..."], r"'\.\.\.' cannot name a site"),
-        (["x" * 101], "'x+' cannot name a site: 1 to 100"),
-    ],
-)
-def test_values_that_name_no_site_of_their_own_are_refused(values, message):
-    with pytest.raises(ValueError, match=f"partition.column: {message}"):
-        site_names_from(values, "partition.column")
-
-
-@given(st.text())
-@settings(max_examples=200)
-def test_a_site_name_is_one_path_component_and_stays_as_it_is(value):
-    try:
-        name = site_names_from([value], "x")[value]
-    except ValueError:
-        return
-    assert name not in {"", ".", ".."}
-    assert "/" not in name
-    assert name.isascii()
-    assert site_names_from([name], "x") == {name: name}

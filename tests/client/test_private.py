@@ -27,7 +27,7 @@ store = PrivateStore(Path(sys.argv[1]), "site-00", sys.argv[2])
 version = 0
 while True:
     version += 1
-    store.save({f"array-{i}": np.full((64, 256), version, np.float32) for i in range(4)})
+    store.save({f"array-{i}": np.full((64, 256), version, np.float32) for i in range(4)}, version)
     if version == 1:
         print("saved", flush=True)
 """
@@ -50,7 +50,7 @@ def arrays():
 
 
 def test_arrays_come_back_with_their_shapes_types_and_bits(store, arrays):
-    store.save(arrays)
+    store.save(arrays, 1)
     loaded = PrivateStore(store.folder, store.site, store.base_sha256).load()
     assert loaded.keys() == arrays.keys()
     for name, array in arrays.items():
@@ -65,15 +65,39 @@ def test_a_site_that_never_saved_has_nothing(store):
 
 
 def test_a_save_replaces_every_array_of_the_last_one(store, arrays):
-    store.save(arrays)
-    store.save({"only": np.ones(2, np.float32)})
+    store.save(arrays, 1)
+    store.save({"only": np.ones(2, np.float32)}, 1)
     assert store.load().keys() == {"only"}
+
+
+def test_a_round_asked_for_again_starts_from_what_was_saved_before_it(store):
+    """Rounds 1 and 2 save; the reply of round 2 is lost twice."""
+    numbers = {attempt: {"number": np.array(attempt)} for attempt in (1, 2, 3)}
+    assert store.load(before_round=1) == {}
+    store.save(numbers[1], 1)
+    assert store.load(before_round=1) == {}
+    assert store.load(before_round=2) == numbers[1]
+    for attempt in (2, 3):
+        store.save(numbers[attempt], 2)
+        assert store.load() == numbers[attempt]
+        assert store.load(before_round=2) == numbers[1]
+        assert store.load(before_round=3) == numbers[attempt]
+
+
+def test_a_kill_between_the_two_steps_of_a_save_loses_nothing(store):
+    """The earlier version has its second name already, the new one is not there yet."""
+    store.save({"number": np.array(1)}, 1)
+    os.link(store.path, store.previous_path)
+    assert store.load(before_round=2) == {"number": np.array(1)}
+    store.save({"number": np.array(2)}, 2)
+    assert store.load(before_round=2) == {"number": np.array(1)}
+    assert sorted(store.folder.iterdir()) == [store.path, store.previous_path]
 
 
 def test_only_the_owner_may_read(store, arrays):
     """Folder 0700, file 0600, also where the folder was there with looser rights."""
     store.folder.mkdir(mode=0o755)
-    store.save(arrays)
+    store.save(arrays, 1)
     assert stat.S_IMODE(store.folder.stat().st_mode) == 0o700
     assert stat.S_IMODE(store.path.stat().st_mode) == 0o600
 
@@ -81,21 +105,21 @@ def test_only_the_owner_may_read(store, arrays):
 def test_sites_of_one_run_do_not_share_a_file(store, arrays):
     names = ["a", "a/b", "a%2Fb", "..", "A b", "ä"]
     for number, site in enumerate(names):
-        PrivateStore(store.folder, site, BASE).save({"number": np.array(number)})
+        PrivateStore(store.folder, site, BASE).save({"number": np.array(number)}, 1)
     for number, site in enumerate(names):
         assert PrivateStore(store.folder, site, BASE).load()["number"] == number
     assert {path.parent for path in store.folder.rglob("*") if path.is_file()} == {store.folder}
 
 
 def test_another_base_model_is_refused(store, arrays):
-    store.save(arrays)
+    store.save(arrays, 1)
     other = PrivateStore(store.folder, store.site, "cd" * 32)
     with pytest.raises(ValueError, match=r"'site-00'.*abababababab.*cdcdcdcdcdcd: use the same base, or move .*away"):
         other.load()
 
 
 def test_another_sites_file_is_refused(store, arrays):
-    store.save(arrays)
+    store.save(arrays, 1)
     other = PrivateStore(store.folder, "site-01", BASE)
     store.path.rename(other.path)
     with pytest.raises(ValueError, match=r"belongs to site 'site-00', not to 'site-01'"):
@@ -104,7 +128,7 @@ def test_another_sites_file_is_refused(store, arrays):
 
 @pytest.mark.parametrize("kept_fraction", [0.0, 0.01, 0.5, 0.999])
 def test_a_truncated_file_is_an_error_that_names_it(store, arrays, kept_fraction):
-    store.save(arrays)
+    store.save(arrays, 1)
     content = store.path.read_bytes()
     store.path.write_bytes(content[: int(kept_fraction * len(content))])
     with pytest.raises(ValueError, match=r"site-00.*damaged: .*site-00\.safetensors"):
@@ -112,7 +136,7 @@ def test_a_truncated_file_is_an_error_that_names_it(store, arrays, kept_fraction
 
 
 def test_a_flipped_bit_is_an_error_that_names_the_file(store, arrays):
-    store.save(arrays)
+    store.save(arrays, 1)
     content = bytearray(store.path.read_bytes())
     content[-5] ^= 1
     store.path.write_bytes(content)
@@ -123,19 +147,19 @@ def test_a_flipped_bit_is_an_error_that_names_the_file(store, arrays):
 def test_a_safetensors_file_of_something_else_is_refused(store):
     store.folder.mkdir()
     safetensors.numpy.save_file({"weight": np.ones(2, np.float32)}, store.path)
-    with pytest.raises(ValueError, match=r"format None, expected 'bouquet-private-1'"):
+    with pytest.raises(ValueError, match=r"format None, expected 'bouquet-private-2'"):
         store.load()
 
 
 def test_a_failed_save_leaves_the_last_version_and_no_temporary_file(store, arrays, monkeypatch):
-    store.save(arrays)
+    store.save(arrays, 1)
 
     def full_disk(_descriptor):
         raise OSError("No space left on device")
 
     monkeypatch.setattr(os, "fsync", full_disk)
     with pytest.raises(OSError, match="No space left"):
-        store.save({"only": np.ones(2, np.float32)})
+        store.save({"only": np.ones(2, np.float32)}, 1)
     assert store.load().keys() == arrays.keys()
     assert list(store.folder.iterdir()) == [store.path]
 
@@ -161,12 +185,12 @@ def test_a_kill_at_any_moment_leaves_one_complete_version(store):
 
 
 def test_what_a_kill_left_behind_is_ignored_and_then_removed(store, arrays):
-    store.save(arrays)
+    store.save(arrays, 1)
     leftover = store.folder / f".{store.path.name}.abc123.tmp"
     leftover.write_bytes(b"half a file")
     other_site = store.folder / ".site-01.safetensors.abc123.tmp"
     other_site.write_bytes(b"another site's save in progress")
     assert store.load().keys() == arrays.keys()
-    store.save(arrays)
+    store.save(arrays, 1)
     assert not leftover.exists()
     assert other_site.exists()

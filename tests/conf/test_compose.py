@@ -243,12 +243,12 @@ def test_settings_hash_changes_with_every_setting_but_places(fc_moe):
         changed = copy.deepcopy(fc_moe)
         holder, name = next((holder, name) for found, holder, name in leaves(changed) if found == key)
         setattr(holder, name, another(getattr(holder, name)))
-        is_place = key in PLACES or key.startswith("federation.")
+        is_place = key in PLACES or key.startswith(("federation.", "worker."))
         assert (settings_hash(changed) == settings_hash(fc_moe)) == is_place, key
 
 
 def test_places_are_the_settings_that_are_not_hashed():
-    assert set(NOT_HASHED) == {*PLACES, "federation"}
+    assert set(NOT_HASHED) == {*PLACES, "federation", "worker"}
 
 
 def test_settings_hash_tells_choices_with_equal_fields_apart():

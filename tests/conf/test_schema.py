@@ -55,6 +55,8 @@ OUT_OF_RANGE = [
     (schema.FederationConfig, "federation.gpus_per_site", -0.5, "null or >= 0"),
     (schema.FederationConfig, "federation.join_timeout_seconds", 0.0, "> 0"),
     (schema.FederationConfig, "federation.round_timeout_seconds", 0.0, "> 0"),
+    (schema.WorkerConfig, "worker.idle_minutes", 0.0, "in (0, 1440]"),
+    (schema.WorkerConfig, "worker.idle_minutes", 1441.0, "in (0, 1440]"),
 ]
 
 

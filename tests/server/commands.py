@@ -14,10 +14,12 @@ import urllib.request
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import psutil
 
 from client.embedded import DOMAINS, embedded_rows
+from server.clientapps import fast_clientapps
 from server.flower import MARK, end_marked
 
 BIN = Path(sys.executable).parent
@@ -37,11 +39,11 @@ def run_folder(output: str) -> Path:
     return Path(output.strip().splitlines()[-1])
 
 
-def summary(folder: Path) -> dict:
+def summary(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "summary.json").read_text())
 
 
-def rows(folder: Path, kind: str) -> list[dict]:
+def rows(folder: Path, kind: str) -> list[dict[str, Any]]:
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [row for row in map(json.loads, lines) if row["type"] == kind]
 
@@ -74,7 +76,7 @@ def superlink(home: Path) -> Iterator[str]:
     home.mkdir(parents=True, exist_ok=True)
     mark, port = uuid.uuid4().hex, free_port()
     words = ["flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", str(port)]
-    with _started(words, home, mark), _ended(mark):
+    with _started(words, home, _environment(home, mark)), _ended(mark):
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
             with contextlib.suppress(urllib.error.URLError, OSError):
@@ -87,32 +89,36 @@ def superlink(home: Path) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def supernode(home: Path, address: str, node_config: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A SuperNode, as the README starts it; yields its process."""
+def supernode(home: Path, address: str, node_config: str, fast: bool = True) -> Iterator[subprocess.Popen[bytes]]:
+    """A SuperNode, as the README starts it, by default with fast ClientApps; yields its process."""
     home.mkdir(parents=True, exist_ok=True)
     mark = uuid.uuid4().hex
+    start = fast_clientapps if fast else contextlib.nullcontext
     words = [
         "flower-supernode", "--insecure", "--superlink", address, "--port", str(free_port()),
         "--node-config", node_config,
     ]  # fmt: skip
-    with _started(words, home, mark) as process, _ended(mark):
+    with start(_environment(home, mark)) as environment, _started(words, home, environment) as process, _ended(mark):
         yield process
 
 
 @contextlib.contextmanager
-def _started(words: list[str], home: Path, mark: str) -> Iterator[subprocess.Popen[bytes]]:
-    environment = dict(os.environ) | {
+def _started(words: list[str], home: Path, environment: Mapping[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+    with (home / f"{words[0]}.log").open("wb") as log:
+        process = subprocess.Popen(
+            [str(BIN / words[0]), *words[1:]],
+            cwd=home, env=dict(environment), stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+    yield process
+
+
+def _environment(home: Path, mark: str) -> dict[str, str]:
+    return dict(os.environ) | {
         MARK: mark,
         "FLWR_HOME": str(home / "flwr"),
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
     }
-    with (home / f"{words[0]}.log").open("wb") as log:
-        process = subprocess.Popen(
-            [str(BIN / words[0]), *words[1:]],
-            cwd=home, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
-    yield process
 
 
 @contextlib.contextmanager

@@ -112,10 +112,11 @@ def test_global_loss_is_the_token_weighted_mean_of_the_sites(fc_moe_run):
 def test_bytes_are_those_of_the_arrays_in_the_messages(fc_moe_run):
     """Down: the adapter with each train and evaluate message; up: the adapter and the token counts of each update."""
     summary, grid = fc_moe_run.summary, fc_moe_run.grid
-    num_rounds, num_sites, num_layers, num_experts, header = 2, 4, 1, 4, 128
+    num_rounds, num_sites, num_layers, num_experts = 2, 4, 1, 4
     adapter_bytes = grid.payload(TRAIN, up=False) // (num_rounds * num_sites)
     assert summary["bytes_down"] == num_rounds * num_sites * 2 * adapter_bytes
-    counts = num_layers * (num_experts * 8 + header)
+    layout = json.dumps([["model.layers.0.mlp", "float64", [num_experts]]])
+    counts = 8 + len(layout) + num_layers * num_experts * 8
     assert summary["bytes_up"] == grid.payload(TRAIN, up=True) == num_rounds * num_sites * (adapter_bytes + counts)
     assert grid.payload(EVALUATE, up=True) == grid.payload(JOIN, up=True) == grid.payload(JOIN, up=False) == 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 
 import numpy as np
+import psutil
 import pytest
 from safetensors.numpy import load_file
 
@@ -25,7 +26,13 @@ SETTINGS = ("strategy=fc_moe", "partition=files", *SMALL)
 
 
 @pytest.fixture(scope="module")
-def federation(tmp_path_factory):
+def supernodes():
+    """Site -> process of its SuperNode, filled by ``federation``."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def federation(tmp_path_factory, supernodes):
     """Three sites of different data, connected to a SuperLink."""
     home = tmp_path_factory.mktemp("federation")
     files = dict(list(write_site_files(home / "sites").items())[:3])
@@ -35,7 +42,7 @@ def federation(tmp_path_factory):
         for site, file in files.items():
             private = home / site / "private"
             node_config = f'site="{site}" data="{file}" private="{private}"'
-            stack.enter_context(supernode(home / site, address, node_config))
+            supernodes[site] = stack.enter_context(supernode(home / site, address, node_config))
         yield home, address
 
 
@@ -59,6 +66,23 @@ def test_run_over_processes_completes_and_brings_the_adapter_home(remote_run, fe
     # Without data of its own the server reports the example-weighted mean over the sites.
     losses = {row["site"]: row for row in rows(folder, "site") if row["round"] == 2}
     assert result["global_loss"] == pytest.approx(np.mean([row["loss"] for row in losses.values()]), rel=0.2)
+
+
+def worker(home, site):
+    """The process that wrote the site's log last."""
+    lines = (home / site / "private" / f"{site}.worker.log").read_text().splitlines()
+    return psutil.Process(int([line for line in lines if line.endswith("ready")][-1].split()[2]))
+
+
+def test_each_site_has_one_worker_that_loaded_the_base_once(remote_run, federation):
+    """Nine messages to the three sites: join, and two rounds of training and evaluation."""
+    loads = summary(federation[0] / "remote")["base_model_loads"]
+    assert len(loads) == 1 + 3
+    assert set(loads.values()) == {1}
+    for site in ("bank", "clinic", "court"):
+        log = (federation[0] / site / "private" / f"{site}.worker.log").read_text()
+        assert log.count(" ready") == 1
+        assert log.count("train of run") == log.count("evaluate of run") == 2
 
 
 def test_private_state_stays_at_its_site(remote_run, federation):
@@ -106,6 +130,14 @@ def test_too_few_sites_end_the_run_with_their_number(federation):
     assert failed.returncode == 1
     assert "3 of 4 needed sites joined (federation.join_timeout_seconds=120)" in failed.stderr
     assert summary(home / "too-many")["status"] == "failed"
+
+
+def test_workers_stay_between_runs_and_end_with_their_supernode(remote_run, federation, supernodes):
+    workers = {site: worker(federation[0], site) for site in supernodes}
+    assert all(process.is_running() for process in workers.values())
+    supernodes["bank"].terminate()
+    workers["bank"].wait(60)
+    assert workers["clinic"].is_running()
 
 
 def test_no_superlink_there_is_a_clear_error(tmp_path):

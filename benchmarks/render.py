@@ -1,0 +1,51 @@
+"""Put the tables of results/*.json into README.md, each between its two markers.
+
+    python -m benchmarks.render
+
+A results file NAME.json with a key ``table`` ({"columns": [...], "rows": [[...]]}) goes between the lines
+``<!-- NAME -->`` and ``<!-- /NAME -->``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+
+
+def write_results(path: Path, results: Mapping[str, Any]) -> None:
+    """Write a benchmark's results file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def rendered(page: str, name: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """``page`` with the table between the markers of ``name``.
+
+    Raises:
+        ValueError: If the page lacks them.
+    """
+    lines = [columns, ["---"] * len(columns), *rows]
+    table = "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in lines)
+    between = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(<!-- /{re.escape(name)} -->)", re.DOTALL)
+    if not between.search(page):
+        raise ValueError(f"README.md has no lines <!-- {name} --> and <!-- /{name} -->")
+    return between.sub(lambda match: f"{match[1]}{table}\n{match[2]}", page)
+
+
+def main() -> None:
+    """Render every results file that has a table."""
+    page = (HERE / "README.md").read_text()
+    for path in sorted((HERE / "results").glob("*.json")):
+        results = json.loads(path.read_text())
+        if isinstance(results, dict) and "table" in results:
+            page = rendered(page, path.stem, results["table"]["columns"], results["table"]["rows"])
+    (HERE / "README.md").write_text(page)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,30 @@
+"""Tables of results in the page."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from benchmarks.render import HERE, rendered
+
+PAGE = "before\n<!-- speed -->\nold\n<!-- /speed -->\nafter\n"
+
+
+def test_table_replaces_what_stood_between_its_markers():
+    page = rendered(PAGE, "speed", ["a", "b"], [[1, "x"]])
+    assert page == "before\n<!-- speed -->\n| a | b |\n| --- | --- |\n| 1 | x |\n<!-- /speed -->\nafter\n"
+    assert rendered(page, "speed", ["a", "b"], [[1, "x"]]) == page
+
+
+def test_page_without_the_markers_is_an_error_that_names_them():
+    with pytest.raises(ValueError, match="<!-- size -->"):
+        rendered(PAGE, "size", ["a"], [])
+
+
+def test_page_shows_the_results_as_they_are():
+    page = (HERE / "README.md").read_text()
+    for path in (HERE / "results").glob("*.json"):
+        results = json.loads(path.read_text())
+        if isinstance(results, dict) and "table" in results:
+            assert rendered(page, path.stem, results["table"]["columns"], results["table"]["rows"]) == page
