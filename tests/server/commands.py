@@ -117,6 +117,7 @@ def _environment(home: Path, mark: str) -> dict[str, str]:
         MARK: mark,
         "FLWR_HOME": str(home / "flwr"),
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.05",
         "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
     }
 
