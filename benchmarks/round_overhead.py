@@ -4,9 +4,9 @@
     python -m benchmarks.round_overhead --json benchmarks/results/round_overhead.json --name smollm2_moe \
         model=smollm2_moe model.wheel_dir=/tmp/wheels
 
-One SuperLink and two SuperNodes serve all runs, which alternate between the two settings. The first round of a run
-is left out: it loads the base and encodes the data in both. Besides, a plain Flower app whose clients import
-transformers and peft and do nothing else. Results are added to the file under ``--name``.
+The runs take turns: worker on and off, with ClientApps started fast and by Flower itself. The first round of a run is
+left out: it loads the base and encodes the data in all. Besides, a plain Flower app whose clients import transformers
+and peft and do nothing else. Results are added to the file under ``--name``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import re
 import statistics
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -35,29 +35,43 @@ SETTINGS = (
     "strategy=fc_moe", "partition=files", "device=cpu", "train.max_steps=2", "eval.max_examples=8", "seed=0",
     "federation=remote", f"federation.min_sites={SITES}",
 )  # fmt: skip
+MODES = {
+    "on": ("on", True),
+    "on, Flower's own start of processes": ("on", False),
+    "off, Flower's own start of processes": ("off", False),
+}
+"""Mode -> ``worker=`` and whether the SuperNodes start their ClientApps fast (``server.clientapps``)."""
 VALUES = ("overhead_seconds", "startup_seconds", "since_request_seconds")
 
 
 def measure(home: Path, overrides: Sequence[str], repeats: int, rounds: int) -> dict[str, Any]:
-    """Samples of both settings and of plain Flower, one list entry a counted round."""
+    """Samples of every mode and of plain Flower, one list entry a counted round."""
+    samples: dict[str, dict[str, Any]] = {mode: {name: [] for name in VALUES} | {"loads": []} for mode in MODES}
+    with contextlib.ExitStack() as stack:
+        address = {fast: stack.enter_context(federation(home / f"fast-{fast}", fast=fast)) for fast in (True, False)}
+        for repeat in range(repeats):
+            for number, (mode, (worker, fast)) in enumerate(MODES.items()):
+                words = [f"federation.superlink={address[fast]}", f"rounds={rounds}", f"worker={worker}", *overrides]
+                output = f"output={home / f'run-{repeat}-{number}'}"
+                done = bouquet("run", *SETTINGS, *words, output, cwd=home, timeout=3600)
+                if done.returncode != 0:
+                    raise RuntimeError(done.stdout + done.stderr)
+                add(samples[mode], run_folder(done.stdout))
+                print(repeat, mode, {name: samples[mode][name][1 - rounds :] for name in VALUES}, flush=True)
+        plain = plain_rounds(address[False], repeats * (rounds - 1) + 1)[1:]
+    return {"modes": samples, "plain_flower_seconds": plain}
+
+
+@contextlib.contextmanager
+def federation(home: Path, *, fast: bool) -> Iterator[str]:
+    """A SuperLink and two sites; yields its address."""
     files = dict(list(write_site_files(home / "sites").items())[:SITES])
-    samples: dict[str, dict[str, Any]] = {mode: {name: [] for name in VALUES} | {"loads": []} for mode in ("on", "off")}
-    plain: list[float] = []
     with contextlib.ExitStack() as stack:
         address = stack.enter_context(superlink(home / "superlink"))
         for site, file in files.items():
             node_config = f'site="{site}" data="{file}" private="{home / site / "private"}"'
-            stack.enter_context(supernode(home / site, address, node_config))
-        for repeat in range(repeats):
-            for mode, of_mode in samples.items():
-                words = [*SETTINGS, f"federation.superlink={address}", f"rounds={rounds}", f"worker={mode}", *overrides]
-                done = bouquet("run", *words, f"output={home / f'{mode}-{repeat}'}", cwd=home, timeout=3600)
-                if done.returncode != 0:
-                    raise RuntimeError(done.stdout + done.stderr)
-                add(of_mode, run_folder(done.stdout))
-                print(repeat, mode, {name: of_mode[name][-1] for name in VALUES}, flush=True)
-        plain += plain_rounds(address, repeats * (rounds - 1) + 1)[1:]
-    return {"worker": samples, "plain_flower_seconds": plain}
+            stack.enter_context(supernode(home / site, address, node_config, fast=fast))
+        yield address
 
 
 def add(samples: dict[str, Any], folder: Path) -> None:
@@ -89,7 +103,7 @@ def table(models: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
                "request to first step, s", "base loads a site and run"]  # fmt: skip
     lines = []
     for model, measured in models.items():
-        for mode, samples in measured["worker"].items():
+        for mode, samples in measured["modes"].items():
             cells = [spread(samples[name]) for name in VALUES]
             lines.append([model, mode, *cells, spread(samples["loads"], 0)])
         lines.append(["none: plain Flower", "", spread(measured["plain_flower_seconds"]), "", "", ""])

@@ -61,11 +61,14 @@ def write_site_files(folder: Path, num_examples: int = 160) -> dict[str, Path]:
 
 
 def leftovers(environment: Mapping[str, str] | None = None) -> list[str]:
-    """Command lines of Flower and Ray processes that run now, of anybody on this machine."""
+    """Command lines of Flower's, Ray's and workers' processes that run now, of anybody on this machine."""
     found = []
     for process in psutil.process_iter(["cmdline"]):
         line = " ".join(process.info["cmdline"] or [])
-        if any(word in line for word in ("flower-superlink", "flwr-simulation", "ray::", "raylet", "gcs_server")):
+        if any(
+            word in line
+            for word in ("flower-superlink", "flwr-simulation", "ray::", "raylet", "gcs_server", "client.worker")
+        ):
             found.append(line[:120])
     return found
 
@@ -117,6 +120,7 @@ def _environment(home: Path, mark: str) -> dict[str, str]:
         MARK: mark,
         "FLWR_HOME": str(home / "flwr"),
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.05",
         "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
     }
 

@@ -44,6 +44,8 @@ def federation(tmp_path_factory, supernodes):
             node_config = f'site="{site}" data="{file}" private="{private}"'
             supernodes[site] = stack.enter_context(supernode(home / site, address, node_config))
         yield home, address
+    lines = [" ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])]
+    assert [line for line in lines if str(home) in line] == []
 
 
 @pytest.fixture(scope="module")
