@@ -12,7 +12,7 @@ PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip
 run: $(STAMP)
 	$(BIN)/bouquet run -m strategy=fc_moe,fedavg,local_only rounds=3 train.max_steps=10 train.learning_rate=2e-3 eval.max_examples=40
 
-SLOW := simulation or processes
+SLOW := simulation or processes or slow
 ELSEWHERE := network or containers or gpu
 
 test: test-unit

@@ -149,6 +149,7 @@ def test_autocast_is_as_near_to_float32_as_pefts(family: str) -> None:
     assert mean_error(ours, expected) < 1.5 * mean_error(pefts, expected)
 
 
+@pytest.mark.slow
 def test_compiled_model_agrees() -> None:
     adapted, _ = both("olmoe")
     logits, expected = loss_and_gradients(adapted.model, adapted.parameters_by_name())

@@ -201,6 +201,7 @@ for checkpointing in (True, False):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_estimate_is_above_the_growth_of_the_process_and_at_most_twice_it():
     """The factors stated in ``client.memory``; 16 sequences of 192 tokens through an OLMoE of width 128."""

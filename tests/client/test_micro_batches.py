@@ -126,7 +126,7 @@ def test_a_round_leaves_no_gradient_and_no_moments_behind(adapted, sequences, st
     run(adapted, sequences, start, optimizer_state=OptimizerState.keep)
     with pytest.raises(ValueError, match="training step 1"):
         run(adapted, sequences, {name: array * np.float32(1e30) for name, array in start.items()})
-    assert live_tensor_bytes() == before
+    assert live_tensor_bytes() <= before  # what other tests left may be collected meanwhile
     assert all(parameter.grad is None for parameter in adapted.parameters_by_name().values())
 
 

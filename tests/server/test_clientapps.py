@@ -15,6 +15,8 @@ import pytest
 from server.clientapps import fast_clientapps
 from tests.server.commands import BIN
 
+pytestmark = pytest.mark.processes
+
 
 @pytest.fixture(scope="module")
 def environment():

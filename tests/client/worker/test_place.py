@@ -6,6 +6,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -62,25 +63,30 @@ def test_changed_code_is_another_worker(tmp_path):
     assert hash_there() != before
 
 
-def test_folder_of_sockets_is_the_owners_alone(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "run"))
-    assert runtime_folder() == tmp_path / "run" / "bouquet"
+@pytest.fixture
+def short(monkeypatch):
+    """A folder whose path leaves room for a socket's name, as pytest's own may not."""
+    with tempfile.TemporaryDirectory() as folder:
+        monkeypatch.setenv("XDG_RUNTIME_DIR", folder)
+        yield Path(folder)
+
+
+def test_folder_of_sockets_is_the_owners_alone(short):
+    assert runtime_folder() == short / "bouquet"
     assert stat.S_IMODE(runtime_folder().stat().st_mode) == 0o700
 
 
-def test_folder_that_others_can_enter_is_refused_with_the_ways_out(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    (tmp_path / "bouquet").mkdir(mode=0o755)
-    (tmp_path / "bouquet").chmod(0o755)
+def test_folder_that_others_can_enter_is_refused_with_the_ways_out(short):
+    (short / "bouquet").mkdir(mode=0o755)
+    (short / "bouquet").chmod(0o755)
     with pytest.raises(ValueError, match=r"bouquet is drwxr-xr-x of user \d+, but must be .*XDG_RUNTIME_DIR.*worker="):
         runtime_folder()
 
 
-def test_link_to_a_folder_is_refused(tmp_path, monkeypatch):
+def test_link_to_a_folder_is_refused(short):
     """Whoever may write to the temporary folder could point it anywhere."""
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    (tmp_path / "real").mkdir(mode=0o700)
-    (tmp_path / "bouquet").symlink_to(tmp_path / "real")
+    (short / "real").mkdir(mode=0o700)
+    (short / "bouquet").symlink_to(short / "real")
     with pytest.raises(ValueError, match="bouquet is l.* of user"):
         runtime_folder()
 

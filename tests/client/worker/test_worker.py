@@ -48,6 +48,8 @@ from conf.compose import load_config, settings_hash
 from tests.client.tiny_models import save_tiny_base
 from tests.server.loopback import Loopback, Node
 
+pytestmark = pytest.mark.processes
+
 ROOT = Path(__file__).parents[3]
 
 
