@@ -32,13 +32,14 @@ from conf.check import check_config
 from conf.schema import Config, MethodConfig, PartitionConfig
 from strategies.base import Strategy
 from strategies.centralised import Centralised
+from strategies.clair import Clair
 from strategies.fc_moe import FcMoe
 from strategies.fedavg import FedAvg, FedProx
 from strategies.fedopt import FedAdagrad, FedAdam, FedAvgM, FedYogi
 from strategies.local_only import LocalOnly
 
 STRATEGIES: tuple[type[Strategy], ...] = (
-    FedAvg, FedProx, FedAvgM, FedAdam, FedAdagrad, FedYogi, FcMoe, LocalOnly, Centralised,
+    FedAvg, FedProx, FedAvgM, FedAdam, FedAdagrad, FedYogi, FcMoe, Clair, LocalOnly, Centralised,
 )  # fmt: skip
 METHODS: tuple[type[MethodConfig], ...] = (schema.SftConfig, schema.FcMoeConfig, schema.LocalOnlyConfig)
 PARTITIONS: tuple[type[PartitionConfig], ...] = (
