@@ -103,7 +103,7 @@ def _dual_objective(cut_GCM: NDArray[np.float64], blocks_GCM: NDArray[np.float64
     if square == 0:
         return 0.0
     scale = min(1.0, block_penalty / longest, along / square)
-    return scale * along - scale**2 * square / 2
+    return float(scale * along - scale**2 * square / 2)
 
 
 def _huber(norms_G: NDArray[np.float64], limit: float) -> float:

@@ -55,11 +55,11 @@ def naive_objective(blocks, low_rank, sparse, low_rank_penalty, block_penalty):
 def naive_penalties(blocks, rank):
     _, _, right = np.linalg.svd(blocks.reshape(-1, blocks.shape[-1]), full_matrices=False)
     outside = np.eye(blocks.shape[-1]) - right[:rank].T @ right[:rank]
-    block_penalty = np.quantile([np.linalg.norm(block @ outside) for block in blocks], 0.25)
+    block_penalty = np.quantile([np.linalg.norm(block @ outside) for block in blocks], 0.25) / 2
     return block_penalty / 2 / np.sqrt(rank / len(blocks)), block_penalty
 
 
-def naive_projection(blocks, rank, steps=400):
+def naive_projection(blocks, rank, steps=2500):
     """P on the main ``rank`` right singular vectors of the low-rank part, at the automatic penalties."""
     low_rank, _ = naive_program(blocks, *naive_penalties(blocks, rank), steps)
     _, _, right = np.linalg.svd(low_rank.reshape(-1, blocks.shape[-1]), full_matrices=False)
