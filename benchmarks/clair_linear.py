@@ -1,4 +1,4 @@
-"""CLAIR's simulation: Tables 1 and 2 of arXiv 2605.21217 (multi-response linear model), every cell beside the printed one.
+"""CLAIR's simulation: Tables 1 and 2 of arXiv 2605.21217 (linear model), every cell beside the printed one.
 
     python -m benchmarks.clair_linear --replicates 100 --json benchmarks/results/clair_linear.json
 
