@@ -51,7 +51,9 @@ NOT_HASHED = (
 )  # fmt: skip
 """Settings that may differ between the two ends of a message: paths, places and processes."""
 
-GROUPS = ("model", "data", "partition", "method", "strategy", "federation", "worker", "experiment")
+GROUPS = (
+    "model", "data", "partition", "method", "strategy", "screen", "federation", "worker", "experiment",
+)  # fmt: skip
 """Settings that name a file or a dataclass with further settings."""
 
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from strategies import low_rank
 from strategies.adapters import Arrays, weighted_mean
 from strategies.base import Aggregation, ClientUpdate, Strategy
-from strategies.collaborative_set import Vote
 from strategies.inspection import Inspected, inspect, vote
 from strategies.low_rank import Factors
 from strategies.refinement import refine
@@ -64,8 +63,8 @@ class Clair(Strategy):
     def aggregate(self, adapter: Arrays, state: Arrays, updates: Sequence[ClientUpdate]) -> Aggregation:
         """Refined adapters of all sites, and the mean of the accepted ones.
 
-        Diagnostics: ``sites`` -> verdict (rejected, margin, matrices judged and against); ``matrices`` -> what each of
-        them says (see ``Inspected.report``), with ``lost_energy``: the largest share of a squared norm truncated.
+        Diagnostics: ``verdicts`` -> of each site, see ``Vote.report``; ``matrices`` -> what each of them says, see
+        ``Inspected.report``, with ``lost_energy``: the largest share of a squared norm that was truncated.
 
         Raises:
             ValueError: If every site is rejected, which only a fixed ``subspace.threshold`` can bring about.
@@ -84,7 +83,7 @@ class Clair(Strategy):
             adapter=shared,
             state=state,
             personal=personal,
-            diagnostics={"sites": {site: report_vote(found) for site, found in votes.items()}, "matrices": matrices},
+            diagnostics={"verdicts": {site: found.report() for site, found in votes.items()}, "matrices": matrices},
         )
 
     def _refined(
@@ -127,11 +126,6 @@ def _refine_matrix(
     mean = Factors(refined.mean.A[:rank], refined.mean.B[:, :rank])
     lost = float(refined.lost_energy.max())
     return mean, [Factors(*pair) for pair in zip(*refined.own, strict=True)], lost
-
-
-def report_vote(found: Vote) -> dict[str, Any]:
-    """A site's verdict as JSON values."""
-    return {"rejected": found.rejected, "margin": found.margin, "judged": found.judged, "against": found.against}
 
 
 def _averaged(adapter: Arrays, updates: Sequence[ClientUpdate], accepted: NDArray[np.bool_]) -> Named:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -107,6 +108,21 @@ class Vote:
     def rejected(self) -> bool:
         """Whether more than half of the matrices are against it; a tie accepts."""
         return self.margin > 0
+
+    @property
+    def reason(self) -> str:
+        """The count, for people."""
+        return f"outside the collaborative set of {self.against} of {self.judged} matrices"
+
+    def report(self) -> dict[str, Any]:
+        """The vote as JSON values."""
+        return {
+            "rejected": self.rejected,
+            "reason": self.reason,
+            "margin": self.margin,
+            "judged": self.judged,
+            "against": self.against,
+        }
 
 
 def count_votes(sites: Sequence[str], verdicts: Sequence[tuple[Sequence[str], Verdict]]) -> dict[str, Vote]:

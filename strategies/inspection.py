@@ -78,7 +78,9 @@ def inspect(adapter: Arrays, updates: Sequence[ClientUpdate], config: SubspaceCo
     An expert is judged by the sites that used it: the others return it as they received it. With fewer than
     ``MIN_SITES`` of those it is examined, but nobody is judged.
     """
-    inspected = []
+    inspected: list[Inspected] = []
+    if not updates:
+        return inspected
     for prefix in low_rank.lora_prefixes(adapter):
         stacked = _stacked(prefix, updates)
         for expert, present in _users(prefix, adapter, updates):

@@ -24,7 +24,7 @@ seeds = st.integers(0, 2**32 - 1)
 
 
 def rejected(result):
-    return sorted(site for site, verdict in result.diagnostics["sites"].items() if verdict["rejected"])
+    return sorted(site for site, verdict in result.diagnostics["verdicts"].items() if verdict["rejected"])
 
 
 def test_same_as_the_dense_program_on_formed_products():
@@ -151,7 +151,7 @@ def test_order_of_sites_changes_nothing_but_rounding(seed):
     adapter, updates = random_sites(seed)
     order = np.random.default_rng(seed).permutation(len(updates))
     plain, result = Clair().aggregate(adapter, {}, updates), Clair().aggregate(adapter, {}, [updates[i] for i in order])
-    assert plain.diagnostics["sites"] == result.diagnostics["sites"]
+    assert plain.diagnostics["verdicts"] == result.diagnostics["verdicts"]
     for site, arrays in plain.personal.items():
         np.testing.assert_allclose(product(arrays, "l.v"), product(result.personal[site], "l.v"), atol=1e-4)
 
