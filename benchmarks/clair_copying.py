@@ -5,9 +5,9 @@
 Shapes: K sites trained side by side, B sequences, T = 64 tokens, D = 64 hidden, V = 53 tokens.
 
 Left open by the paper, and chosen here: the contaminated site copies the segment backwards; background letters are
-uniform; the loss is next-token cross-entropy at every position; LoRA's "scale 16" is alpha, so updates are scaled by 16 / 3;
-penalties and threshold are automatic, and the eight matrices make one verdict by majority; accuracies are means over
-the nine benign sites, on 500 new sequences each; the output layer of a site is its own under every method.
+uniform; the loss is next-token cross-entropy at every position; LoRA's "scale 16" is alpha: updates are scaled by
+16 / 3; penalties and threshold are automatic, and the eight matrices make one verdict by majority; accuracies are means over
+the nine benign sites, on 200 new sequences each; the output layer of a site is its own under every method.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def same(segment: NDArray[np.int64]) -> NDArray[np.int64]:
 
 def backwards(segment: NDArray[np.int64]) -> NDArray[np.int64]:
     """The contaminated site's task."""
-    return segment[::-1]
+    return segment[..., ::-1]
 
 
 def sequences(
@@ -57,14 +57,15 @@ def sequences(
     """(count, T) tokens in which a segment occurs twice, and (count, T) mask of the positions that are scored."""
     law = np.arange(1, LETTERS + 1) ** -exponent
     tokens = rng.integers(0, LETTERS, (count, TOKENS))
-    scored = np.zeros((count, TOKENS), bool)
     segments = rng.choice(LETTERS, (count, length), p=law / law.sum())
-    for row, segment in enumerate(segments):
-        first, gap = np.sort(rng.choice(TOKENS - 2 * length + 1, 2, replace=False))
-        start = gap + length
-        tokens[row, first : first + length] = segment
-        tokens[row, start : start + length] = second(segment)
-        scored[row, start + 3 : start + length] = True
+    cuts = TOKENS - 2 * length + 1
+    one, other = rng.integers(0, cuts, (count, 1)), rng.integers(0, cuts - 1, (count, 1))
+    other += other >= one
+    first, start = np.minimum(one, other), np.maximum(one, other) + length
+    inside, every = np.arange(length), np.arange(TOKENS)
+    np.put_along_axis(tokens, first + inside, segments, axis=1)
+    np.put_along_axis(tokens, start + inside, second(segments), axis=1)
+    scored = (every >= start + 3) & (every < start + length)
     return torch.from_numpy(tokens), torch.from_numpy(scored)
 
 
@@ -204,7 +205,7 @@ def replicate(weights: Weights, regime: str, seed: int) -> dict[str, Any]:
     tasks = [same] * (SITES - 1) + [backwards]
     settings = list(zip(lengths, exponents, tasks, strict=True))
     train = torch.stack([sequences(rng, 2000, *setting)[0] for setting in settings])
-    tests = [sequences(rng, 500, length, exponent) for length, exponent, _ in settings]
+    tests = [sequences(rng, 200, length, exponent) for length, exponent, _ in settings]
     tokens, scored = (torch.stack(part) for part in zip(*tests, strict=True))
     methods, verdicts = aggregated(adapted(train, weights, generator))
     found = {name: accuracy(tokens, scored, weights, adapters)[:-1] for name, adapters in methods.items()}
@@ -213,13 +214,14 @@ def replicate(weights: Weights, regime: str, seed: int) -> dict[str, Any]:
 
 def run(replicates: int, seed: int, steps: int) -> dict[str, Any]:
     """Both regimes, on one pre-trained base."""
+    torch.set_num_threads(1)
     started = time.perf_counter()
     weights = pretrained(seed, steps)
     rng = np.random.default_rng([seed, 3])
     tokens, scored = sequences(rng, 1000, 16, 1.1)
     base = accuracy(tokens[None], scored[None], weights, {})[0]
     print(f"pre-trained in {time.perf_counter() - started:.0f} s, accuracy {base:.2f}", flush=True)
-    regimes = {}
+    regimes: dict[str, dict[str, Any]] = {}
     for regime in PRINTED:
         draws = [replicate(weights, regime, 1000 * seed + index) for index in range(replicates)]
         regimes[regime] = {name: _summarised([draw[name] for draw in draws]) for name in METHODS}
