@@ -6,8 +6,8 @@ Shapes: K sites trained side by side, B sequences, T = 64 tokens, D = 64 hidden,
 
 Left open by the paper, and chosen here: the contaminated site copies the segment backwards; background letters are
 uniform; the loss is next-token cross-entropy at every position; LoRA's "scale 16" is alpha: updates are scaled by
-16 / 3; penalties and threshold are automatic, and the eight matrices make one verdict by majority; accuracies are means over
-the nine benign sites, on 200 new sequences each; the output layer of a site is its own under every method.
+16 / 3; penalties and threshold are automatic, and the eight matrices make one verdict by majority; accuracies are means
+over the nine benign sites, on 200 new sequences each; the output layer of a site is its own under every method.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def adapted(tokens_KNT: torch.Tensor, weights: Weights, generator: torch.Generat
         adapters[f"{name}.A"] = start.repeat(SITES, 1, 1).requires_grad_()
         adapters[f"{name}.B"] = torch.zeros(SITES, len(weights[name]), RANK, requires_grad=True)
     optimizer = torch.optim.Adam(adapters.values(), lr=1e-3)
-    for batch in tokens_KNT.split(50, dim=1):
+    for batch in torch.split(tokens_KNT, 50, dim=1):
         optimizer.zero_grad()
         loss(logits(batch, weights, adapters, dropout=DROPOUT), batch).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
