@@ -221,7 +221,7 @@ def rows(results: Mapping[str, Any]) -> str:
 def _table(title: str, runs: Sequence[Mapping[str, Any]]) -> list[str]:
     defences = list(dict.fromkeys(run["defence"] for run in runs))
     lines = [
-        f"{title}: benign loss against attack-free FedAvg, in percent; (recall / false alarms) of rules that leave sites out.",
+        f"{title}: benign loss against attack-free FedAvg, percent; (recall / false alarms) where sites are left out.",
         "",
         f"| attack | {' | '.join(defences)} |",
         "|---" * (len(defences) + 1) + "|",
