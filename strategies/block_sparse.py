@@ -11,6 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+_ROOM = 8
+"""Directions beyond the last step's that one step of subspace iteration looks at."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Decomposition:
@@ -35,6 +38,7 @@ def decompose(
     *,
     low_rank_penalty: float,
     block_penalty: float,
+    start: NDArray[np.float64] | None = None,
     tolerance: float = 1e-4,
     max_iterations: int = 500,
 ) -> Decomposition:
@@ -48,27 +52,31 @@ def decompose(
     Teboulle, 2009, with the restart of O'Donoghue and Candes, 2015). Each step has a dual point to itself: the part
     that the singular value threshold cut off, shortened until no block exceeds ``block_penalty``. The gap
     between the two objectives bounds the distance to the minimum.
+
+    ``start`` is where L starts, zero by default.
     """
-    low_rank = ahead = np.zeros_like(blocks_GCM)
-    momentum = 1.0
+    low_rank = ahead = np.zeros_like(blocks_GCM) if start is None else start
+    directions, momentum, penalties = None, 1.0, (low_rank_penalty, block_penalty)
     for iteration in range(1, max_iterations + 1):
         residual = blocks_GCM - ahead
         stepped = ahead + residual * _clipping(_norms(residual), block_penalty)
-        last, (low_rank, directions, sizes) = low_rank, _threshold(stepped, low_rank_penalty)
-        sparse = blocks_GCM - low_rank
-        norms_G = _norms(sparse)
-        objective = _huber(norms_G, block_penalty) + low_rank_penalty * float(sizes.sum())
-        gap = objective - _dual_objective(stepped - low_rank, blocks_GCM, block_penalty)
+        last, (low_rank, directions, sizes) = low_rank, _threshold(stepped, low_rank_penalty, directions)
+        objective, gap = _gap(blocks_GCM, stepped, low_rank, sizes, penalties)
         if gap <= tolerance * objective or iteration == max_iterations:
-            break
+            # Only the exact threshold makes the dual point feasible, and so the gap a bound.
+            low_rank, directions, sizes = _threshold(stepped, low_rank_penalty)
+            objective, gap = _gap(blocks_GCM, stepped, low_rank, sizes, penalties)
+            if gap <= tolerance * objective or iteration == max_iterations:
+                break
         if np.vdot(ahead - low_rank, low_rank - last) > 0:
             momentum = 1.0
         following = (1 + math.sqrt(1 + 4 * momentum**2)) / 2
         ahead = low_rank + (momentum - 1) / following * (low_rank - last)
         momentum = following
+    sparse = blocks_GCM - low_rank
     return Decomposition(
         low_rank=low_rank,
-        sparse=sparse * (1 - _clipping(norms_G, block_penalty)),
+        sparse=sparse * (1 - _clipping(_norms(sparse), block_penalty)),
         directions=directions,
         sizes=sizes,
         objective=objective,
@@ -78,19 +86,58 @@ def decompose(
 
 
 def _threshold(
-    stacked_GCM: NDArray[np.float64], penalty: float
+    stacked_GCM: NDArray[np.float64], penalty: float, guess_MS: NDArray[np.float64] | None = None
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
     """Singular values of the stack lowered by ``penalty``; with the directions and values that are left.
 
-    Through the M x M Gram matrix, since the stack is much taller than wide; the values that count are those above
-    the penalty, where the lost digits do no harm.
+    Exact through the M x M Gram matrix, since the stack is much taller than wide; the values that count are those
+    above the penalty, where the lost digits do no harm. From the last step's directions as a guess, by one step of
+    subspace iteration with room for more, in a fraction of the time; exact again where the room does not suffice.
     """
     tall = stacked_GCM.reshape(-1, stacked_GCM.shape[-1])
-    squares, vectors = np.linalg.eigh(tall.T @ tall)
-    kept = squares[::-1] > penalty**2
-    sizes, directions = np.sqrt(squares[::-1][kept]), vectors[:, ::-1][:, kept]
+    basis = None if guess_MS is None else _improved(tall, guess_MS)
+    if basis is not None:
+        squares, vectors = np.linalg.eigh(_gram(tall @ basis))
+        if squares[0] > penalty**2:
+            basis = None
+    if basis is None:
+        squares, vectors = np.linalg.eigh(_gram(tall))
+    kept = np.flatnonzero(squares > penalty**2)[::-1]
+    sizes, directions = np.sqrt(squares[kept]), vectors[:, kept]
+    if basis is not None:
+        directions = basis @ directions
     lowered = ((tall @ directions) * (1 - penalty / sizes)) @ directions.T
     return lowered.reshape(stacked_GCM.shape), directions, sizes - penalty
+
+
+def _improved(tall: NDArray[np.float64], guess_MS: NDArray[np.float64]) -> NDArray[np.float64] | None:
+    """(M, S + 8) orthonormal basis nearer to the main right singular vectors; None where that is no saving.
+
+    What is added to the guess are the coordinate axes that it covers least.
+    """
+    width, count = guess_MS.shape
+    if 3 * (count + _ROOM) > width:
+        return None
+    axes = np.argsort((guess_MS**2).sum(axis=1), kind="stable")[:_ROOM]
+    wider = np.concatenate([guess_MS, np.eye(width)[:, axes]], axis=1)
+    return np.asarray(np.linalg.qr(tall.T @ (tall @ wider))[0])
+
+
+def _gram(tall: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.asarray(tall.T @ tall)
+
+
+def _gap(
+    blocks_GCM: NDArray[np.float64],
+    stepped_GCM: NDArray[np.float64],
+    low_rank_GCM: NDArray[np.float64],
+    sizes_S: NDArray[np.float64],
+    penalties: tuple[float, float],
+) -> tuple[float, float]:
+    """The objective at L with the best S, and how far it may lie above the minimum."""
+    low_rank_penalty, block_penalty = penalties
+    objective = _huber(_norms(blocks_GCM - low_rank_GCM), block_penalty) + low_rank_penalty * float(sizes_S.sum())
+    return objective, objective - _dual_objective(stepped_GCM - low_rank_GCM, blocks_GCM, block_penalty)
 
 
 def _dual_objective(cut_GCM: NDArray[np.float64], blocks_GCM: NDArray[np.float64], block_penalty: float) -> float:

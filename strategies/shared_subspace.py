@@ -78,11 +78,13 @@ def examine(products: Factors, config: SubspaceConfig) -> Finding:
     rows = side_of(products.A)
     blocks = difference_blocks(products, rows)
     rank = config.rank or products.A.shape[-2]
+    main = main_part(blocks, rank)
     low_rank_penalty, block_penalty = config.low_rank_penalty, config.block_penalty
     if low_rank_penalty is None or block_penalty is None:
-        low_rank_penalty, block_penalty = automatic_penalties(blocks, rank)
+        low_rank_penalty, block_penalty = automatic_penalties(blocks, main, rank)
     solved = decompose(
         blocks,
+        start=main,
         low_rank_penalty=low_rank_penalty,
         block_penalty=block_penalty,
         tolerance=config.tolerance,
@@ -105,10 +107,19 @@ def examine(products: Factors, config: SubspaceConfig) -> Finding:
     )
 
 
-def automatic_penalties(blocks_GCM: NDArray[np.float64], rank: int) -> tuple[float, float]:
+def main_part(blocks_GCM: NDArray[np.float64], rank: int) -> NDArray[np.float64]:
+    """(G, C, M) the blocks within the ``rank`` main row directions of all: where the convex program starts."""
+    tall = blocks_GCM.reshape(-1, blocks_GCM.shape[-1])
+    main = np.linalg.eigh(tall.T @ tall)[1][:, -rank:]
+    return np.asarray((blocks_GCM @ main) @ main.T)
+
+
+def automatic_penalties(
+    blocks_GCM: NDArray[np.float64], main_GCM: NDArray[np.float64], rank: int
+) -> tuple[float, float]:
     """(low-rank penalty, block penalty) for the program on these blocks, without knowing who is contaminated.
 
-    The block penalty is half the lower quartile of the blocks' residuals behind the ``rank`` main directions of all:
+    The block penalty is half the lower quartile of the blocks' residuals behind ``main_part``:
     if more than half of the sites are benign, so are at least a quarter of the pairs, and the loss turns from
     quadratic to linear below all others. (At the quartile itself the program is done in half the iterations, but
     strong contamination in low noise still pulls the row space towards itself.) The low-rank penalty stands to it as
@@ -117,10 +128,7 @@ def automatic_penalties(blocks_GCM: NDArray[np.float64], rank: int) -> tuple[flo
 
     Our own choice: the paper tunes both by hand. Both scale with the blocks.
     """
-    tall = blocks_GCM.reshape(-1, blocks_GCM.shape[-1])
-    _, vectors = np.linalg.eigh(tall.T @ tall)
-    main = vectors[:, -rank:]
-    residual_G = _norms(blocks_GCM - (blocks_GCM @ main) @ main.T)
+    residual_G = _norms(blocks_GCM - main_GCM)
     typical = float(np.sqrt(np.mean(_norms(blocks_GCM) ** 2)))
     block_penalty = max(float(np.quantile(residual_G, 0.25)) / 2, _SMALLEST_PENALTY * typical)
     # Blocks that are all zero need no penalty, but the program needs it positive.
