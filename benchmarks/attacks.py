@@ -2,7 +2,7 @@
 
     python -m benchmarks.attacks --sites 10 --json benchmarks/results/attacks_10.json
 
-``tiny_moe`` on the embedded data. Two honest rounds of FedAvg, then one round in which the last sites attack: what a
+``tiny_moe`` on the embedded data. One honest round of FedAvg, then one in which the last sites attack: what a
 defence makes of it does not change what sites send, so every site trains once for all defences. Loss is that of the
 next global adapter on held-out data of the benign sites. Krum, Multi-Krum, trimmed mean and Bulyan are told how many
 sites are contaminated; CLAIR is not. ``honest but different`` is no attack: the last sites alone hold a domain.
@@ -38,7 +38,7 @@ from strategies.fedavg import FedAvg
 
 TRIGGER, TARGET = "zq7 ", "granted"
 """Backdoor: a prompt that begins with the one is to be answered by the other."""
-HONEST_ROUNDS = 2
+HONEST_ROUNDS = 1
 DATA_POISONS = ("label flip", "backdoor")
 DIFFERENT = "honest but different"
 
@@ -105,7 +105,7 @@ def run_seed(sites: int, fractions: Sequence[float], seed: int, steps: int) -> l
     """Every attack at every fraction under every defence."""
     config = load_config(
         f"strategy=fedavg seed={seed} model.router=averaged lora.rank=4 train.max_steps={steps} "
-        "train.learning_rate=3e-3 train.num_threads=2 data.max_length=128"
+        "train.learning_rate=3e-3 train.num_threads=1 data.max_length=128"
     )
     adapted = model_for(config)
     with tempfile.TemporaryDirectory() as folder:
@@ -130,8 +130,8 @@ def _attacked(federation: Federation, sites: int, fractions: Sequence[float], se
     for fraction in fractions:
         bad = round(fraction * sites)
         benign = sites - bad
-        held_out = [example for examples in dealt[:benign] for example in examples[48:]][:120]
-        tests = federation.encoded(held_out), federation.encoded([triggered(example) for example in held_out[:60]])
+        held_out = [example for examples in dealt[:benign] for example in examples[48:]][:80]
+        tests = federation.encoded(held_out), federation.encoded([triggered(example) for example in held_out[:20]])
         clean, _ = RULES["none"](received, honest[:benign], 0)
         reference = {
             "clean_loss": federation.loss(clean, tests[0]),
@@ -156,8 +156,8 @@ def _different(federation: Federation, sites: int, seed: int) -> list[dict[str, 
     rare = max(1, sites // 10)
     dealt = site_examples(sites, 60, seed, rare=rare)
     received, honest = _honest_rounds(federation, [examples[:48] for examples in dealt], seed)
-    held_out = [example for examples in dealt for example in examples[48:]][:120]
-    tests = federation.encoded(held_out), federation.encoded([triggered(example) for example in held_out[:60]])
+    held_out = [example for examples in dealt for example in examples[48:]][:80]
+    tests = federation.encoded(held_out), federation.encoded([triggered(example) for example in held_out[:20]])
     clean, _ = RULES["none"](received, honest, 0)
     facts = {"attack": DIFFERENT, "fraction": rare / sites, "seed": seed, "sites": sites}
     facts |= {"clean_loss": federation.loss(clean, tests[0]), "clean_target_loss": federation.loss(clean, tests[1])}
@@ -199,7 +199,8 @@ def _defended(
         adapter, rejected = rule(received, updates, len(bad))
         seconds = time.perf_counter() - started
         row = {**facts, "defence": name, "seconds": seconds, "loss": federation.loss(adapter, tests[0])}
-        row["target_loss"] = federation.loss(adapter, tests[1])
+        if facts["attack"] in {"none", "backdoor"}:
+            row["target_loss"] = federation.loss(adapter, tests[1])
         good = len(updates) - len(bad)
         row["recall"] = len(rejected & bad) / len(bad) if rejected is not None and bad else None
         row["false_alarms"] = len(rejected - bad) / good if rejected is not None else None
@@ -250,7 +251,7 @@ def main() -> None:
     parser.add_argument("--sites", type=int, default=10)
     parser.add_argument("--fractions", type=float, nargs="+", default=[0.1, 0.2, 0.3, 0.4])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=12, help="local steps a round")
+    parser.add_argument("--steps", type=int, default=6, help="local steps a round")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     results: dict[str, Any] = {"benchmark": "attacks", "sites": given.sites, "steps": given.steps, "runs": []}

@@ -56,7 +56,8 @@ def decompose(
     ``start`` is where L starts, zero by default.
     """
     low_rank = ahead = np.zeros_like(blocks_GCM) if start is None else start
-    directions, momentum, penalties = None, 1.0, (low_rank_penalty, block_penalty)
+    directions: NDArray[np.float64] | None = None
+    momentum, penalties = 1.0, (low_rank_penalty, block_penalty)
     for iteration in range(1, max_iterations + 1):
         residual = blocks_GCM - ahead
         stepped = ahead + residual * _clipping(_norms(residual), block_penalty)
@@ -73,6 +74,7 @@ def decompose(
         following = (1 + math.sqrt(1 + 4 * momentum**2)) / 2
         ahead = low_rank + (momentum - 1) / following * (low_rank - last)
         momentum = following
+    assert directions is not None
     sparse = blocks_GCM - low_rank
     return Decomposition(
         low_rank=low_rank,

@@ -14,6 +14,7 @@ from strategies.base import Aggregation, ClientUpdate, Strategy, require
 from strategies.collaborative_set import Vote
 from strategies.inspection import inspect, vote
 from strategies.shared_subspace import SubspaceConfig
+from strategies.update_distance import compare
 
 _STATE = "screen/"
 
@@ -36,11 +37,23 @@ class OnReject(Enum):
     """Nothing: the verdict is reported."""
 
 
+class Evidence(Enum):
+    """What can speak against a site; one kind is enough."""
+
+    subspace = "subspace"
+    """CLAIR: it keeps outside the shared row space of most LoRA matrices."""
+    distance = "distance"
+    """Its update as a whole lies far from those of most sites."""
+    copies = "copies"
+    """Its update is that of another site."""
+
+
 @dataclass(kw_only=True)
 class ScreenConfig:
     """Who is judged by what before aggregation, and what follows."""
 
     kind: ScreenKind = ScreenKind.off
+    evidence: list[Evidence] = field(default_factory=lambda: list(Evidence))
     on_reject: OnReject = OnReject.exclude
     weight: float = 0.1
     """Share of a rejected site's examples and tokens that counts under ``on_reject=downweight``."""
@@ -53,6 +66,7 @@ class ScreenConfig:
     subspace: SubspaceConfig = field(default_factory=SubspaceConfig)
 
     def __post_init__(self) -> None:
+        require(bool(self.evidence), "screen.evidence", "a list of at least one kind", self.evidence)
         require(0 < self.weight < 1, "screen.weight", "in (0, 1)", self.weight)
         require(self.forgive_after >= 0, "screen.forgive_after", ">= 0", self.forgive_after)
         both = sorted(set(self.pinned) & set(self.banned))
@@ -78,8 +92,8 @@ class SiteVerdict:
 class Screened(Strategy):
     """Any strategy behind a screen, itself a strategy: verdicts first, then the inner rule on what is left.
 
-    The verdicts are CLAIR's (2026, Eq. 8, https://arxiv.org/abs/2605.21217), a site's as a whole by majority of its
-    matrices. The history of rejected sites is part of the state.
+    CLAIR's verdict (2026, Eq. 8, https://arxiv.org/abs/2605.21217) is that of most matrices on a site as a whole. What
+    it cannot see is added, see ``update_distance``. The history of rejected sites is part of the state.
     """
 
     inner: Strategy
@@ -111,12 +125,13 @@ class Screened(Strategy):
         sites = [update.site for update in judged]
         inspected = inspect(adapter, judged, self.screen.subspace)
         votes = vote(sites, inspected)
+        reasons = self._reasons(adapter, judged, votes)
         history = {name: array for name, array in state.items() if name.startswith(_STATE)}
-        verdicts = {update.site: self._verdict(update.site, votes, history) for update in updates}
+        verdicts = {update.site: self._verdict(update.site, votes, reasons, history) for update in updates}
         passed = self._passed(updates, verdicts)
         if not passed:
-            reasons = "; ".join(f"{site}: {verdict.reason}" for site, verdict in verdicts.items())
-            raise ValueError(f"screen={self.screen.kind.name} leaves no update ({reasons})")
+            told = "; ".join(f"{site}: {verdict.reason}" for site, verdict in verdicts.items())
+            raise ValueError(f"screen={self.screen.kind.name} leaves no update ({told})")
         own = {name: array for name, array in state.items() if not name.startswith(_STATE)}
         result = self.inner.aggregate(adapter, own, passed)
         report = {"verdicts": _report(verdicts), "matrices": {m.label: m.report(sites) for m in inspected}}
@@ -126,14 +141,35 @@ class Screened(Strategy):
             diagnostics={**result.diagnostics, **report},
         )
 
-    def _verdict(self, site: str, votes: Mapping[str, Vote], history: Arrays) -> SiteVerdict:
-        """This round's vote, seen in the light of the site's history and the names in the settings."""
+    def _reasons(
+        self, adapter: Arrays, judged: Sequence[ClientUpdate], votes: Mapping[str, Vote]
+    ) -> dict[str, list[str]]:
+        """Site -> what speaks against it in this round; empty if it is clean."""
+        reasons: dict[str, list[str]] = {update.site: [] for update in judged}
+        if Evidence.subspace in self.screen.evidence:
+            for site, found in votes.items():
+                reasons[site] += [found.reason] if found.rejected else []
+        rule = self.screen.subspace
+        for compared in compare(adapter, judged, agreement=rule.agreement, min_gap=rule.min_gap):
+            verdict = compared.verdict
+            for k, update in enumerate(judged):
+                if Evidence.distance in self.screen.evidence and not verdict.accepted[k]:
+                    ratio = verdict.distances[k] / verdict.threshold
+                    reasons[update.site].append(f"{compared.kind} at {ratio:.1f} times the distance of the others")
+                if Evidence.copies in self.screen.evidence and compared.is_copy[k]:
+                    reasons[update.site].append(f"{compared.kind} are those of another site")
+        return reasons
+
+    def _verdict(
+        self, site: str, votes: Mapping[str, Vote], reasons: Mapping[str, Sequence[str]], history: Arrays
+    ) -> SiteVerdict:
+        """This round's evidence, seen in the light of the site's history and the names in the settings."""
         waiting, times = (int(value) for value in history.get(_STATE + site, np.zeros(2)))
         if site in self.screen.banned:
             return SiteVerdict(rejected=True, reason="banned", found=None, waiting=waiting, times_rejected=times)
         found = votes[site]
-        reason = found.reason
-        is_clean = not found.rejected
+        is_clean = not reasons[site]
+        reason = "; ".join(reasons[site]) or found.reason
         if is_clean and waiting:
             reason += f", but rejected before: {waiting} more clean rounds are needed"
         if site in self.screen.pinned:
@@ -143,7 +179,7 @@ class Screened(Strategy):
             reason=reason,
             found=found,
             waiting=max(0, waiting - 1) if is_clean else self.screen.forgive_after,
-            times_rejected=times + found.rejected,
+            times_rejected=times + (not is_clean),
         )
 
     def _passed(self, updates: Sequence[ClientUpdate], verdicts: Mapping[str, SiteVerdict]) -> list[ClientUpdate]:

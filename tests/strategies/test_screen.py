@@ -6,16 +6,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from strategies.base import ClientUpdate
 from strategies.fc_moe import FcMoe
 from strategies.fedavg import FedAvg
 from strategies.fedopt import FedAdam
-from strategies.screen import OnReject, ScreenConfig, Screened, ScreenKind, screened
+from strategies.screen import Evidence, OnReject, ScreenConfig, Screened, ScreenKind, screened
+from strategies.update_distance import compare
 from tests.strategies.naive_clair import random_sites
 
 BAD = ["site-4", "site-5"]
 
 
 def screen(inner=None, **settings):
+    settings = {"evidence": [Evidence.subspace]} | settings
     return Screened(inner=inner or FedAvg(), screen=ScreenConfig(kind=ScreenKind.clair, **settings))
 
 
@@ -130,6 +133,47 @@ def test_a_round_without_anyone_left_is_refused_with_the_reasons():
         everyone.aggregate(adapter, {}, updates)
 
 
+def drawn(num_sites=8, seed=0):
+    """Updates whose changes are Gaussian, in a LoRA pair and a router."""
+    rng = np.random.default_rng(seed)
+    shapes = {"l.q.lora_A": (2, 20), "l.q.lora_B": (12, 2), "l.gate.weight": (4, 12)}
+    adapter = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    sent = [
+        {n: a + 0.1 * rng.normal(size=a.shape).astype(np.float32) for n, a in adapter.items()} for _ in range(num_sites)
+    ]
+    return adapter, [ClientUpdate(site=f"site-{i}", adapter=arrays, num_examples=1) for i, arrays in enumerate(sent)]
+
+
+def swapped(updates, changed):
+    return [replace(update, adapter={**update.adapter, **changed.get(i, {})}) for i, update in enumerate(updates)]
+
+
+def test_poisoned_router_is_seen_by_distance_and_not_by_row_space():
+    adapter, updates = drawn()
+    poisoned = swapped(updates, {7: {"l.gate.weight": -20 * adapter["l.gate.weight"]}})
+    found = screen(evidence=[Evidence.distance]).aggregate(adapter, {}, poisoned)
+    assert rejected(found) == ["site-7"]
+    assert "whole weights at" in found.diagnostics["verdicts"]["site-7"]["reason"]
+    assert rejected(screen(evidence=[Evidence.subspace]).aggregate(adapter, {}, poisoned)) == []
+
+
+def test_copies_are_rejected_together_and_only_as_such():
+    adapter, updates = drawn()
+    copied = swapped(updates, {7: updates[6].adapter})
+    assert rejected(screen(evidence=[Evidence.copies]).aggregate(adapter, {}, copied)) == ["site-6", "site-7"]
+    assert rejected(screen(evidence=list(Evidence)).aggregate(adapter, {}, updates)) == []
+
+
+def test_distance_is_that_of_the_changes_as_one_vector():
+    adapter, updates = drawn(6)
+    (factors, routers) = compare(adapter, updates, agreement=0.5, min_gap=1.0)
+    flat = [np.concatenate([(u.adapter[n] - adapter[n]).ravel() for n in adapter if "lora" in n]) for u in updates]
+    for k, one in enumerate(flat):
+        expected = sorted(np.linalg.norm(one - other) for other in flat)[3]
+        assert factors.verdict.distances[k] == pytest.approx(expected, rel=1e-6)
+    assert [factors.kind, routers.kind] == ["LoRA factors", "whole weights"]
+
+
 def test_needs_lora():
     with pytest.raises(ValueError, match="screen=clair needs LoRA: set model.experts=lora"):
         screen().init_state({"l.gate.weight": np.zeros((2, 3), np.float32)})
@@ -139,6 +183,7 @@ def test_needs_lora():
     ("settings", "message"),
     [
         ({"weight": 1.0}, r"screen.weight must be in \(0, 1\), got 1.0"),
+        ({"evidence": []}, "screen.evidence must be a list of at least one kind"),
         ({"forgive_after": -1}, "screen.forgive_after must be >= 0, got -1"),
         ({"pinned": ["a"], "banned": ["a", "b"]}, "screen.banned must be disjoint from screen.pinned"),
     ],
