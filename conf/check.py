@@ -12,6 +12,7 @@ from conf.schema import (
     Quantization,
     RouterTraining,
 )
+from strategies.clair import Clair, RefinedRank
 from strategies.screen import ScreenKind
 
 UNSCREENED = ("clair", "local_only", "centralised")
@@ -21,7 +22,7 @@ UNSCREENED = ("clair", "local_only", "centralised")
 def check_config(config: Config) -> None:
     """Raise ``ValueError`` naming both settings of the first contradiction found."""
     _check_pair(config)
-    _check_screen(config)
+    _check_clair(config)
     _check_partition(config)
     _check_federation(config)
     _check_training(config)
@@ -73,7 +74,12 @@ def _check_pair(config: Config) -> None:
         raise ValueError(f"strategy={config.strategy.name} needs method={fits}, got method={config.method.name}")
 
 
-def _check_screen(config: Config) -> None:
+def _check_clair(config: Config) -> None:
+    strategy = config.strategy
+    if isinstance(strategy, Clair) and strategy.refined_rank is RefinedRank.exact and config.rounds != 1:
+        raise ValueError(
+            f"strategy.refined_rank=exact makes adapters too large to train on: it needs rounds=1, got {config.rounds}"
+        )
     if config.screen.kind is not ScreenKind.off and config.strategy.name in UNSCREENED:
         raise ValueError(
             f"screen={config.screen.kind.name} cannot stand before strategy={config.strategy.name}: set screen=off"

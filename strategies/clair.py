@@ -27,7 +27,7 @@ class RefinedRank(Enum):
     truncated = "truncated"
     """Truncated to the adapter's rank; the share of its squared norm that is lost is reported."""
     exact = "exact"
-    """Kept: the sites' own adapters have the largest rank that one of their products needs."""
+    """Kept: the sites' own adapters have the rank that all accepted sites' factors add up to. For one round."""
 
 
 @dataclass(kw_only=True)

@@ -21,6 +21,8 @@ _INCOHERENCE = 2.0
 At 1 every pair of a perfectly even low-rank part would be on the brink of being called sparse."""
 _SMALLEST_PENALTY = 0.01
 """Automatic block penalty, as a share of the root mean square of the blocks, when sites agree exactly."""
+_LONGEST = 2.0
+"""Longest block the row space is sought in, over the lower quartile of all: benign pairs are at least a quarter."""
 
 
 @dataclass(kw_only=True)
@@ -78,12 +80,13 @@ def examine(products: Factors, config: SubspaceConfig) -> Finding:
     rows = side_of(products.A)
     blocks = difference_blocks(products, rows)
     rank = config.rank or products.A.shape[-2]
-    main = main_part(blocks, rank)
+    tempered = tempered_blocks(blocks)
+    main = main_part(tempered, rank)
     low_rank_penalty, block_penalty = config.low_rank_penalty, config.block_penalty
     if low_rank_penalty is None or block_penalty is None:
-        low_rank_penalty, block_penalty = automatic_penalties(blocks, main, rank)
+        low_rank_penalty, block_penalty = automatic_penalties(tempered, main, rank)
     solved = decompose(
-        blocks,
+        tempered,
         start=main,
         low_rank_penalty=low_rank_penalty,
         block_penalty=block_penalty,
@@ -105,6 +108,19 @@ def examine(products: Factors, config: SubspaceConfig) -> Finding:
         iterations=solved.iterations,
         relative_gap=float(solved.relative_gap),
     )
+
+
+def tempered_blocks(blocks_GCM: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The blocks shortened to at most twice their lower quartile length: the row space is sought in these.
+
+    One site's enormous update stands in all its pairs, the same row space every time. The program would call that
+    part low-rank rather than sparse, since its nuclear norm grows with the square root of the number of pairs only.
+    """
+    norms_G = _norms(blocks_GCM)
+    limit = _LONGEST * float(np.quantile(norms_G, 0.25))
+    if limit == 0:
+        return blocks_GCM
+    return np.asarray(blocks_GCM * (limit / np.maximum(norms_G, limit))[:, None, None])
 
 
 def main_part(blocks_GCM: NDArray[np.float64], rank: int) -> NDArray[np.float64]:

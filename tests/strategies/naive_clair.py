@@ -61,6 +61,9 @@ def naive_penalties(blocks, rank):
 
 def naive_projection(blocks, rank, steps=2500):
     """P on the main ``rank`` right singular vectors of the low-rank part, at the automatic penalties."""
+    norms = np.linalg.norm(blocks, axis=(1, 2))
+    limit = 2 * np.quantile(norms, 0.25)
+    blocks = np.stack([block * min(1, limit / length) for block, length in zip(blocks, norms, strict=True)])
     low_rank, _ = naive_program(blocks, *naive_penalties(blocks, rank), steps)
     _, _, right = np.linalg.svd(low_rank.reshape(-1, blocks.shape[-1]), full_matrices=False)
     return right[:rank].T @ right[:rank]

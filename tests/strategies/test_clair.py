@@ -81,6 +81,15 @@ def test_rejected_site_keeps_its_own_and_gives_nothing():
         np.testing.assert_allclose(product(again.adapter, prefix), product(result.adapter, prefix), atol=1e-4)
 
 
+@pytest.mark.parametrize("num_sites", [6, 10])
+def test_one_enormous_update_does_not_pass_for_the_shared_row_space(num_sites):
+    """It stands in all pairs of its site; untempered, the program calls it low-rank and lets it pass."""
+    adapter, updates = random_sites(0, num_sites=num_sites, contaminated=1)
+    last = updates[-1]
+    updates[-1] = replace(last, adapter={name: 30 * array for name, array in last.adapter.items()})
+    assert rejected(Clair().aggregate(adapter, {}, updates)) == [last.site]
+
+
 def test_truncation_is_the_closest_product_and_reports_what_it_loses():
     adapter, updates = random_sites(3)
     exact, truncated = EXACT.aggregate(adapter, {}, updates), Clair().aggregate(adapter, {}, updates)
