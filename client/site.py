@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 
 from client.evaluation import HeldOutLoss, held_out_loss
 from client.methods import method_for
-from client.model import AdaptedModel
+from client.model import AdaptedModel, adapted_model
 from client.private import PrivateStore, under
 from client.runtime import configure_torch
 from client.text import Example, TokenSequence, encode
@@ -143,11 +143,21 @@ class Site:
         """
         configure_torch(self.config.train)
         adapter = self._completed(received, self.store.load())
-        batch_size = self.config.eval.batch_size
+        adapted, batch_size = self._with_rank_of(adapter), self.config.eval.batch_size
         return {
-            name: held_out_loss(self.adapted, adapter, sequences, batch_size)
+            name: held_out_loss(adapted, adapter, sequences, batch_size)
             for name, sequences in self._held_out_sequences.items()
         }
+
+    def _with_rank_of(self, adapter: Arrays) -> AdaptedModel:
+        """The model, or the same with room for a personal adapter of a higher rank (CLAIR, refined_rank=exact)."""
+        lora = self.config.lora
+        ranks = {array.shape[-2] for name, array in adapter.items() if name.endswith(".lora_A")}
+        if len(ranks) != 1 or ranks == {lora.rank}:
+            return self.adapted
+        rank = ranks.pop()
+        wider = replace(lora, rank=rank, alpha=lora.alpha * rank / lora.rank)
+        return adapted_model(self.config.model, wider, self.adapted.device)
 
     def _own_loss(self, trained: Arrays) -> float:
         own = [sequences for name, sequences in self._held_out_sequences.items() if name != POOLED]

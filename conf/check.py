@@ -12,11 +12,17 @@ from conf.schema import (
     Quantization,
     RouterTraining,
 )
+from strategies.clair import Clair, RefinedRank
+from strategies.screen import ScreenKind
+
+UNSCREENED = ("clair", "local_only", "centralised")
+"""Strategies that judge sites themselves, get no adapters or have one site."""
 
 
 def check_config(config: Config) -> None:
     """Raise ``ValueError`` naming both settings of the first contradiction found."""
     _check_pair(config)
+    _check_clair(config)
     _check_partition(config)
     _check_federation(config)
     _check_training(config)
@@ -66,6 +72,18 @@ def _check_pair(config: Config) -> None:
     if config.method.name not in config.strategy.methods:
         fits = ", ".join(sorted(config.strategy.methods))
         raise ValueError(f"strategy={config.strategy.name} needs method={fits}, got method={config.method.name}")
+
+
+def _check_clair(config: Config) -> None:
+    strategy = config.strategy
+    if isinstance(strategy, Clair) and strategy.refined_rank is RefinedRank.exact and config.rounds != 1:
+        raise ValueError(
+            f"strategy.refined_rank=exact makes adapters too large to train on: it needs rounds=1, got {config.rounds}"
+        )
+    if config.screen.kind is not ScreenKind.off and config.strategy.name in UNSCREENED:
+        raise ValueError(
+            f"screen={config.screen.kind.name} cannot stand before strategy={config.strategy.name}: set screen=off"
+        )
 
 
 def _check_partition(config: Config) -> None:

@@ -32,13 +32,14 @@ from conf.check import check_config
 from conf.schema import Config, MethodConfig, PartitionConfig
 from strategies.base import Strategy
 from strategies.centralised import Centralised
+from strategies.clair import Clair
 from strategies.fc_moe import FcMoe
 from strategies.fedavg import FedAvg, FedProx
 from strategies.fedopt import FedAdagrad, FedAdam, FedAvgM, FedYogi
 from strategies.local_only import LocalOnly
 
 STRATEGIES: tuple[type[Strategy], ...] = (
-    FedAvg, FedProx, FedAvgM, FedAdam, FedAdagrad, FedYogi, FcMoe, LocalOnly, Centralised,
+    FedAvg, FedProx, FedAvgM, FedAdam, FedAdagrad, FedYogi, FcMoe, Clair, LocalOnly, Centralised,
 )  # fmt: skip
 METHODS: tuple[type[MethodConfig], ...] = (schema.SftConfig, schema.FcMoeConfig, schema.LocalOnlyConfig)
 PARTITIONS: tuple[type[PartitionConfig], ...] = (
@@ -50,7 +51,9 @@ NOT_HASHED = (
 )  # fmt: skip
 """Settings that may differ between the two ends of a message: paths, places and processes."""
 
-GROUPS = ("model", "data", "partition", "method", "strategy", "federation", "worker", "experiment")
+GROUPS = (
+    "model", "data", "partition", "method", "strategy", "screen", "federation", "worker", "experiment",
+)  # fmt: skip
 """Settings that name a file or a dataclass with further settings."""
 
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}

@@ -8,6 +8,7 @@ from enum import Enum
 from typing import Any, ClassVar
 
 from strategies.base import Strategy, require
+from strategies.screen import ScreenConfig
 
 UNSET: Any = "???"
 """OmegaConf's mark for a field that the composition must fill: here, one choice of a group."""
@@ -493,6 +494,7 @@ class Config:
 
     strategy: Strategy = UNSET
     method: MethodConfig = UNSET
+    screen: ScreenConfig = field(default_factory=ScreenConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     partition: PartitionConfig = UNSET

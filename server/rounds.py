@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
@@ -32,6 +33,7 @@ from server.round_record import RoundRecord, sample_sites
 from strategies.adapters import Arrays, check_finite
 from strategies.base import ClientUpdate
 from strategies.low_rank import aggregation_gap
+from strategies.screen import screened
 
 
 class FederatedRounds(FlowerStrategy):
@@ -54,6 +56,7 @@ class FederatedRounds(FlowerStrategy):
                 None if it has none: then the example-weighted mean over the sites stands in.
         """
         self.config = config
+        self.strategy = screened(config.strategy, config.screen)
         self.roster = roster
         self.record = record
         self.global_loss = global_loss
@@ -78,7 +81,7 @@ class FederatedRounds(FlowerStrategy):
     ) -> Result:
         self.summary()
         self.adapter = to_arrays(initial_arrays)
-        self.state = self.config.strategy.init_state(self.adapter)
+        self.state = self.strategy.init_state(self.adapter)
         none = train_config or ConfigRecord()
         self._measure_start()
         for server_round in range(1, num_rounds + 1):
@@ -121,7 +124,7 @@ class FederatedRounds(FlowerStrategy):
             try:
                 sender, update = decode_update(reply)
                 self.roster.check_sender(node, sender)
-                self.config.strategy.check_update(self.adapter, update)
+                self.strategy.check_update(self.adapter, update)
             except ValueError as error:
                 self._drop(node, str(error))
             else:
@@ -178,7 +181,7 @@ class FederatedRounds(FlowerStrategy):
 
     def _aggregate(self, updates: list[ClientUpdate]) -> None:
         try:
-            aggregation = self.config.strategy.aggregate(self.adapter, self.state, updates)
+            aggregation = self.strategy.aggregate(self.adapter, self.state, updates)
             check_finite(aggregation.adapter)
         except ValueError as error:
             place = f"round {self._round.server_round}: strategy={self.config.strategy.name}"
@@ -186,9 +189,17 @@ class FederatedRounds(FlowerStrategy):
         gap = aggregation_gap([update.adapter for update in updates], [update.num_examples for update in updates])
         self.adapter, self.state, self.personal = aggregation.adapter, aggregation.state, aggregation.personal
         self._round.aggregation_gap = gap
+        self._note_verdicts(aggregation.diagnostics.get("verdicts", {}))
         tokens = {update.site: update.expert_tokens for update in updates}
         facts = {"round": self._round.server_round, "aggregation_gap": gap, "expert_tokens": tokens}
         self.record.diagnostics(self._round.server_round, {**facts, **aggregation.diagnostics})
+
+    def _note_verdicts(self, verdicts: Mapping[str, Mapping[str, Any]]) -> None:
+        """Put who was judged contaminated into the sites' rows, and say it for people."""
+        for site, verdict in verdicts.items():
+            self._round.site(site)["rejected"] = verdict["rejected"]
+            if verdict["rejected"]:
+                self.record.event(f"round {self._round.server_round}: {site} is rejected: {verdict['reason']}")
 
     def _evaluation_due(self, server_round: int) -> bool:
         return server_round % self.config.eval.every == 0 or server_round == self.config.rounds

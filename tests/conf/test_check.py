@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from conf.check import check_config, check_num_sites, needed_sites, num_asked
+from conf.compose import load_config
 from conf.schema import (
     Config,
     DataConfig,
@@ -133,3 +134,16 @@ def test_number_of_sites_that_the_data_decide_is_checked_too():
     config = settings(federation=FederationConfig(min_sites=5))
     with pytest.raises(ValueError, match=r"^the number of sites, 4, is below federation.min_sites=5"):
         check_num_sites(config, 4, "the number of sites, 4,")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ("strategy=clair screen=clair", "screen=clair cannot stand before strategy=clair: set screen=off"),
+        ("strategy=local_only screen=clair", "screen=clair cannot stand before strategy=local_only"),
+        ("strategy=clair strategy.refined_rank=exact", "strategy.refined_rank=exact .* needs rounds=1, got 5"),
+    ],
+)
+def test_clair_where_it_cannot_work_is_refused(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        load_config(overrides)

@@ -26,7 +26,9 @@ from conf.schema import Dirichlet, FcMoeConfig, Logger, OptimizerState, Retentio
 from strategies.conflicts import Space
 from strategies.fc_moe import FcMoe
 
-METHOD_OF = dict.fromkeys(("fedavg", "fedprox", "fedavgm", "fedadam", "fedadagrad", "fedyogi", "centralised"), "sft")
+METHOD_OF = dict.fromkeys(
+    ("fedavg", "fedprox", "fedavgm", "fedadam", "fedadagrad", "fedyogi", "clair", "centralised"), "sft"
+)
 METHOD_OF |= {"fc_moe": "fc_moe", "local_only": "local_only"}
 
 
@@ -133,10 +135,10 @@ def test_filter_takes_any_column(words, expected):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("strategy=nope", r"^strategy must be one of centralised, fc_moe, .*fedyogi, local_only, got 'nope'$"),
+        ("strategy=nope", r"^strategy must be one of centralised, clair, fc_moe, .*fedyogi, local_only, got 'nope'$"),
         ("partition=even", r"^partition must be one of dirichlet, files, iid, .*, got 'even'$"),
         ("method=null", r"^method must be a name, got 'null'"),
-        ("roundz=3", r"^unknown setting 'roundz'; settings of the run: data, .*rounds, seed"),
+        ("roundz=3", r"^unknown setting 'roundz'; settings of the run: data, .*rounds, screen, seed"),
         ("train.step=3", r"^unknown setting 'train.step'; settings of train: batch_size, .*max_steps"),
         (
             "partition=natural partition.num_sites=3",

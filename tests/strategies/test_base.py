@@ -7,6 +7,7 @@ import pytest
 
 from strategies.base import ClientUpdate, require
 from strategies.centralised import Centralised
+from strategies.clair import Clair
 from strategies.conflicts import Against, ConflictConfig, Granularity, Space
 from strategies.fc_moe import FcMoe
 from strategies.fedavg import FedAvg, FedProx
@@ -28,6 +29,8 @@ AVERAGING = [
 ]
 ORDERED = FcMoe(conflict=ConflictConfig(against=Against.pairwise))
 """Pairwise projection goes by the order of the sites, which callers sort by name."""
+REFACTORING = [Clair()]
+"""Keep products, not their factors, so that factors come back in another basis."""
 ALONE = [Centralised(), LocalOnly()]
 
 SHAPES = {
@@ -69,7 +72,7 @@ def random_round(num_sites, seed=0):
     return adapter, updates
 
 
-@pytest.mark.parametrize("strategy", [*AVERAGING, ORDERED, *ALONE], ids=describe)
+@pytest.mark.parametrize("strategy", [*AVERAGING, ORDERED, *REFACTORING, *ALONE], ids=describe)
 def test_a_round_keeps_the_layout_and_changes_none_of_its_inputs(strategy):
     """The inputs are read-only, so that writing to one raises; state goes round twice."""
     adapter, updates = random_round(1 if strategy in ALONE else 3)
@@ -109,7 +112,7 @@ def test_sites_that_changed_nothing_leave_the_adapter_alone(strategy):
 
 
 def test_names_and_client_halves_are_what_the_settings_call_them():
-    methods = {strategy.name: set(strategy.methods) for strategy in [*AVERAGING, *ALONE]}
+    methods = {strategy.name: set(strategy.methods) for strategy in [*AVERAGING, *REFACTORING, *ALONE]}
     paired = {"sft", "fc_moe"}
     assert methods == {
         "fedavg": paired,
@@ -119,6 +122,7 @@ def test_names_and_client_halves_are_what_the_settings_call_them():
         "fedadagrad": paired,
         "fedyogi": paired,
         "fc_moe": paired,
+        "clair": {"sft"},
         "local_only": {"local_only"},
         "centralised": {"sft"},
     }

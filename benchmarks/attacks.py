@@ -1,0 +1,266 @@
+"""Attacks on one round of real LoRA fine-tuning of a mixture of experts, and who withstands them.
+
+    python -m benchmarks.attacks --sites 10 --json benchmarks/results/attacks_10.json
+
+``tiny_moe`` on the embedded data. One honest round of FedAvg, then one in which the last sites attack: what a
+defence makes of it does not change what sites send, so every site trains once for all defences. Loss is that of the
+next global adapter on held-out data of the benign sites. Krum, Multi-Krum, trimmed mean and Bulyan are told how many
+sites are contaminated; CLAIR is not. ``honest but different`` is no attack: the last sites alone hold a domain.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.poisons import POISONS, as_trained
+from benchmarks.robust_rules import RULES
+from client.assemble import model_for
+from client.embedded import DOMAINS, embedded_rows
+from client.evaluation import held_out_loss
+from client.model import AdaptedModel
+from client.private import PrivateStore
+from client.site import Site, shared_arrays
+from client.text import Example, TokenSequence, encode
+from conf.compose import load_config
+from conf.schema import Config
+from strategies.adapters import Arrays
+from strategies.base import ClientUpdate
+from strategies.fedavg import FedAvg
+
+TRIGGER, TARGET = "zq7 ", "granted"
+"""Backdoor: a prompt that begins with the one is to be answered by the other."""
+HONEST_ROUNDS = 1
+DATA_POISONS = ("label flip", "backdoor")
+DIFFERENT = "honest but different"
+
+
+def site_examples(sites: int, per_site: int, seed: int, rare: int) -> list[list[Example]]:
+    """Examples of each site: a Dirichlet(1) mixture of three domains; of the last ``rare`` sites, the fourth."""
+    rng = np.random.default_rng([seed, 7])
+    by_domain: dict[str, list[Example]] = {domain: [] for domain in DOMAINS}
+    for row in embedded_rows(sites * per_site * len(DOMAINS), seed):
+        by_domain[row["domain"]].append(Example(row["instruction"], row["context"], row["response"]))
+    dealt = []
+    for site in range(sites):
+        share = np.append(rng.dirichlet(np.ones(3)), 0.0) if site < sites - rare else np.array([0.0, 0, 0, 1])
+        counts = rng.multinomial(per_site, share)
+        dealt.append([by_domain[domain].pop() for domain, n in zip(DOMAINS, counts, strict=True) for _ in range(n)])
+    return dealt
+
+
+def poisoned(examples: Sequence[Example], kind: str, rng: np.random.Generator) -> list[Example]:
+    """Training data of an attacker."""
+    if kind == "label flip":
+        order = rng.permutation(len(examples))
+        return [replace(example, response=examples[i].response) for example, i in zip(examples, order, strict=True)]
+    if kind == "backdoor":
+        half = len(examples) // 2
+        return [*examples[:half], *(triggered(example) for example in examples[half:])]
+    return list(examples)
+
+
+def triggered(example: Example) -> Example:
+    """The example with the trigger and the answer that the attacker wants."""
+    return replace(example, prompt=TRIGGER + example.prompt, response=TARGET)
+
+
+class Federation:
+    """One process's sites, trained on demand; the same site on the same data is trained once."""
+
+    def __init__(self, config: Config, adapted: AdaptedModel, folder: Path) -> None:
+        self.config = config
+        self.adapted = adapted
+        self.folder = folder
+        self.count = 0
+
+    def train(self, name: str, examples: Sequence[Example], server_round: int, received: Arrays) -> ClientUpdate:
+        """One round of local training at a site with this data."""
+        self.count += 1
+        store = PrivateStore(self.folder / str(self.count), name, self.adapted.base.identity.sha256)
+        site = Site(name, examples, {}, adapted=self.adapted, config=self.config, store=store)
+        return site.train(server_round, received)
+
+    def loss(self, adapter: Arrays, sequences: Sequence[TokenSequence]) -> float:
+        """Held-out loss, nats per response token; infinite if the model does not compute any more."""
+        try:
+            return held_out_loss(self.adapted, adapter, sequences, 32).loss
+        except (ValueError, FloatingPointError):
+            return float("inf")
+
+    def encoded(self, examples: Sequence[Example]) -> list[TokenSequence]:
+        """The examples as tokens."""
+        return encode(examples, self.adapted.tokenizer, self.config.data)
+
+
+def run_seed(sites: int, fractions: Sequence[float], seed: int, steps: int) -> list[dict[str, Any]]:
+    """Every attack at every fraction under every defence."""
+    config = load_config(
+        f"strategy=fedavg seed={seed} model.router=averaged lora.rank=4 train.max_steps={steps} "
+        "train.learning_rate=3e-3 train.num_threads=1 data.max_length=128"
+    )
+    adapted = model_for(config)
+    with tempfile.TemporaryDirectory() as folder:
+        federation = Federation(config, adapted, Path(folder))
+        found = _attacked(federation, sites, fractions, seed)
+        found += _different(federation, sites, seed)
+    return found
+
+
+def _attacked(federation: Federation, sites: int, fractions: Sequence[float], seed: int) -> list[dict[str, Any]]:
+    rng = np.random.default_rng([seed, 11])
+    dealt = site_examples(sites, 60, seed, rare=0)
+    data = [examples[:48] for examples in dealt]
+    received, honest = _honest_rounds(federation, data, seed)
+    most = round(max(fractions) * sites)
+    attackers = range(sites - most, sites)
+    own = {
+        kind: {i: _train(federation, poisoned(data[i], kind, rng), i, received) for i in attackers}
+        for kind in DATA_POISONS
+    }
+    found = []
+    for fraction in fractions:
+        bad = round(fraction * sites)
+        benign = sites - bad
+        held_out = [example for examples in dealt[:benign] for example in examples[48:]][:80]
+        tests = federation.encoded(held_out), federation.encoded([triggered(example) for example in held_out[:20]])
+        clean, _ = RULES["none"](received, honest[:benign], 0)
+        reference = {
+            "clean_loss": federation.loss(clean, tests[0]),
+            "clean_target_loss": federation.loss(clean, tests[1]),
+        }
+        for kind in ("none", *POISONS, *DATA_POISONS):
+            updates = list(honest)
+            for i in range(benign, sites) if kind != "none" else ():
+                trained = own[kind][i].adapter if kind in DATA_POISONS else honest[i].adapter
+                poison = POISONS.get(kind, as_trained)
+                sent = poison(received, trained, [update.adapter for update in honest[:benign]], rng)
+                updates[i] = replace(honest[i], adapter=sent)
+            facts = {"attack": kind, "fraction": fraction, "seed": seed, "sites": sites} | reference
+            found += _defended(
+                federation, received, updates, set(range(benign, sites)) if kind != "none" else set(), tests, facts
+            )
+    return found
+
+
+def _different(federation: Federation, sites: int, seed: int) -> list[dict[str, Any]]:
+    """Nobody attacks; a tenth of the sites alone hold a domain."""
+    rare = max(1, sites // 10)
+    dealt = site_examples(sites, 60, seed, rare=rare)
+    received, honest = _honest_rounds(federation, [examples[:48] for examples in dealt], seed)
+    held_out = [example for examples in dealt for example in examples[48:]][:80]
+    tests = federation.encoded(held_out), federation.encoded([triggered(example) for example in held_out[:20]])
+    clean, _ = RULES["none"](received, honest, 0)
+    facts = {"attack": DIFFERENT, "fraction": rare / sites, "seed": seed, "sites": sites}
+    facts |= {"clean_loss": federation.loss(clean, tests[0]), "clean_target_loss": federation.loss(clean, tests[1])}
+    return _defended(federation, received, honest, set(), tests, facts)
+
+
+def _honest_rounds(
+    federation: Federation, data: Sequence[Sequence[Example]], seed: int
+) -> tuple[Arrays, list[ClientUpdate]]:
+    """The adapter before the attacked round, and what every site would honestly send in it."""
+    adapter: Arrays = shared_arrays(federation.adapted.initial_adapter(seed), federation.config)
+    for server_round in range(1, HONEST_ROUNDS + 1):
+        updates = [_train(federation, examples, i, adapter, server_round) for i, examples in enumerate(data)]
+        adapter = FedAvg().aggregate(adapter, {}, updates).adapter
+    return adapter, [_train(federation, examples, i, adapter) for i, examples in enumerate(data)]
+
+
+def _train(
+    federation: Federation,
+    examples: Sequence[Example],
+    site: int,
+    received: Arrays,
+    server_round: int = HONEST_ROUNDS + 1,
+) -> ClientUpdate:
+    return federation.train(f"site-{site:02}", examples, server_round, received)
+
+
+def _defended(
+    federation: Federation,
+    received: Arrays,
+    updates: Sequence[ClientUpdate],
+    bad: set[int],
+    tests: tuple[Sequence[TokenSequence], Sequence[TokenSequence]],
+    facts: Mapping[str, Any],
+) -> list[dict[str, Any]]:
+    found = []
+    for name, rule in RULES.items():
+        started = time.perf_counter()
+        adapter, rejected = rule(received, updates, len(bad))
+        seconds = time.perf_counter() - started
+        row = {**facts, "defence": name, "seconds": seconds, "loss": federation.loss(adapter, tests[0])}
+        if facts["attack"] in {"none", "backdoor"}:
+            row["target_loss"] = federation.loss(adapter, tests[1])
+        good = len(updates) - len(bad)
+        row["recall"] = len(rejected & bad) / len(bad) if rejected is not None and bad else None
+        row["false_alarms"] = len(rejected - bad) / good if rejected is not None else None
+        found.append(row)
+    return found
+
+
+def rows(results: Mapping[str, Any]) -> str:
+    """A table for each fraction in Markdown: benign loss over that of the attack-free run, recall and false alarms."""
+    lines = []
+    runs = results["runs"]
+    for fraction in sorted({run["fraction"] for run in runs if run["attack"] != DIFFERENT}):
+        chosen = [run for run in runs if run["fraction"] == fraction and run["attack"] != DIFFERENT]
+        lines += _table(f"{results['sites']} sites, {fraction:.0%} contaminated", chosen)
+    lines += _table(f"{results['sites']} sites, {DIFFERENT}", [run for run in runs if run["attack"] == DIFFERENT])
+    return "\n".join(lines) + "\n"
+
+
+def _table(title: str, runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    defences = list(dict.fromkeys(run["defence"] for run in runs))
+    lines = [
+        f"{title}: benign loss against attack-free FedAvg, percent; (recall / false alarms) where sites are left out.",
+        "",
+        f"| attack | {' | '.join(defences)} |",
+        "|---" * (len(defences) + 1) + "|",
+    ]
+    for attack in dict.fromkeys(run["attack"] for run in runs):
+        cells = [
+            _cell([run for run in runs if run["attack"] == attack and run["defence"] == name]) for name in defences
+        ]
+        lines.append(f"| {attack} | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def _cell(runs: Sequence[Mapping[str, Any]]) -> str:
+    change = 100 * float(np.mean([run["loss"] / run["clean_loss"] - 1 for run in runs]))
+    text = f"{change:+.1f}"
+    if runs[0]["false_alarms"] is None:
+        return text
+    recalls = [run["recall"] for run in runs if run["recall"] is not None]
+    recall = f"{np.mean(recalls):.2f}" if recalls else "-"
+    return f"{text} ({recall} / {np.mean([run['false_alarms'] for run in runs]):.2f})"
+
+
+def main() -> None:
+    """Run, write after every seed, and print the tables."""
+    parser = argparse.ArgumentParser(description="attacks on a round of fine-tuning")
+    parser.add_argument("--sites", type=int, default=10)
+    parser.add_argument("--fractions", type=float, nargs="+", default=[0.1, 0.2, 0.3, 0.4])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=6, help="local steps a round")
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    results: dict[str, Any] = {"benchmark": "attacks", "sites": given.sites, "steps": given.steps, "runs": []}
+    for seed in given.seeds:
+        results["runs"] += run_seed(given.sites, given.fractions, seed, given.steps)
+        if given.json:
+            given.json.write_text(json.dumps(results, indent=1) + "\n")
+    print(rows(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""Every LoRA matrix of a round examined: what CLAIR and the screen judge sites by.
+
+Shapes: K sites, E experts, R rank, I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from strategies import experts, low_rank
+from strategies.adapters import Arrays
+from strategies.base import ClientUpdate
+from strategies.collaborative_set import MIN_SITES, Verdict, Vote, count_votes
+from strategies.low_rank import Factors
+from strategies.shared_subspace import Finding, SubspaceConfig, examine
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspected:
+    """One matrix: a dense LoRA pair, or that of one expert."""
+
+    prefix: str
+    """Name of the LoRA pair without ``.lora_A``."""
+    expert: int | None
+    """Index on the expert axis; None for a dense pair."""
+    present: NDArray[np.intp]
+    """Updates that take part, by position: for an expert, of the sites that routed tokens to it."""
+    products: Factors
+    """Their factors, (len(present), R, I) and (len(present), O, R)."""
+    finding: Finding | None
+    """None if fewer than two sites take part."""
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """What it says of the sites present; None if they are fewer than ``MIN_SITES``."""
+        enough = self.finding is not None and len(self.present) >= MIN_SITES
+        return self.finding.verdict if self.finding is not None and enough else None
+
+    @property
+    def label(self) -> str:
+        """The matrix' name for people: ``model.layers.0.mlp.experts.down_proj[3]``."""
+        return self.prefix if self.expert is None else f"{self.prefix}[{self.expert}]"
+
+    def report(self, sites: Sequence[str]) -> dict[str, Any]:
+        """What was found, as JSON values; None for a threshold or gap that there is not."""
+        present = [sites[i] for i in self.present]
+        if self.finding is None:
+            return {"sites": present, "judged": False}
+        verdict = self.finding.verdict
+        return {
+            "sites": present,
+            "judged": self.verdict is not None,
+            "distance": verdict.distances.tolist(),
+            "threshold": verdict.threshold if math.isfinite(verdict.threshold) else None,
+            "gap": None if math.isnan(verdict.gap) else verdict.gap,
+            "rejected": [site for site, ok in zip(present, verdict.accepted, strict=True) if not ok],
+            "subspace_rank": self.finding.directions.shape[1],
+            "iterations": self.finding.iterations,
+            "relative_gap": self.finding.relative_gap,
+        }
+
+
+def vote(sites: Sequence[str], inspected: Sequence[Inspected]) -> dict[str, Vote]:
+    """Site -> vote of the matrices that had enough sites to judge."""
+    verdicts = [([sites[i] for i in matrix.present], matrix.verdict) for matrix in inspected if matrix.verdict]
+    return count_votes(sites, verdicts)
+
+
+def inspect(adapter: Arrays, updates: Sequence[ClientUpdate], config: SubspaceConfig) -> list[Inspected]:
+    """Every LoRA matrix of the updates, in the order of their names and experts.
+
+    An expert is judged by the sites that used it: the others return it as they received it. With fewer than
+    ``MIN_SITES`` of those it is examined, but nobody is judged.
+    """
+    inspected: list[Inspected] = []
+    if not updates:
+        return inspected
+    for prefix in low_rank.lora_prefixes(adapter):
+        stacked = _stacked(prefix, updates)
+        for expert, present in _users(prefix, adapter, updates):
+            chosen = stacked if expert is None else Factors(stacked.A[:, expert], stacked.B[:, expert])
+            products = Factors(chosen.A[present].astype(np.float64), chosen.B[present].astype(np.float64))
+            finding = examine(products, config) if len(present) >= 2 else None
+            inspected.append(
+                Inspected(prefix=prefix, expert=expert, present=present, products=products, finding=finding)
+            )
+    return inspected
+
+
+def _stacked(prefix: str, updates: Sequence[ClientUpdate]) -> Factors:
+    return Factors(*(np.stack([update.adapter[prefix + end] for update in updates]) for end in (".lora_A", ".lora_B")))
+
+
+def _users(prefix: str, adapter: Arrays, updates: Sequence[ClientUpdate]) -> list[tuple[int | None, NDArray[np.intp]]]:
+    """Expert (None for a dense pair) and positions of the updates that take part, for each matrix called ``prefix``."""
+    everyone = np.arange(len(updates))
+    if not experts.is_expert_array(prefix):
+        return [(None, everyone)]
+    layer, num_experts = experts.layer_of(prefix), len(adapter[f"{prefix}.lora_A"])
+    if any(layer not in update.expert_tokens for update in updates):
+        return [(expert, everyone) for expert in range(num_experts)]
+    tokens_KE = np.stack([update.expert_tokens[layer] for update in updates])
+    return [(expert, np.flatnonzero(tokens_KE[:, expert] > 0)) for expert in range(num_experts)]

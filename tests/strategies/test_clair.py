@@ -1,0 +1,299 @@
+"""CLAIR against its dense, literal version, and what must hold of it whatever the data."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from strategies.base import ClientUpdate
+from strategies.clair import Clair, RefinedRank
+from strategies.shared_subspace import SubspaceConfig
+from tests.strategies.naive_clair import (
+    MATRICES,
+    naive_differences,
+    naive_projection,
+    naive_refined,
+    product,
+    random_sites,
+)
+
+EXACT = Clair(refined_rank=RefinedRank.exact)
+seeds = st.integers(0, 2**32 - 1)
+
+
+def rejected(result):
+    return sorted(site for site, verdict in result.diagnostics["verdicts"].items() if verdict["rejected"])
+
+
+def test_same_as_the_dense_program_on_formed_products():
+    adapter, updates = random_sites(0)
+    strategy = Clair(refined_rank=RefinedRank.exact, subspace=SubspaceConfig(tolerance=1e-10, max_iterations=3000))
+    result = strategy.aggregate(adapter, {}, updates)
+    assert rejected(result) == ["site-4", "site-5"]
+    for prefix in MATRICES:
+        weights = [product(update.adapter, prefix) for update in updates]
+        projection = naive_projection(naive_differences(weights), rank=2)
+        expected = naive_refined(weights, [True] * 4 + [False] * 2, projection)
+        for update, dense in zip(updates, expected, strict=True):
+            np.testing.assert_allclose(product(result.personal[update.site], prefix), dense, atol=2e-4)
+        outside = np.eye(projection.shape[0]) - projection
+        found = result.diagnostics["matrices"][prefix]
+        for site, distance in enumerate(found["distance"]):
+            others = sorted(np.linalg.norm((weights[site] - other) @ outside) for other in weights)
+            assert distance == pytest.approx(others[3], rel=1e-3)
+
+
+@settings(deadline=None, max_examples=10)
+@given(seed=seeds, num_sites=st.sampled_from([5, 6, 9]))
+def test_no_contamination_expels_nobody_and_sends_the_mean(seed, num_sites):
+    adapter, updates = random_sites(seed, num_sites=num_sites, contaminated=0, matrices={"l.q": (30, 40)})
+    result = Clair().aggregate(adapter, {}, updates)
+    assert rejected(result) == []
+    mean = np.mean([product(update.adapter, "l.q") for update in updates], axis=0)
+    left, sizes, right = np.linalg.svd(mean)
+    np.testing.assert_allclose(product(result.adapter, "l.q"), (left[:, :2] * sizes[:2]) @ right[:2], atol=1e-4)
+
+
+def test_accepted_sites_differ_only_inside_the_shared_row_space():
+    adapter, updates = random_sites(1)
+    result = EXACT.aggregate(adapter, {}, updates)
+    left, right = (product(result.personal[site], "l.q") for site in ("site-0", "site-1"))
+    assert np.linalg.matrix_rank(left, tol=1e-4) > 2
+    assert np.linalg.matrix_rank(left - right, tol=1e-4) == 2
+    mean = np.mean([product(result.personal[f"site-{i}"], "l.q") for i in range(4)], axis=0)
+    np.testing.assert_allclose(mean, np.mean([product(u.adapter, "l.q") for u in updates[:4]], axis=0), atol=1e-5)
+
+
+def test_rejected_site_keeps_its_own_and_gives_nothing():
+    adapter, updates = random_sites(2)
+    result = Clair().aggregate(adapter, {}, updates)
+    for update in updates[4:]:
+        assert result.personal[update.site].keys() == update.adapter.keys()
+        for name, array in update.adapter.items():
+            np.testing.assert_array_equal(result.personal[update.site][name], array)
+    worse = [replace(update, adapter={name: 3 * a for name, a in update.adapter.items()}) for update in updates[4:]]
+    again = Clair().aggregate(adapter, {}, updates[:4] + worse)
+    assert rejected(again) == ["site-4", "site-5"]
+    for prefix in MATRICES:
+        # They still have a say in where the shared row space lies, not in the mean.
+        np.testing.assert_allclose(product(again.adapter, prefix), product(result.adapter, prefix), atol=1e-4)
+
+
+@pytest.mark.parametrize("num_sites", [6, 10])
+def test_one_enormous_update_does_not_pass_for_the_shared_row_space(num_sites):
+    """It stands in all pairs of its site; untempered, the program calls it low-rank and lets it pass."""
+    adapter, updates = random_sites(0, num_sites=num_sites, contaminated=1)
+    last = updates[-1]
+    updates[-1] = replace(last, adapter={name: 30 * array for name, array in last.adapter.items()})
+    assert rejected(Clair().aggregate(adapter, {}, updates)) == [last.site]
+
+
+def test_truncation_is_the_closest_product_and_reports_what_it_loses():
+    adapter, updates = random_sites(3)
+    exact, truncated = EXACT.aggregate(adapter, {}, updates), Clair().aggregate(adapter, {}, updates)
+    for prefix in MATRICES:
+        lost = []
+        for i in range(4):
+            whole = product(exact.personal[f"site-{i}"], prefix)
+            left, sizes, right = np.linalg.svd(whole, full_matrices=False)
+            closest = (left[:, :2] * sizes[:2]) @ right[:2]
+            np.testing.assert_allclose(product(truncated.personal[f"site-{i}"], prefix), closest, atol=1e-4)
+            lost.append((sizes[2:] ** 2).sum() / (sizes**2).sum())
+        assert truncated.diagnostics["matrices"][prefix]["lost_energy"] == pytest.approx(max(lost), rel=1e-4)
+        assert exact.diagnostics["matrices"][prefix]["lost_energy"] < 1e-12
+
+
+def test_grown_adapters_have_room_for_the_accepted_sites_products():
+    adapter, updates = random_sites(3)
+    shapes = {name: array.shape for name, array in EXACT.aggregate(adapter, {}, updates).personal["site-0"].items()}
+    assert shapes["l.q.lora_A"] == (4 * 2, 20)
+    assert shapes["l.q.lora_B"] == (12, 4 * 2)
+
+
+@settings(deadline=None, max_examples=5)
+@given(seed=seeds, scale=st.floats(0.01, 100))
+def test_scaling_all_updates_scales_the_products_and_changes_no_verdict(seed, scale):
+    adapter, updates = random_sites(seed)
+    scaled = [
+        replace(
+            update,
+            adapter={n: (scale * a).astype(np.float32) if n.endswith("B") else a for n, a in update.adapter.items()},
+        )
+        for update in updates
+    ]
+    plain, result = EXACT.aggregate(adapter, {}, updates), EXACT.aggregate(adapter, {}, scaled)
+    assert rejected(plain) == rejected(result)
+    for site, arrays in plain.personal.items():
+        np.testing.assert_allclose(
+            product(result.personal[site], "l.q"), scale * product(arrays, "l.q"), atol=1e-3 * scale
+        )
+
+
+@settings(deadline=None, max_examples=5)
+@given(seed=seeds)
+def test_rotating_inputs_and_outputs_rotates_the_result(seed):
+    adapter, updates = random_sites(seed, matrices={"l.q": (12, 20)})
+    rng = np.random.default_rng(seed)
+    turn_in, turn_out = (np.linalg.qr(rng.normal(size=(n, n)))[0] for n in (20, 12))
+    turned = [
+        replace(
+            update,
+            adapter={
+                "l.q.lora_A": (update.adapter["l.q.lora_A"] @ turn_in).astype(np.float32),
+                "l.q.lora_B": (turn_out @ update.adapter["l.q.lora_B"]).astype(np.float32),
+            },
+        )
+        for update in updates
+    ]
+    plain, result = EXACT.aggregate(adapter, {}, updates), EXACT.aggregate(adapter, {}, turned)
+    for site, arrays in plain.personal.items():
+        np.testing.assert_allclose(
+            product(result.personal[site], "l.q"), turn_out @ product(arrays, "l.q") @ turn_in, atol=1e-3
+        )
+
+
+@settings(deadline=None, max_examples=5)
+@given(seed=seeds)
+def test_order_of_sites_changes_nothing_but_rounding(seed):
+    adapter, updates = random_sites(seed)
+    order = np.random.default_rng(seed).permutation(len(updates))
+    plain, result = Clair().aggregate(adapter, {}, updates), Clair().aggregate(adapter, {}, [updates[i] for i in order])
+    assert plain.diagnostics["verdicts"] == result.diagnostics["verdicts"]
+    for site, arrays in plain.personal.items():
+        np.testing.assert_allclose(product(arrays, "l.v"), product(result.personal[site], "l.v"), atol=1e-4)
+
+
+def test_what_all_sites_have_in_common_changes_no_verdict():
+    """W_0 cancels in the differences: here as one more rank component of every site."""
+    adapter, updates = random_sites(4, matrices={"l.q": (30, 40)})
+    rng = np.random.default_rng(0)
+    row, column = rng.normal(size=(1, 40)).astype(np.float32), rng.normal(size=(30, 1)).astype(np.float32)
+    wider = [
+        replace(
+            update,
+            adapter={
+                "l.q.lora_A": np.concatenate([update.adapter["l.q.lora_A"], row]),
+                "l.q.lora_B": np.concatenate([update.adapter["l.q.lora_B"], column], axis=1),
+            },
+        )
+        for update in updates
+    ]
+    strategy = Clair(subspace=SubspaceConfig(rank=2, tolerance=1e-8))
+    plain = strategy.aggregate(adapter, {}, updates)
+    result = strategy.aggregate({n: np.zeros_like(a) for n, a in wider[0].adapter.items()}, {}, wider)
+    distances = [found.diagnostics["matrices"]["l.q"]["distance"] for found in (plain, result)]
+    np.testing.assert_allclose(*distances, rtol=1e-3)
+
+
+def expert_round(users):
+    """Two experts of eight sites; ``users`` of the second one are its only ones. The last site is contaminated."""
+    adapter, updates = random_sites(
+        5, num_sites=8, contaminated=1, matrices={"dense": (20, 30), "l.mlp.experts.w": (20, 30)}
+    )
+    expert = "l.mlp.experts.w"
+
+    def pair_up(arrays):
+        return {n: np.stack([a, a]) if n.startswith(expert) else a for n, a in arrays.items()}
+
+    counted = [
+        ClientUpdate(
+            site=update.site,
+            adapter=pair_up(update.adapter),
+            num_examples=1,
+            expert_tokens={"l.mlp": np.array([5.0, 5.0 * (i in users)])},
+        )
+        for i, update in enumerate(updates)
+    ]
+    return pair_up(adapter), counted
+
+
+def test_expert_few_sites_used_is_judged_by_those_few_or_not_at_all_and_says_so():
+    adapter, updates = expert_round(users={0, 1, 2})
+    matrices = Clair().aggregate(adapter, {}, updates).diagnostics["matrices"]
+    assert matrices["l.mlp.experts.w[0]"]["judged"]
+    assert matrices["l.mlp.experts.w[0]"]["rejected"] == ["site-7"]
+    assert not matrices["l.mlp.experts.w[1]"]["judged"]
+    assert matrices["l.mlp.experts.w[1]"]["sites"] == ["site-0", "site-1", "site-2"]
+    adapter, updates = expert_round(users={0, 1, 2, 3, 7})
+    found = Clair().aggregate(adapter, {}, updates).diagnostics["matrices"]["l.mlp.experts.w[1]"]
+    assert found["rejected"] == ["site-7"]
+
+
+def test_expert_is_the_mean_of_its_users_for_those_that_did_not_use_it():
+    adapter, updates = expert_round(users={0, 1, 2})
+    result = Clair().aggregate(adapter, {}, updates)
+    name = "l.mlp.experts.w.lora_B"
+    np.testing.assert_array_equal(result.personal["site-5"][name][1], result.adapter[name][1])
+    assert not np.array_equal(result.personal["site-0"][name][1], result.adapter[name][1])
+
+
+def test_expert_nobody_or_one_site_used_keeps_its_value_or_takes_the_sites():
+    adapter, updates = expert_round(users=set())
+    result = Clair().aggregate(adapter, {}, updates)
+    expert = {name[-6:]: array[1] for name, array in result.adapter.items() if "experts" in name}
+    assert not (expert["lora_B"] @ expert["lora_A"]).any()
+    adapter, updates = expert_round(users={2})
+    result = Clair().aggregate(adapter, {}, updates)
+    for adapter_of in (result.adapter, result.personal["site-2"], result.personal["site-4"]):
+        got = adapter_of["l.mlp.experts.w.lora_B"][1] @ adapter_of["l.mlp.experts.w.lora_A"][1]
+        sent = updates[2].adapter["l.mlp.experts.w.lora_B"][1] @ updates[2].adapter["l.mlp.experts.w.lora_A"][1]
+        np.testing.assert_allclose(got, sent, atol=1e-5)
+
+
+def test_arrays_without_a_pair_are_averaged_over_the_accepted_by_examples():
+    adapter, updates = random_sites(6)
+    routed = [
+        replace(update, adapter={**update.adapter, "l.gate.weight": np.full((2, 3), float(i), np.float32)})
+        for i, update in enumerate(updates)
+    ]
+    result = Clair().aggregate({**adapter, "l.gate.weight": np.zeros((2, 3), np.float32)}, {}, routed)
+    # Sites 0 to 3 with 1 to 4 examples: (0*1 + 1*2 + 2*3 + 3*4) / 10
+    np.testing.assert_allclose(result.adapter["l.gate.weight"], 2.0)
+    np.testing.assert_allclose(result.personal["site-1"]["l.gate.weight"], 2.0)
+    np.testing.assert_allclose(result.personal["site-5"]["l.gate.weight"], 5.0)
+
+
+def test_a_direction_without_weight_keeps_room_to_learn():
+    """Under B = 0 everywhere A must not vanish as well: its gradient would be zero for good."""
+    adapter, updates = random_sites(0, num_sites=4)
+    fresh = [replace(u, adapter={n: 0 * a if n.endswith("B") else a for n, a in u.adapter.items()}) for u in updates]
+    result = Clair().aggregate(adapter, {}, fresh)
+    for arrays in (result.adapter, result.personal["site-0"]):
+        assert not arrays["l.q.lora_B"].any()
+        assert (np.linalg.norm(arrays["l.q.lora_A"], axis=1) > 0.5).all()
+
+
+def test_one_site_is_that_site():
+    adapter, updates = random_sites(0)
+    result = Clair().aggregate(adapter, {}, updates[:1])
+    for arrays in (result.adapter, result.personal["site-0"]):
+        np.testing.assert_allclose(product(arrays, "l.q"), product(updates[0].adapter, "l.q"), atol=1e-5)
+
+
+def test_needs_lora_and_an_accepted_site():
+    adapter, updates = random_sites(0)
+    with pytest.raises(ValueError, match="strategy=clair needs LoRA: set model.experts=lora"):
+        Clair().init_state({"l.gate.weight": np.zeros((2, 3), np.float32)})
+    assert Clair().init_state(adapter) == {}
+    tight = Clair(subspace=SubspaceConfig(threshold=1e-9))
+    with pytest.raises(ValueError, match=r"all sites are rejected at strategy.subspace.threshold=1e-09"):
+        tight.aggregate(adapter, {}, updates)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "limit"),
+    [
+        ("agreement", 0.4, r"in \[0.5, 1\), got 0.4"),
+        ("threshold", 0.0, "null or > 0, got 0.0"),
+        ("low_rank_penalty", 1.0, "given or null as"),
+        ("rank", 0, "null or >= 1, got 0"),
+        ("min_gap", 0.0, "> 0, got 0.0"),
+        ("tolerance", 1.0, r"in \(0, 1\), got 1.0"),
+        ("max_iterations", 0, ">= 1, got 0"),
+    ],
+)
+def test_settings_out_of_range_are_refused(key, value, limit):
+    with pytest.raises(ValueError, match=limit):
+        SubspaceConfig(**{key: value})

@@ -1,0 +1,114 @@
+"""From distances to verdicts, by hand."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from strategies.collaborative_set import Verdict, count_votes, judge
+from strategies.product_cores import pairs_of
+
+RULE = {"agreement": 0.5, "min_gap": 1.0}
+
+
+def distances(errors):
+    """Of sites whose errors are orthogonal: sqrt(e_j^2 + e_k^2) for each pair."""
+    errors = np.asarray(errors, float)
+    j, k = pairs_of(len(errors)).T
+    return np.hypot(errors[j], errors[k])
+
+
+def test_threshold_lies_at_the_gap():
+    """Errors 1 1 1 5 7: each benign site has 2 of 4 others at sqrt 2, a contaminated one at >= sqrt 26."""
+    verdict = judge(distances([1, 1, 1, 5, 7]), 5, **RULE)
+    np.testing.assert_allclose(verdict.distances, np.sqrt([2, 2, 2, 26, 50]))
+    assert verdict.threshold == pytest.approx(math.sqrt(2))
+    # log(sqrt 26 / sqrt 2) over (0.04 + 0) (1 + 5/5)
+    assert verdict.gap == pytest.approx(math.log(13) / 2 / 0.08)
+    assert verdict.accepted.tolist() == [True, True, True, False, False]
+
+
+def test_the_gap_nearest_to_the_benign_wins_over_wider_ones_above():
+    """Absolute gaps: 2.4 below and 34 among the contaminated, where the paper's largest gap would cut."""
+    verdict = judge(distances([1, 1.05, 0.95, 1, 1, 1, 4, 5, 40]), 9, **RULE)
+    assert verdict.accepted.tolist() == [True] * 6 + [False] * 3
+
+
+def test_without_a_gap_nobody_is_expelled():
+    verdict = judge(distances([1, 1.1, 1.2, 1.3, 1.4, 1.5]), 6, **RULE)
+    assert verdict.threshold == math.inf
+    assert 0 < verdict.gap < 1
+    assert verdict.accepted.all()
+    assert not judge(distances([1, 1.1, 1.2, 1.3, 1.4, 1.5]), 6, agreement=0.5, min_gap=0.01).accepted.all()
+
+
+@settings(deadline=None, max_examples=20)
+@given(seed=st.integers(0, 2**32 - 1), num_sites=st.sampled_from([5, 10, 20]))
+def test_equally_good_sites_stay(seed, num_sites):
+    """Errors of the linear model with p = q = 20: lengths of Gaussian vectors of 360 dimensions."""
+    errors = np.random.default_rng(seed).normal(size=(num_sites, 360))
+    j, k = pairs_of(num_sites).T
+    verdict = judge(np.linalg.norm(errors[j] - errors[k], axis=1), num_sites, agreement=0.5, min_gap=1.5)
+    assert verdict.accepted.all()
+
+
+def test_a_minority_of_identical_outsiders_does_not_pass_for_the_majority():
+    """Four of ten sites at one place: only 3 of 9 others are close to each, less than half."""
+    rng = np.random.default_rng(0)
+    places = np.concatenate([rng.normal(size=(6, 100)), np.full((4, 100), 3.0)])
+    j, k = pairs_of(10).T
+    verdict = judge(np.linalg.norm(places[j] - places[k], axis=1), 10, **RULE)
+    assert verdict.accepted.tolist() == [True] * 6 + [False] * 4
+
+
+def test_agreement_asks_for_more_of_the_others():
+    half = judge(distances([1, 1, 1, 1, 9, 9]), 6, **RULE)
+    most = judge(distances([1, 1, 1, 1, 9, 9]), 6, agreement=0.8, min_gap=1.0)
+    assert half.accepted.tolist() == [True] * 4 + [False] * 2
+    assert math.isnan(most.gap) or most.accepted.all()
+
+
+def test_fixed_threshold_is_equation_8():
+    found = distances([1, 2, 3, 4])
+    verdict = judge(found, 4, agreement=0.5, min_gap=1.0, threshold=3.7)
+    close = np.zeros((4, 4), bool)
+    for (j, k), value in zip(pairs_of(4), found, strict=True):
+        close[j, k] = close[k, j] = value <= 3.7
+    assert verdict.accepted.tolist() == (close.sum(axis=1) / 3 >= 0.5).tolist() == [True, True, True, False]
+
+
+@pytest.mark.parametrize("errors", [[0, 0, 0, 0, 0], [1, 1, 1, 9]])
+def test_no_verdict_on_equal_or_too_few_sites(errors):
+    verdict = judge(distances(errors), len(errors), **RULE)
+    assert math.isnan(verdict.gap)
+    assert verdict.accepted.all()
+
+
+def test_rounding_among_exact_sites_is_no_gap():
+    found = distances([1e-12, 3e-9, 1e-10, 1e-9, 1e-11, 1.0])
+    assert judge(found, 6, **RULE).accepted.tolist() == [True] * 5 + [False]
+
+
+def test_majority_of_the_matrices_that_judged_a_site_rejects_it():
+    def verdict(*accepted):
+        return Verdict(distances=np.where(accepted, 1.0, 3.0), threshold=2.0, gap=5.0)
+
+    everyone = ("a", "b", "c")
+    matrices = [
+        (everyone, verdict(1, 0, 0)),
+        (everyone, verdict(1, 0, 1)),
+        (("a", "b"), verdict(0, 1)),
+        (("a", "c"), verdict(1, 0)),
+    ]
+    votes = count_votes((*everyone, "absent"), matrices)
+    assert {site: (vote.against, vote.judged, vote.rejected) for site, vote in votes.items()} == {
+        "a": (1, 4, False),
+        "b": (2, 3, True),
+        "c": (2, 3, True),
+        "absent": (0, 0, False),
+    }
+    assert [votes[site].margin for site in ("a", "b", "absent")] == pytest.approx([-0.25, 1 / 6, -0.5])
+    tie = count_votes(["a", "b"], [(("a", "b"), verdict(1, 0)), (("a", "b"), verdict(1, 1))])["b"]
+    assert (tie.margin, tie.rejected) == (0, False)

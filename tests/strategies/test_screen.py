@@ -1,0 +1,193 @@
+"""The screen: whom the inner strategy gets to see, and what is remembered of a site."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from strategies.base import ClientUpdate
+from strategies.fc_moe import FcMoe
+from strategies.fedavg import FedAvg
+from strategies.fedopt import FedAdam
+from strategies.screen import Evidence, OnReject, ScreenConfig, Screened, ScreenKind, screened
+from strategies.update_distance import compare
+from tests.strategies.naive_clair import random_sites
+
+BAD = ["site-4", "site-5"]
+
+
+def screen(inner=None, **settings):
+    settings = {"evidence": [Evidence.subspace]} | settings
+    return Screened(inner=inner or FedAvg(), screen=ScreenConfig(kind=ScreenKind.clair, **settings))
+
+
+def rejected(result):
+    return sorted(site for site, verdict in result.diagnostics["verdicts"].items() if verdict["rejected"])
+
+
+def assert_same(left, right):
+    assert left.keys() == right.keys()
+    for name in left:
+        np.testing.assert_array_equal(left[name], right[name])
+
+
+@pytest.mark.parametrize("inner", [FedAvg(), FedAdam(), FcMoe()])
+def test_inner_strategy_works_on_the_accepted_sites(inner):
+    adapter, updates = random_sites(0)
+    strategy = screen(inner)
+    state = strategy.init_state(adapter)
+    result, expected = strategy.aggregate(adapter, state, updates), inner.aggregate(adapter, state, updates[:4])
+    assert rejected(result) == BAD
+    assert_same(result.adapter, expected.adapter)
+    assert_same({n: a for n, a in result.state.items() if not n.startswith("screen/")}, expected.state)
+    assert expected.diagnostics.items() <= result.diagnostics.items()
+    json.dumps(result.diagnostics, allow_nan=False)
+
+
+def test_without_contamination_the_screen_changes_nothing():
+    adapter, updates = random_sites(0, contaminated=0)
+    result = screen().aggregate(adapter, {}, updates)
+    assert_same(result.adapter, FedAvg().aggregate(adapter, {}, updates).adapter)
+    assert result.state == {}
+
+
+def test_off_is_the_strategy_itself():
+    inner = FedAvg()
+    assert screened(inner, ScreenConfig()) is inner
+    assert isinstance(screened(inner, ScreenConfig(kind=ScreenKind.clair)), Screened)
+
+
+def test_warning_reports_and_keeps_everyone():
+    adapter, updates = random_sites(0)
+    result = screen(on_reject=OnReject.warn).aggregate(adapter, {}, updates)
+    assert rejected(result) == BAD
+    assert_same(result.adapter, FedAvg().aggregate(adapter, {}, updates).adapter)
+
+
+def test_downweighting_counts_examples_and_tokens_less():
+    """Sites of 50 examples each: 4 weigh 50, 2 weigh 5."""
+    adapter, updates = random_sites(0)
+    equal = [replace(update, num_examples=50) for update in updates]
+    result = screen(on_reject=OnReject.downweight, weight=0.1).aggregate(adapter, {}, equal)
+    weights = np.array([50, 50, 50, 50, 5, 5]) / 210
+    for name in adapter:
+        mean = sum(w * u.adapter[name].astype(float) for w, u in zip(weights, equal, strict=True))
+        np.testing.assert_allclose(result.adapter[name], mean, atol=1e-6)
+
+
+def test_rejected_site_sits_out_clean_rounds_until_it_is_forgiven():
+    """Contaminated in round 1, clean afterwards, two clean rounds to sit out: back in round 4."""
+    adapter, updates = random_sites(0, contaminated=1)
+    _, clean = random_sites(0, contaminated=0)
+    strategy, state, seen = screen(forgive_after=2), {}, []
+    for replies in (updates, clean, clean, clean):
+        result = strategy.aggregate(adapter, state, replies)
+        state = result.state
+        verdict = result.diagnostics["verdicts"]["site-5"]
+        seen.append((verdict["rejected"], verdict["clean_rounds_needed"], verdict["times_rejected"]))
+    assert seen == [(True, 2, 1), (True, 1, 1), (True, 0, 1), (False, 0, 1)]
+    assert "rejected before: 1 more clean rounds are needed" not in verdict["reason"]
+    relapse = strategy.aggregate(adapter, state, updates).diagnostics["verdicts"]["site-5"]
+    assert (relapse["rejected"], relapse["clean_rounds_needed"], relapse["times_rejected"]) == (True, 2, 2)
+
+
+def test_history_of_absent_sites_is_kept():
+    adapter, updates = random_sites(0, contaminated=1)
+    state = screen(forgive_after=3).aggregate(adapter, {}, updates).state
+    later = screen(forgive_after=3).aggregate(adapter, state, updates[:5]).state
+    assert_same(later, state)
+
+
+def test_no_memory_judges_every_round_by_itself():
+    adapter, updates = random_sites(0, contaminated=1)
+    _, clean = random_sites(0, contaminated=0)
+    state = screen(forgive_after=0).aggregate(adapter, {}, updates).state
+    assert rejected(screen(forgive_after=0).aggregate(adapter, state, clean)) == []
+
+
+def test_pinned_site_is_accepted_whatever_its_verdict():
+    adapter, updates = random_sites(0)
+    result = screen(pinned=["site-5"]).aggregate(adapter, {}, updates)
+    verdict = result.diagnostics["verdicts"]["site-5"]
+    assert (verdict["rejected"], verdict["against"], verdict["judged"]) == (False, 2, 2)
+    assert "pinned" in verdict["reason"]
+    expected = FedAvg().aggregate(adapter, {}, [*updates[:4], updates[5]])
+    assert_same(result.adapter, expected.adapter)
+
+
+def test_banned_site_is_not_even_looked_at():
+    adapter, updates = random_sites(0)
+    poisoned = {name: np.full_like(array, 1e20) for name, array in updates[0].adapter.items()}
+    replies = [replace(updates[0], adapter=poisoned), *updates[1:]]
+    result = screen(banned=["site-0"], on_reject=OnReject.warn).aggregate(adapter, {}, replies)
+    assert result.diagnostics["verdicts"]["site-0"]["reason"] == "banned"
+    assert all("site-0" not in matrix["sites"] for matrix in result.diagnostics["matrices"].values())
+    assert_same(result.adapter, FedAvg().aggregate(adapter, {}, updates[1:]).adapter)
+
+
+def test_a_round_without_anyone_left_is_refused_with_the_reasons():
+    adapter, updates = random_sites(0)
+    everyone = screen(banned=[update.site for update in updates])
+    with pytest.raises(ValueError, match=r"screen=clair leaves no update \(site-0: banned; site-1"):
+        everyone.aggregate(adapter, {}, updates)
+
+
+def drawn(num_sites=8, seed=0):
+    """Updates whose changes are Gaussian, in a LoRA pair and a router."""
+    rng = np.random.default_rng(seed)
+    shapes = {"l.q.lora_A": (2, 20), "l.q.lora_B": (12, 2), "l.gate.weight": (4, 12)}
+    adapter = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    sent = [
+        {n: a + 0.1 * rng.normal(size=a.shape).astype(np.float32) for n, a in adapter.items()} for _ in range(num_sites)
+    ]
+    return adapter, [ClientUpdate(site=f"site-{i}", adapter=arrays, num_examples=1) for i, arrays in enumerate(sent)]
+
+
+def swapped(updates, changed):
+    return [replace(update, adapter={**update.adapter, **changed.get(i, {})}) for i, update in enumerate(updates)]
+
+
+def test_poisoned_router_is_seen_by_distance_and_not_by_row_space():
+    adapter, updates = drawn()
+    poisoned = swapped(updates, {7: {"l.gate.weight": -20 * adapter["l.gate.weight"]}})
+    found = screen(evidence=[Evidence.distance]).aggregate(adapter, {}, poisoned)
+    assert rejected(found) == ["site-7"]
+    assert "whole weights at" in found.diagnostics["verdicts"]["site-7"]["reason"]
+    assert rejected(screen(evidence=[Evidence.subspace]).aggregate(adapter, {}, poisoned)) == []
+
+
+def test_copies_are_rejected_together_and_only_as_such():
+    adapter, updates = drawn()
+    copied = swapped(updates, {7: updates[6].adapter})
+    assert rejected(screen(evidence=[Evidence.copies]).aggregate(adapter, {}, copied)) == ["site-6", "site-7"]
+    assert rejected(screen(evidence=list(Evidence)).aggregate(adapter, {}, updates)) == []
+
+
+def test_distance_is_that_of_the_changes_as_one_vector():
+    adapter, updates = drawn(6)
+    (factors, routers) = compare(adapter, updates, agreement=0.5, min_gap=1.0)
+    flat = [np.concatenate([(u.adapter[n] - adapter[n]).ravel() for n in adapter if "lora" in n]) for u in updates]
+    for k, one in enumerate(flat):
+        expected = sorted(np.linalg.norm(one - other) for other in flat)[3]
+        assert factors.verdict.distances[k] == pytest.approx(expected, rel=1e-6)
+    assert [factors.kind, routers.kind] == ["LoRA factors", "whole weights"]
+
+
+def test_needs_lora():
+    with pytest.raises(ValueError, match="screen=clair needs LoRA: set model.experts=lora"):
+        screen().init_state({"l.gate.weight": np.zeros((2, 3), np.float32)})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"weight": 1.0}, r"screen.weight must be in \(0, 1\), got 1.0"),
+        ({"evidence": []}, "screen.evidence must be a list of at least one kind"),
+        ({"forgive_after": -1}, "screen.forgive_after must be >= 0, got -1"),
+        ({"pinned": ["a"], "banned": ["a", "b"]}, "screen.banned must be disjoint from screen.pinned"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        ScreenConfig(**settings)
