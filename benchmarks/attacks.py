@@ -11,7 +11,6 @@ sites are contaminated; CLAIR is not. ``honest but different`` is no attack: the
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -22,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.poisons import POISONS, as_trained
+from benchmarks.render import write_results
 from benchmarks.robust_rules import RULES
 from client.assemble import model_for
 from client.embedded import DOMAINS, embedded_rows
@@ -258,7 +258,7 @@ def main() -> None:
     for seed in given.seeds:
         results["runs"] += run_seed(given.sites, given.fractions, seed, given.steps)
         if given.json:
-            given.json.write_text(json.dumps(results, indent=1) + "\n")
+            write_results(given.json, results | {"markdown": rows(results)})
     print(rows(results))
 
 

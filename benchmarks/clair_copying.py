@@ -25,6 +25,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
+from benchmarks.render import write_results
 from strategies.collaborative_set import Vote, count_votes
 from strategies.low_rank import Factors
 from strategies.refinement import refine
@@ -279,7 +280,7 @@ def main() -> None:
     given = parser.parse_args()
     results = run(given.replicates, given.seed, given.steps)
     if given.json:
-        given.json.write_text(json.dumps(results, indent=1) + "\n")
+        write_results(given.json, results | {"markdown": rows(results)})
     print(rows(results))
 
 

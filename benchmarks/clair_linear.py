@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.render import write_results
 from strategies.collaborative_set import judge
 from strategies.low_rank import Factors
 from strategies.refinement import refine
@@ -194,7 +195,7 @@ def main() -> None:
     given = parser.parse_args()
     results = run(given.replicates, given.seed)
     if given.json:
-        given.json.write_text(json.dumps(results, indent=1) + "\n")
+        write_results(given.json, results | {"markdown": rows(results)})
     print(rows(results))
 
 

@@ -10,7 +10,6 @@ and the program to a relative gap of 1e-4 are.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import time
 import tracemalloc
@@ -22,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.render import write_results
 from strategies.block_sparse import decompose
 from strategies.low_rank import Factors
 from strategies.product_cores import difference_blocks, pairs_of, side_of
@@ -157,7 +157,7 @@ def main() -> None:
         "against_dense": against_dense(),
     }
     if given.json:
-        given.json.write_text(json.dumps(results, indent=1) + "\n")
+        write_results(given.json, results | {"markdown": rows(results)})
     print(rows(results))
 
 

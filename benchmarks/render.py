@@ -2,8 +2,8 @@
 
     python -m benchmarks.render
 
-A results file NAME.json with a key ``table`` ({"columns": [...], "rows": [[...]]}) goes between the lines
-``<!-- NAME -->`` and ``<!-- /NAME -->``.
+A results file NAME.json with a key ``table`` ({"columns": [...], "rows": [[...]]}), or with several tables as text
+in a key ``markdown``, goes between the lines ``<!-- NAME -->`` and ``<!-- /NAME -->``.
 """
 
 from __future__ import annotations
@@ -30,11 +30,19 @@ def rendered(page: str, name: str, columns: Sequence[str], rows: Sequence[Sequen
         ValueError: If the page lacks them.
     """
     lines = [columns, ["---"] * len(columns), *rows]
-    table = "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in lines)
+    return inserted(page, name, "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in lines))
+
+
+def inserted(page: str, name: str, text: str) -> str:
+    """``page`` with ``text`` between the markers of ``name``.
+
+    Raises:
+        ValueError: If the page lacks them.
+    """
     between = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(<!-- /{re.escape(name)} -->)", re.DOTALL)
     if not between.search(page):
         raise ValueError(f"README.md has no lines <!-- {name} --> and <!-- /{name} -->")
-    return between.sub(lambda match: f"{match[1]}{table}\n{match[2]}", page)
+    return between.sub(lambda match: f"{match[1]}{text}\n{match[2]}", page)
 
 
 def main() -> None:
@@ -44,6 +52,8 @@ def main() -> None:
         results = json.loads(path.read_text())
         if isinstance(results, dict) and "table" in results:
             page = rendered(page, path.stem, results["table"]["columns"], results["table"]["rows"])
+        elif isinstance(results, dict) and "markdown" in results:
+            page = inserted(page, path.stem, results["markdown"].strip())
     (HERE / "README.md").write_text(page)
 
 
