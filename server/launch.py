@@ -25,11 +25,15 @@ from server.compare import comparison
 from server.flower import Connection, local_superlink, remote_superlink
 from server.follow import Outcome, follow
 from server.record import RunFolder, default_name
+from server.services import certs, server_cli, site_cli
 from server.view import View
 
 FAILED, BAD_SETTINGS, INTERRUPTED = 1, 2, 130
 
 cli = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
+cli.command()(certs)
+cli.add_typer(server_cli, name="server")
+cli.add_typer(site_cli, name="site")
 # A log file is as wide as its lines; a terminal tells its width.
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
