@@ -13,7 +13,7 @@ run: $(STAMP)
 	$(BIN)/bouquet run -m strategy=fc_moe,fedavg,local_only rounds=3 train.max_steps=10 train.learning_rate=2e-3 eval.max_examples=40
 
 SLOW := simulation or processes
-ELSEWHERE := network or containers or gpu
+ELSEWHERE := network or namespaces or containers or gpu
 
 test: test-unit
 	$(BIN)/python -m pytest -m "($(SLOW)) and not ($(ELSEWHERE))"

@@ -48,7 +48,8 @@ def main(grid: Grid, context: Context) -> None:
     try:
         record.log_row = open_logger(config, record.folder.path)
         run.prepare(grid, overrides)
-        run.train(grid)
+        if not context.run_config.get("dry-run", False):
+            run.train(grid)
     # The edge of the process: every end is told in summary.json, then goes on as it was.
     except BaseException as error:
         run.end(f"{type(error).__name__}: {error}" if not isinstance(error, (ValueError, RuntimeError)) else str(error))
@@ -148,6 +149,8 @@ class Run:
             "bytes_up": rounds.bytes_up,
             "bytes_down": rounds.bytes_down,
             "num_sites": len(rounds.roster.nodes),
+            "sites": rounds.roster.num_examples,
+            "refused": sorted(rounds.roster.refused.values()),
             "base_model_loads": here | rounds.roster.loads,
         }
 

@@ -1,7 +1,10 @@
 """Keys and certificates of a federation: one authority, the server's certificate, a key pair for each site.
 
-A folder of them holds ``ca.crt ca.key server.crt server.key sites/NAME.key sites/NAME.pub``. Sites trust ``ca.crt``;
-the server knows the sites by ``sites/*.pub``. Private keys are readable by their owner only.
+A folder of them is sorted by who gets what; private keys are readable by their owner only:
+
+* ``ca.key ca.crt``: the authority, for whoever runs the federation; the key is needed only to issue;
+* ``server/``: ``ca.crt server.crt server.key``, and ``sites/NAME.pub``, the keys of the sites that may join;
+* ``sites/NAME/``: ``ca.crt site.key``, to be handed to that site.
 """
 
 from __future__ import annotations
@@ -51,13 +54,12 @@ def make_certificates(
     names = list(hosts) or _present_hosts(folder)
     if not names:
         raise ValueError(f"--host is needed: the name or address by which sites reach the server (none in {folder})")
-    (folder / "sites").mkdir(parents=True, exist_ok=True)
+    (folder / "server" / "sites").mkdir(parents=True, exist_ok=True)
     folder.chmod(0o700)
-    written = _make_authority(folder)
-    written += _issue_server(folder, names, valid_seconds)
+    written = [*_make_authority(folder), *_issue_server(folder, names, valid_seconds)]
     for site in dict.fromkeys((*sites, *replace)):
-        if site in replace or not (folder / "sites" / f"{site}.pub").exists():
-            written += _make_site_key(folder / "sites", site)
+        if site in replace or not (folder / "server" / "sites" / f"{site}.pub").exists():
+            written += _make_site_key(folder, site)
     return written
 
 
@@ -84,22 +86,26 @@ def hosts_of(certificate: x509.Certificate) -> list[str]:
 
 
 def check_server_certificate(folder: Path) -> datetime.datetime:
-    """When the server's certificate in ``folder`` ends.
+    """When the server's certificate ends; ``folder`` is ``server/`` of the federation's.
 
     Raises:
         ValueError: If a file is missing, certificate, key and authority do not belong together, or it is not valid now.
     """
     for name in ("ca.crt", "server.crt", "server.key"):
         if not (folder / name).is_file():
-            raise ValueError(f"{folder / name} is missing: make it with bouquet certs {folder} --host NAME")
+            raise ValueError(f"{folder / name} is missing: --certificates must be DIR/server of bouquet certs DIR")
     certificate, authority = load_certificate(folder / "server.crt"), load_certificate(folder / "ca.crt")
     key = _load_key(folder / "server.key")
     if key.public_key() != certificate.public_key():
-        raise ValueError(f"{folder / 'server.key'} is not the key of server.crt: run bouquet certs {folder} again")
+        raise ValueError(
+            f"{folder / 'server.key'} is not the key of server.crt: run bouquet certs {folder.parent} again"
+        )
     try:
         certificate.verify_directly_issued_by(authority)
     except Exception as error:
-        raise ValueError(f"{folder / 'ca.crt'} did not issue server.crt: run bouquet certs {folder} again") from error
+        raise ValueError(
+            f"{folder / 'ca.crt'} did not issue server.crt: run bouquet certs {folder.parent} again"
+        ) from error
     check_valid_now(certificate, folder / "server.crt")
     check_valid_now(authority, folder / "ca.crt")
     return certificate.not_valid_after_utc
@@ -111,7 +117,7 @@ def check_valid_now(certificate: x509.Certificate, path: Path) -> None:
     if now > certificate.not_valid_after_utc:
         raise ValueError(
             f"{path} expired on {certificate.not_valid_after_utc:%Y-%m-%d %H:%M} UTC: issue it anew with "
-            f"bouquet certs {path.parent}"
+            "bouquet certs DIR"
         )
     if now < certificate.not_valid_before_utc:
         raise ValueError(
@@ -162,7 +168,7 @@ def fingerprint(key: ec.EllipticCurvePublicKey) -> str:
 
 
 def _present_hosts(folder: Path) -> list[str]:
-    present = folder / "server.crt"
+    present = folder / "server" / "server.crt"
     return hosts_of(load_certificate(present)) if present.exists() else []
 
 
@@ -201,9 +207,11 @@ def _issue_server(folder: Path, hosts: Sequence[str], valid_seconds: float) -> l
         .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
         .sign(authority_key, hashes.SHA384())
     )
-    _write(folder / "server.key", _pem(key), private=True)
-    _write(folder / "server.crt", certificate.public_bytes(serialization.Encoding.PEM))
-    return [folder / "server.key", folder / "server.crt"]
+    target = folder / "server"
+    _write(target / "server.key", _pem(key), private=True)
+    _write(target / "server.crt", certificate.public_bytes(serialization.Encoding.PEM))
+    _write(target / "ca.crt", (folder / "ca.crt").read_bytes())
+    return [target / "server.key", target / "server.crt"]
 
 
 def _builder(
@@ -233,9 +241,12 @@ def _make_site_key(folder: Path, site: str) -> list[Path]:
     encoding, none = serialization.Encoding, serialization.NoEncryption()
     private = key.private_bytes(encoding.PEM, serialization.PrivateFormat.OpenSSH, none)
     public = key.public_key().public_bytes(encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
-    _write(folder / f"{site}.key", private, private=True)
-    _write(folder / f"{site}.pub", public + f" {site}\n".encode())
-    return [folder / f"{site}.key", folder / f"{site}.pub"]
+    own, known = folder / "sites" / site, folder / "server" / "sites" / f"{site}.pub"
+    own.mkdir(parents=True, exist_ok=True)
+    _write(own / "ca.crt", (folder / "ca.crt").read_bytes())
+    _write(own / "site.key", private, private=True)
+    _write(known, public + f" {site}\n".encode())
+    return [own / "site.key", known]
 
 
 def _general_name(host: str) -> x509.GeneralName:

@@ -41,11 +41,14 @@ class Connection:
         """``flwr ...`` of this Python environment."""
         return [str(binary("flwr")), *words]
 
-    def run(self, overrides: str, federation: Mapping[str, float]) -> subprocess.Popen[str]:
-        """Submit a run and follow its log: lines come on standard output until the run ends."""
+    def run(self, overrides: str, federation: Mapping[str, float], *, dry_run: bool = False) -> subprocess.Popen[str]:
+        """Submit a run and follow its log: lines come on standard output until the run ends.
+
+        With ``dry_run`` the sites join, and there are no rounds.
+        """
         home = Path(self.environment["FLWR_HOME"])
         run_config = home / f"run-{uuid.uuid4().hex}.toml"
-        run_config.write_text(f"overrides = {json.dumps(overrides)}\n")
+        run_config.write_text(f"overrides = {json.dumps(overrides)}\ndry-run = {json.dumps(dry_run)}\n")
         words = ["run", str(_staged(home / "app")), "bouquet", "--stream", "--run-config", str(run_config)]
         if federation:
             words += ["--federation-config", " ".join(f"{key}={value}" for key, value in federation.items())]

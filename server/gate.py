@@ -70,7 +70,7 @@ def is_local(scope: Scope) -> bool:
     if client is None:
         return False
     peer = str(client[0])
-    return ipaddress.ip_address(peer).is_loopback or bool(server and peer == server[0])
+    return bool(ipaddress.ip_address(peer).is_loopback or (server and peer == server[0]))
 
 
 def registered_sites() -> dict[str, dict[str, str]]:
@@ -106,7 +106,7 @@ def handshake_failure(reason: str) -> str:
 
 
 def _is_open(scope: Scope) -> bool:
-    path = scope.get("path", "")
+    path = str(scope.get("path", ""))
     return scope["type"] == "http" and (path == "/health" or path.startswith("/v1/fleet/"))
 
 
@@ -127,7 +127,7 @@ def _reason(status: int, key: str) -> str:
     known = [facts["site"] for facts in registered_sites().values() if facts["key"] == key]
     if known:
         return f"{known[0]} is still counted as connected from before; it may come back after a minute"
-    return f"key {key} is not registered; put its public key into the folder sites/ of the certificates as NAME.pub"
+    return f"key {key} is not registered; if it is a site's, put its public key into sites/ of --certificates"
 
 
 def _key_of(scope: Scope) -> str:

@@ -27,6 +27,8 @@ class Roster:
     """Site name -> node id, as last seen."""
     refused: dict[int, str] = field(default_factory=dict)
     """Node id -> why it may not take part."""
+    num_examples: dict[str, int] = field(default_factory=dict)
+    """Site name -> training examples, as it said when it joined."""
     loads: dict[str, int] = field(default_factory=dict)
     """Process -> times it has loaded the base model."""
     _asked: dict[str, int] = field(default_factory=dict)
@@ -114,6 +116,7 @@ class Roster:
             self.tell(self.refused[node])
         else:
             self.nodes[sender.site] = node
+            self.num_examples[sender.site] = joined.num_examples
             self.loads[sender.process] = sender.base_model_loads
             self.tell(f"{sender.site} joined with {joined.num_examples} training examples")
 

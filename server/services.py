@@ -8,13 +8,14 @@ import re
 import socket
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import IO, Annotated, NoReturn
 
 import typer
 
@@ -75,13 +76,13 @@ def certs(
 
 @server_cli.command("up")
 def server_up(
-    certificates: Annotated[Path | None, typer.Option(help="Folder made by bouquet certs.")] = None,
+    certificates: Annotated[Path | None, typer.Option(help="server/ of the folder that bouquet certs made.")] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "0.0.0.0",  # noqa: S104 - sites are elsewhere
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
     home: Annotated[Path, typer.Option(help="Folder of its state and run folders.")] = DATA_ROOT / "server",
     insecure: Annotated[bool, typer.Option("--insecure", help="Plain HTTP, any site; on loopback only.")] = False,
 ) -> None:
-    """Run the SuperLink until stopped. Sites whose public key lies in sites/ of the certificates may join."""
+    """Run the SuperLink until stopped. Sites whose public key lies in sites/ of --certificates may join."""
     home = _neutral(home)
     security = _server_security(certificates, host, insecure=insecure)
     _check_free(host, port)
@@ -152,7 +153,7 @@ def _keep_up(link: _Link, name: str, home: Path, words: Sequence[str]) -> NoRetu
             refused_since = refused_since or time.monotonic()
             text = (
                 f"{link.superlink} refused site {name} (key {link.fingerprint()}): its key is not "
-                "registered there (the server's operator puts the public key into sites/ of the certificates), or its "
+                "registered there (the server's operator puts its public key into DIR/server/sites), or its "
                 "last process still counts as connected (a minute at most)"
             )
             if time.monotonic() - refused_since > _REJOIN_SECONDS:
@@ -168,14 +169,14 @@ def _server_security(certificates: Path | None, host: str, *, insecure: bool) ->
             raise ValueError("--insecure is for --host 127.0.0.1 without --certificates: anyone could join as any site")
         return ["--insecure"]
     if certificates is None:
-        raise ValueError("--certificates DIR is needed: make it with bouquet certs DIR --host NAME --site NAME")
+        raise ValueError("--certificates DIR/server is needed: bouquet certs DIR --host NAME --site NAME makes it")
     expires = check_server_certificate(certificates)
     names = hosts_of(load_certificate(certificates / "server.crt"))
     if host not in _EVERY_ADDRESS and host not in names:
-        raise ValueError(f"server.crt is made out to {', '.join(names)}: bouquet certs {certificates} --host {host}")
+        raise ValueError(f"server.crt is made out to {', '.join(names)}: bouquet certs DIR --host {host}")
     days = (expires - datetime.now(UTC)).days
     if days < _EXPIRY_WARNING_DAYS:
-        _say(f"server.crt expires in {days} days: bouquet certs {certificates} issues it anew, then restart")
+        _say(f"server.crt expires in {days} days: bouquet certs DIR issues it anew, then restart")
     files = {"--ssl-ca-certfile": "ca.crt", "--ssl-certfile": "server.crt", "--ssl-keyfile": "server.key"}
     words = [word for flag, name in files.items() for word in (flag, str(certificates.resolve() / name))]
     return [*words, "--enable-supernode-auth"]
@@ -188,7 +189,7 @@ def _site_security(superlink: str, root_certificates: Path | None, key: Path | N
             raise ValueError("--insecure is for a --superlink on 127.0.0.1, without --root-certificates and --key")
         return ["--insecure"]
     if root_certificates is None or key is None:
-        raise ValueError("--root-certificates ca.crt and --key NAME.key are needed: the server's operator has them")
+        raise ValueError("--root-certificates ca.crt and --key site.key are needed: the server's operator has them")
     check_private_key(key)
     return [
         "--root-certificates", str(root_certificates.resolve()), "--auth-supernode-private-key", str(key.resolve()),
@@ -209,17 +210,23 @@ def _watch(process: subprocess.Popen[str], connection: Connection, certificates:
 
 def _run_supernode(words: Sequence[str], home: Path) -> str:
     """Run Flower's SuperNode to its end, passing its lines on; ``refused`` or ``ended``."""
-    ending = "ended"
-    with _service(words, home, {}, subprocess.PIPE) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            sys.stdout.write(line)
-            sys.stdout.flush()
+    printed: list[str] = []
+
+    def pass_on(lines: IO[str]) -> None:
+        for line in lines:
+            print(line, end="", flush=True)
             if _CONNECTED in line:
                 _set_status(home, "connected")
-            elif _NOT_ACTIVATED in line:
-                ending = "refused"
-    return ending
+            printed.extend(text for text in (_NOT_ACTIVATED,) if text in line)
+
+    with _service(words, home, {}, subprocess.PIPE) as process:
+        assert process.stdout is not None
+        # A thread, since the SuperNode's helper may hold its output open after it has ended.
+        reader = threading.Thread(target=pass_on, args=(process.stdout,), daemon=True)
+        reader.start()
+        process.wait()
+    reader.join()
+    return "refused" if printed else "ended"
 
 
 def _wait_for_server(link: _Link, home: Path) -> None:
