@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip
 
-.PHONY: run test test-unit check format clean
+.PHONY: run test test-unit test-containers test-namespaces check format clean
 
 run: $(STAMP)
 	$(BIN)/bouquet run -m strategy=fc_moe,fedavg,local_only rounds=3 train.max_steps=10 train.learning_rate=2e-3 eval.max_examples=40
@@ -20,6 +20,16 @@ test: test-unit
 
 test-unit: $(STAMP)
 	$(BIN)/python -m pytest -n auto -m "not ($(SLOW) or $(ELSEWHERE))"
+
+# Needs a container engine that answers to docker and docker compose; TORCH_INDEX= takes torch from pip's own sources.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+test-containers: $(STAMP)
+	for target in server site; do docker build -f docker/Dockerfile --build-arg TORCH_INDEX=$(TORCH_INDEX) --target $$target -t bouquet-$$target . || exit 1; done
+	$(BIN)/python -m pytest -m containers
+
+# Needs root and ip netns.
+test-namespaces: $(STAMP)
+	$(BIN)/python -m pytest -m namespaces
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

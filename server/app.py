@@ -27,6 +27,7 @@ from conf.compose import load_config, settings_hash, to_yaml
 from conf.schema import Config, Mode
 from server.loggers import open_logger
 from server.record import RunFolder, RunRecord, adapter_sha256, default_name
+from server.register import registered_sites
 from server.roster import Roster
 from server.rounds import FederatedRounds
 from strategies.adapters import Arrays
@@ -97,7 +98,7 @@ class Run:
             settings_hash=settings_hash(self.config),
             private_root=str(self.record.folder.path / "private") if simulated else "",
         )
-        roster = Roster(request, self.adapted.base.identity.sha256, self.record.event)
+        roster = Roster(request, self.adapted.base.identity.sha256, self.record.event, registered_sites)
         expected = len(site_names(self.config)) if simulated else needed_sites(self.config)
         roster.wait_for(grid, expected, self.config.federation.join_timeout_seconds, fixed=simulated)
         self.rounds = FederatedRounds(self.config, roster, self.record, global_loss(self.config, self.adapted))

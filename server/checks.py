@@ -19,7 +19,7 @@ from client.data import label_counts, own_site, simulated_sites
 from client.model import AdaptedModel
 from client.site import shared_arrays
 from conf.check import check_num_sites
-from conf.schema import Config, Mode
+from conf.schema import Config, ExpertTraining, Mode
 from server.certificates import check_private_key, check_server_certificate, public_fingerprint
 from server.flower import environment
 from server.probe import check_clock, look_at
@@ -83,16 +83,22 @@ def base_model(config: Config) -> str:
     """The base model, and what of it would be trained.
 
     Raises:
-        ValueError: If it cannot be had, or settings and model do not fit: no routed expert trainable, for one.
+        ValueError: If it cannot be had, or settings and model do not fit: say, no routed expert trainable.
+        Caution: If no routed expert will be trained, since there is none or they are frozen.
     """
     adapted = model_for(config)
-    experts = sum(adapted.layers.values())
+    base = f"{adapted.base.identity.name} sha256 {adapted.base.identity.sha256[:12]}"
     trained = sum(parameter.numel() for parameter in adapted.parameters_by_name().values())
-    return (
-        f"{adapted.base.identity.name} sha256 {adapted.base.identity.sha256[:12]}; model.experts="
-        f"{config.model.experts.value}: {experts} routed experts in {len(adapted.layers)} layers; "
-        f"{trained:,} trained parameters"
-    )
+    if not adapted.layers:
+        raise Caution(
+            f"{base} is dense, {trained:,} trained parameters: set model.upcycle.num_experts to give it experts"
+        )
+    if config.model.experts is ExpertTraining.frozen:
+        raise Caution(
+            f"{base}, {trained:,} trained parameters, none of an expert: set model.experts=lora to train them"
+        )
+    experts = f"{sum(adapted.layers.values())} routed experts in {len(adapted.layers)} layers"
+    return f"{base}; model.experts={config.model.experts.value} trains {experts}; {trained:,} trained parameters"
 
 
 def memory_estimate(adapted: AdaptedModel, config: Config) -> int:

@@ -10,12 +10,9 @@ from __future__ import annotations
 import base64
 import binascii
 import ipaddress
-import json
 import logging
-import os
 import ssl
 import sys
-from pathlib import Path
 from typing import Any
 
 from cryptography.hazmat.primitives import serialization
@@ -29,9 +26,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.certificates import fingerprint
 from server.probe import GATE_HEADER
-
-SITES_FILE = "BOUQUET_SITES"
-"""Environment variable: the JSON file of registered sites, node id -> {"site": ..., "key": fingerprint}."""
+from server.register import registered_sites
 
 _ACTIVATE = "/v1/fleet/activate-node"
 _REFUSED = (
@@ -71,12 +66,6 @@ def is_local(scope: Scope) -> bool:
         return False
     peer = str(client[0])
     return bool(ipaddress.ip_address(peer).is_loopback or (server and peer == server[0]))
-
-
-def registered_sites() -> dict[str, dict[str, str]]:
-    """Node id -> site and key fingerprint, as ``bouquet server up`` has registered them; empty without it."""
-    path = os.environ.get(SITES_FILE)
-    return json.loads(Path(path).read_text()) if path and Path(path).exists() else {}
 
 
 class TellingSSLObject(ssl.SSLObject):
@@ -124,7 +113,7 @@ def _telling(scope: Scope, send: Send) -> Send:
 def _reason(status: int, key: str) -> str:
     if status == 401:
         return f"its signature is wrong or its clock differs by minutes (key {key})"
-    known = [facts["site"] for facts in registered_sites().values() if facts["key"] == key]
+    known = [site["site"] for site in registered_sites().values() if site["key"] == key]
     if known:
         return f"{known[0]} is still counted as connected from before; it may come back after a minute"
     return f"key {key} is not registered; if it is a site's, put its public key into sites/ of --certificates"

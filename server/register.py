@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 from server.certificates import public_fingerprint
 from server.flower import Connection
+
+SITES_FILE = "BOUQUET_SITES"
+"""Environment variable of the SuperLink and its ServerApps: the record of the sites registered there."""
+
+
+def registered_sites() -> dict[str, dict[str, str]]:
+    """Node id -> site and key fingerprint at the SuperLink of this process; empty where anyone may join."""
+    path = os.environ.get(SITES_FILE)
+    return dict(json.loads(Path(path).read_text())) if path and Path(path).exists() else {}
 
 
 class Register:

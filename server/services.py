@@ -28,10 +28,8 @@ from server.certificates import (
 )
 from server.flower import MARK, Connection, binary, end_marked, environment, free_port, remote_superlink
 from server.probe import UnreachableError, check_clock, look_at, split_address
-from server.register import Register
+from server.register import SITES_FILE, Register
 
-SITES_FILE = "BOUQUET_SITES"
-"""Environment variable: the file in which ``server up`` keeps the registered sites; see ``server.register``."""
 DATA_ROOT = Path("~/.local/share/bouquet").expanduser()
 _EXPIRY_WARNING_DAYS = 30
 _START_SECONDS = 60.0

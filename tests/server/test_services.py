@@ -15,7 +15,7 @@ import pytest
 
 from server.certificates import make_certificates
 from server.services import node_config
-from tests.server.commands import Service, bouquet, free_port, service, superlink, write_site_files
+from tests.server.commands import SMALL, Service, bouquet, free_port, service, superlink, write_site_files
 
 pytestmark = pytest.mark.timeout(600)
 DAY = 86400.0
@@ -207,6 +207,22 @@ def test_orders_from_other_machines_are_refused(home, running):
         urllib.request.urlopen(forwarded, context=context, timeout=10)
     assert b"takes orders from its own machine only" in refused.value.read()
     server_up.wait_for("refused /v1/control/list-runs from 203.0.113.9")
+
+
+@pytest.mark.processes
+def test_doctor_asks_the_sites_before_a_run(home, running):
+    """One site is fine, the other's file lacks the columns: the doctor says which and what, and nothing was trained."""
+    (home / "data" / "odd.jsonl").write_text('{"question": "?"}\n' * 20)
+    settings = ("federation=remote", f"federation.superlink={running[1]}", "partition=files", *SMALL, "--json")
+    settings += (f"federation.root_certificates={home / 'certs' / 'ca.crt'}", "federation.min_sites=1")
+    with site(home, running[1]) as bank, site(home, running[1], "clinic", data="odd") as clinic:
+        for site_up in (bank, clinic):
+            site_up.wait_for("SuperNode ID:")
+        examined = bouquet("doctor", *settings, cwd=home, timeout=500)
+    told = {finding["check"]: finding for finding in json.loads(examined.stdout)["findings"]}
+    assert told["superlink"]["state"] == "ok", examined.stdout
+    assert (examined.returncode, told["sites"]["state"]) == (1, "failed"), examined.stdout
+    assert "joined: bank (32 examples); clinic refused: the data of site 'clinic'" in told["sites"]["text"]
 
 
 @pytest.mark.parametrize(
