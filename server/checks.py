@@ -68,13 +68,13 @@ def working_directory(folder: Path) -> str:
     """Where processes start.
 
     Raises:
-        ValueError: If a folder there would be imported instead of one of our packages.
+        Caution: If a folder there would be imported instead of one of our packages by a process that starts there.
     """
     checkout = Path(__file__).resolve().parents[1]
     shadows = [name for name in ("client", "conf", "server", "strategies") if (folder / name).is_dir()]
     if shadows and folder.resolve() != checkout:
-        raise ValueError(
-            f"{folder} holds a folder {shadows[0]!r}, which Python may take for Bouquet's: start elsewhere"
+        raise Caution(
+            f"{folder} holds a folder {shadows[0]!r}: start Flower's own commands elsewhere, it hides Bouquet's"
         )
     return str(folder)
 

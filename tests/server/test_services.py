@@ -25,7 +25,7 @@ DAY = 86400.0
 def home(tmp_path_factory):
     folder = tmp_path_factory.mktemp("services")
     write_site_files(folder / "data")
-    make_certificates(folder / "certs", ["127.0.0.1"], ["bank", "clinic"], valid_seconds=DAY)
+    make_certificates(folder / "certs", ["127.0.0.1"], ["bank", "clinic"], valid_seconds=90 * DAY)
     make_certificates(folder / "others", ["127.0.0.1"], ["bank"], valid_seconds=DAY)
     return folder
 
@@ -170,7 +170,7 @@ def test_site_comes_back_after_the_servers_restart_with_a_new_certificate(home):
             server_up.wait_for("may join", times=2)
             clinic = sites.enter_context(site(home, address, "clinic", data="clinic"))
             clinic.wait_for("SuperNode ID:")
-        make_certificates(home / "certs", [], [], valid_seconds=DAY)
+        make_certificates(home / "certs", [], [], valid_seconds=90 * DAY)
         with server(home, state="restarted", port=port) as (server_up, _):
             wait_until_back(clinic)
             assert "may join" not in server_up.printed()
