@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.server.commands import SMALL, bouquet, run_folder, summary
+from tests.server.commands import SMALL, bouquet, free_port, run_folder, summary
 
 pytestmark = [
     pytest.mark.containers,
@@ -27,8 +27,11 @@ SITES = ("bank", "clinic", "court")
 SETTINGS = ("strategy=fc_moe", "partition=files", *SMALL)
 
 
-def docker(*words, timeout=600, check=True):
-    done = subprocess.run(["docker", *words], capture_output=True, text=True, timeout=timeout, check=False)
+def docker(*words, timeout=600, check=True, **variables):
+    environment = os.environ | variables
+    done = subprocess.run(
+        ["docker", *words], env=environment, capture_output=True, text=True, timeout=timeout, check=False
+    )
     assert done.returncode == 0 or not check, done.stdout + done.stderr
     return done
 
@@ -41,11 +44,11 @@ def federation(tmp_path_factory):
     # Results go to ../outputs of the compose file.
     shutil.copytree(ROOT / "docker", home / "docker")
     (home / "outputs").mkdir()
-    (home / "docker" / ".env").write_text(f"BOUQUET_USER={os.getuid()}:{os.getgid()}\nBOUQUET_PORT=0\n")
+    variables = {"BOUQUET_USER": f"{os.getuid()}:{os.getgid()}", "BOUQUET_PORT": str(free_port())}
     file = str(home / "docker" / "compose.yaml")
 
     def compose(*words, **options):
-        return docker("compose", "-p", project, "-f", file, *words, **options)
+        return docker("compose", "-p", project, "-f", file, *words, **options, **variables)
 
     try:
         compose("up", "--detach", "--no-build")
