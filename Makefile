@@ -7,13 +7,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip
 
-.PHONY: run test test-unit test-extras check format clean
+.PHONY: run test test-unit test-extras test-containers test-namespaces check format clean
 
 run: $(STAMP)
 	$(BIN)/bouquet run -m strategy=fc_moe,fedavg,local_only rounds=3 train.max_steps=10 train.learning_rate=2e-3 eval.max_examples=40
 
 SLOW := simulation or processes or slow
-ELSEWHERE := network or containers or gpu
+ELSEWHERE := network or namespaces or containers or gpu
 
 test: test-unit
 	$(BIN)/python -m pytest -m "($(SLOW)) and not ($(ELSEWHERE))"
@@ -25,6 +25,16 @@ test-unit: $(STAMP)
 test-extras: $(STAMP)
 	$(PIP) install -q torchao==0.18.0
 	$(BIN)/python -m pytest tests/client/test_quantization.py
+
+# Needs a container engine that answers to docker and docker compose; TORCH_INDEX= takes torch from pip's own sources.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+test-containers: $(STAMP)
+	for target in server site; do docker build -f docker/Dockerfile --build-arg TORCH_INDEX=$(TORCH_INDEX) --target $$target -t bouquet-$$target . || exit 1; done
+	$(BIN)/python -m pytest -m containers
+
+# Needs root and ip netns.
+test-namespaces: $(STAMP)
+	$(BIN)/python -m pytest -m namespaces
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

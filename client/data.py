@@ -8,6 +8,7 @@ import glob
 import json
 import logging
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,6 +88,18 @@ def simulated_sites(config: Config) -> dict[str, SiteData]:
     return dict(_loaded[key])
 
 
+def label_counts(config: Config) -> dict[str, dict[str, int]]:
+    """Site -> value of the partition's column -> rows of it; without such a column there are no values.
+
+    Raises:
+        ValueError: As ``simulated_sites``.
+    """
+    if isinstance(config.partition, Files):
+        return {}
+    rows = _assigned_rows(config)
+    return {site: dict(Counter(row.owner for row in own if row.owner)) for site, own in rows.items()}
+
+
 def own_site(config: Config, site: str, path: str) -> SiteData:
     """The examples of a real site in its own file.
 
@@ -145,6 +158,11 @@ def _site_files(path: str | None) -> dict[str, Path]:
 
 
 def _sites_of_one_source(config: Config) -> dict[str, SiteData]:
+    return {site: _split(site, rows, config) for site, rows in _assigned_rows(config).items()}
+
+
+def _assigned_rows(config: Config) -> dict[str, list[_Row]]:
+    """Site -> its rows of the one table that the partition divides."""
     data = config.data
     origin = "the embedded data" if data.path is None else data.path
     table = _source(data, config.seed)
@@ -156,7 +174,7 @@ def _sites_of_one_source(config: Config) -> dict[str, SiteData]:
     from client.partitions import assign_rows  # noqa: PLC0415 - takes seconds to import, and a real site needs none
 
     assigned = assign_rows(len(rows), values, config.partition, config.seed)
-    return {site: _split(site, [rows[index] for index in indices], config) for site, indices in assigned.items()}
+    return {site: [rows[index] for index in indices] for site, indices in assigned.items()}
 
 
 def _source(data: DataConfig, seed: int) -> datasets.Dataset:

@@ -27,6 +27,7 @@ from conf.compose import load_config, settings_hash, to_yaml
 from conf.schema import Config, Mode
 from server.loggers import open_logger
 from server.record import RunFolder, RunRecord, adapter_sha256, default_name
+from server.register import registered_sites
 from server.roster import Roster
 from server.rounds import FederatedRounds
 from strategies.adapters import Arrays
@@ -48,7 +49,8 @@ def main(grid: Grid, context: Context) -> None:
     try:
         record.log_row = open_logger(config, record.folder.path)
         run.prepare(grid, overrides)
-        run.train(grid)
+        if not context.run_config.get("dry-run", False):
+            run.train(grid)
     # The edge of the process: every end is told in summary.json, then goes on as it was.
     except BaseException as error:
         run.end(f"{type(error).__name__}: {error}" if not isinstance(error, (ValueError, RuntimeError)) else str(error))
@@ -96,7 +98,7 @@ class Run:
             settings_hash=settings_hash(self.config),
             private_root=str(self.record.folder.path / "private") if simulated else "",
         )
-        roster = Roster(request, self.adapted.base.identity.sha256, self.record.event)
+        roster = Roster(request, self.adapted.base.identity.sha256, self.record.event, registered_sites)
         expected = len(site_names(self.config)) if simulated else needed_sites(self.config)
         roster.wait_for(grid, expected, self.config.federation.join_timeout_seconds, fixed=simulated)
         self.rounds = FederatedRounds(self.config, roster, self.record, global_loss(self.config, self.adapted))
@@ -148,6 +150,8 @@ class Run:
             "bytes_up": rounds.bytes_up,
             "bytes_down": rounds.bytes_down,
             "num_sites": len(rounds.roster.nodes),
+            "sites": rounds.roster.num_examples,
+            "refused": sorted(rounds.roster.refused.values()),
             "base_model_loads": here | rounds.roster.loads,
         }
 

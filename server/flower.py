@@ -39,13 +39,16 @@ class Connection:
 
     def command(self, *words: str) -> list[str]:
         """``flwr ...`` of this Python environment."""
-        return [str(_bin("flwr")), *words]
+        return [str(binary("flwr")), *words]
 
-    def run(self, overrides: str, federation: Mapping[str, float]) -> subprocess.Popen[str]:
-        """Submit a run and follow its log: lines come on standard output until the run ends."""
+    def run(self, overrides: str, federation: Mapping[str, float], *, dry_run: bool = False) -> subprocess.Popen[str]:
+        """Submit a run and follow its log: lines come on standard output until the run ends.
+
+        With ``dry_run`` the sites join, and there are no rounds.
+        """
         home = Path(self.environment["FLWR_HOME"])
         run_config = home / f"run-{uuid.uuid4().hex}.toml"
-        run_config.write_text(f"overrides = {json.dumps(overrides)}\n")
+        run_config.write_text(f"overrides = {json.dumps(overrides)}\ndry-run = {json.dumps(dry_run)}\n")
         words = ["run", str(_staged(home / "app")), "bouquet", "--stream", "--run-config", str(run_config)]
         if federation:
             words += ["--federation-config", " ".join(f"{key}={value}" for key, value in federation.items())]
@@ -94,8 +97,8 @@ def local_superlink(num_threads: int) -> Iterator[Connection]:
         RuntimeError: If it does not come up.
     """
     home = Path(tempfile.mkdtemp(prefix="bouquet-"))
-    mark, port = uuid.uuid4().hex, _free_port()
-    environment = _environment(home, num_threads) | {MARK: mark, "RAY_TMPDIR": str(home / "ray")}
+    mark, port = uuid.uuid4().hex, free_port()
+    variables = environment(home, num_threads) | {MARK: mark, "RAY_TMPDIR": str(home / "ray")}
     # An empty folder: a package named `client` or `server` where the SuperLink starts would shadow ours in Ray.
     empty = home / "empty"
     for folder in (empty, home / "ray"):
@@ -106,11 +109,11 @@ def local_superlink(num_threads: int) -> Iterator[Connection]:
     try:
         with log_path.open("w") as log:
             process = subprocess.Popen(  # noqa: S603
-                [str(_bin("flower-superlink")), *words],
-                env=environment, cwd=empty, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+                [str(binary("flower-superlink")), *words],
+                env=variables, cwd=empty, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
         _wait_until_healthy(process, port, log_path)
-        yield Connection(environment)
+        yield Connection(variables)
     finally:
         end_marked(mark)
         shutil.rmtree(home, ignore_errors=True)
@@ -129,7 +132,7 @@ def remote_superlink(address: str, root_certificates: str | None) -> Iterator[Co
     try:
         certificates = str(Path(root_certificates).expanduser().resolve()) if root_certificates else None
         _write_connection(home, address, certificates)
-        yield Connection(_environment(home, 1))
+        yield Connection(environment(home, 1))
     finally:
         shutil.rmtree(home, ignore_errors=True)
 
@@ -155,7 +158,8 @@ def _marked(mark: str) -> set[psutil.Process]:
     return found
 
 
-def _environment(home: Path, num_threads: int) -> dict[str, str]:
+def environment(home: Path, num_threads: int) -> dict[str, str]:
+    """Environment of every Flower process that is ours: its home, its threads, nothing installed, nothing reported."""
     binaries = str(Path(sys.executable).parent)
     return dict(os.environ) | {
         "PATH": f"{binaries}{os.pathsep}{os.environ.get('PATH', '')}",
@@ -206,13 +210,19 @@ def _wait_until_healthy(process: subprocess.Popen[bytes], port: int, log_path: P
     raise RuntimeError(f"the local SuperLink did not start within {_START_SECONDS} s:\n{end}")
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port that nothing listens on now, on loopback."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
 
 
-def _bin(name: str) -> Path:
+def binary(name: str) -> Path:
+    """A command of this Python environment.
+
+    Raises:
+        RuntimeError: If it is not installed.
+    """
     path = Path(sys.executable).parent / name
     if not path.exists():
         raise RuntimeError(f"{path} is missing: install Bouquet's requirements into this environment")

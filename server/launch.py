@@ -22,15 +22,21 @@ from conf.check import check_num_sites
 from conf.compose import expand_sweep, load_config, swept_keys
 from conf.schema import Config, Files, Mode, ModelSource
 from server.compare import comparison
+from server.doctor import doctor
 from server.flower import Connection, local_superlink, remote_superlink
 from server.follow import Outcome, follow
 from server.gpu_share import choose_gpus_per_site
 from server.record import RunFolder, default_name
+from server.services import certs, server_cli, site_cli
 from server.view import View
 
 FAILED, BAD_SETTINGS, INTERRUPTED = 1, 2, 130
 
 cli = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
+cli.command()(certs)
+cli.command()(doctor)
+cli.add_typer(server_cli, name="server")
+cli.add_typer(site_cli, name="site")
 # A log file is as wide as its lines; a terminal tells its width.
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -121,6 +127,22 @@ def export_base(
     identity = export(load_config(overrides or []).model, folder)
     console.print(f"{identity.name} sha256 {identity.sha256}", soft_wrap=True)
     console.print(escape(str(folder)), soft_wrap=True)
+
+
+@cli.command(name="example-data")
+def example_data(
+    folder: Annotated[Path, typer.Argument(help="Folder for one file a site.")],
+    num_examples: Annotated[int, typer.Option(min=8, help="Rows of all sites together.")] = 1200,
+) -> None:
+    """Write the embedded default data as files, to try real sites with."""
+    from client.embedded import DOMAINS, embedded_rows  # noqa: PLC0415 - only needed here
+
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = embedded_rows(num_examples, seed=0)
+    for domain in DOMAINS:
+        lines = [json.dumps(row) for row in rows if row["domain"] == domain]
+        (folder / f"{domain}.jsonl").write_text("\n".join(lines) + "\n")
+        console.print(escape(str(folder / f"{domain}.jsonl")), soft_wrap=True)
 
 
 @cli.command()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from flwr.app import Message
@@ -23,10 +23,14 @@ class Roster:
     """Base model of the run: a site with another one is refused."""
     tell: Callable[[str], None]
     """Takes one line for people."""
+    registered: Callable[[], Mapping[str, Mapping[str, str]]] = dict
+    """Gives node id -> {"site": name} as keys were registered: no other site may use that key. Empty: not checked."""
     nodes: dict[str, int] = field(default_factory=dict)
     """Site name -> node id, as last seen."""
     refused: dict[int, str] = field(default_factory=dict)
     """Node id -> why it may not take part."""
+    num_examples: dict[str, int] = field(default_factory=dict)
+    """Site name -> training examples, as it said when it joined."""
     loads: dict[str, int] = field(default_factory=dict)
     """Process -> times it has loaded the base model."""
     _asked: dict[str, int] = field(default_factory=dict)
@@ -114,11 +118,15 @@ class Roster:
             self.tell(self.refused[node])
         else:
             self.nodes[sender.site] = node
+            self.num_examples[sender.site] = joined.num_examples
             self.loads[sender.process] = sender.base_model_loads
             self.tell(f"{sender.site} joined with {joined.num_examples} training examples")
 
     def _check_newcomer(self, node: int, sender: Sender, joined: Joined, present: set[int]) -> None:
         self._check_settings(sender)
+        owner = self.registered().get(str(node), {}).get("site", sender.site)
+        if owner != sender.site:
+            raise ValueError(f"its key is that of {owner!r}: bouquet site up --name {owner}")
         if joined.base_sha256 != self.base_sha256:
             raise ValueError(f"base model {joined.base_sha256[:12]}, this run has {self.base_sha256[:12]}")
         if joined.num_examples < 1:

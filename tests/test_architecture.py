@@ -26,6 +26,7 @@ ONLY_IN = {
         "server/app.py",
         "server/clientapps.py",
         "server/exchange.py",
+        "server/gate.py",
         "server/roster.py",
         "server/rounds.py",
     },

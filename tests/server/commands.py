@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,12 @@ SMALL = ("data.num_examples=160", "train.max_steps=2", "eval.max_examples=8", "r
 """Settings of a run that takes seconds."""
 
 
-def bouquet(*words: str, cwd: Path, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+def bouquet(
+    *words: str, cwd: Path, timeout: float = 240, prefix: Sequence[str] = ()
+) -> subprocess.CompletedProcess[str]:
     """``bouquet ...`` to its end."""
     return subprocess.run(
-        [str(BIN / "bouquet"), *words], cwd=cwd, capture_output=True, text=True, timeout=timeout, check=False
+        [*prefix, str(BIN / "bouquet"), *words], cwd=cwd, capture_output=True, text=True, timeout=timeout, check=False
     )
 
 
@@ -103,6 +106,54 @@ def supernode(home: Path, address: str, node_config: str, fast: bool = True) -> 
     ]  # fmt: skip
     with start(_environment(home, mark)) as environment, _started(words, home, environment) as process, _ended(mark):
         yield process
+
+
+class Service:
+    """A running ``bouquet server up`` or ``bouquet site up``, and what it prints."""
+
+    def __init__(self, process: subprocess.Popen[bytes], log: Path) -> None:
+        self.process = process
+        self.log = log
+
+    def printed(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def wait_for(self, text: str, times: int = 1, timeout: float = 120) -> None:
+        """Return when ``text`` has been printed so often."""
+        deadline = time.monotonic() + timeout
+        while self.printed().count(text) < times:
+            if time.monotonic() > deadline or (self.process.poll() is not None and self.printed().count(text) < times):
+                raise AssertionError(f"{text!r} was not printed {times} times:\n{self.printed()}")
+            time.sleep(0.1)
+
+    def kill(self) -> None:
+        """End it and its children as a power cut does."""
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.process.kill()
+        self.process.wait()
+
+
+@contextlib.contextmanager
+def service(home: Path, *words: str, netns: str | None = None, program: str = "bouquet") -> Iterator[Service]:
+    """``bouquet WORDS`` as a service, in network namespace ``netns`` if one is named; ended with all it started."""
+    home.mkdir(parents=True, exist_ok=True)
+    mark = uuid.uuid4().hex
+    prefix = ["ip", "netns", "exec", netns] if netns else []
+    path = home / "service.log"
+    with path.open("wb") as log:
+        process = subprocess.Popen(
+            [*prefix, str(BIN / program), *words],
+            cwd=home, env=dict(os.environ) | {MARK: mark}, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+    try:
+        yield Service(process, path)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(30)
+        end_marked(mark)
 
 
 @contextlib.contextmanager

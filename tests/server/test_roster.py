@@ -52,6 +52,18 @@ def test_sites_join_under_their_names(roster, told):
     assert "a joined with 9 training examples" in told
 
 
+def test_key_speaks_only_for_the_site_it_was_registered_for(told):
+    """Keys are known by node, names come from the sites: nobody may come in another's name."""
+    grid = grid_of(joins("bank"), joins("bank"), joins("unlisted"))
+    bank, impostor, _ = grid.nodes
+    record = {str(bank): {"site": "bank"}, str(impostor): {"site": "court"}}
+    roster = Roster(REQUEST, BASE, told.append, lambda: record)
+    roster.wait_for(grid, 2, 5, fixed=True)
+    assert roster.nodes["bank"] == bank
+    assert roster.refused[impostor] == "bank refused: its key is that of 'court': bouquet site up --name court"
+    assert "unlisted" in roster.nodes
+
+
 def test_each_node_is_asked_once(roster):
     grid = grid_of(joins("a"), crashes, answers_twice_as("b"))
     for _ in range(3):

@@ -1,0 +1,140 @@
+"""``bouquet doctor``: a healthy federation passes, and every way to be ill is named with what to change."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from conf.compose import load_config
+from server import checks
+from server.certificates import make_certificates
+from server.checks import Caution
+from server.doctor import Place, examine
+from server.launch import cli
+from tests.client.tiny_models import save_tiny_base
+from tests.server.commands import write_site_files
+
+DAY = 86400.0
+
+
+@pytest.fixture
+def settings(small, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return small.split()
+
+
+def findings(words, place=None):
+    return {finding.check: finding for finding in examine(words, place or Place())}
+
+
+def test_healthy_simulation_passes_every_check(settings):
+    found = findings(settings)
+    assert list(found) == [
+        "settings", "versions", "telemetry", "working directory", "base model", "memory", "disk", "data",
+    ]  # fmt: skip
+    assert not [finding for finding in found.values() if finding.state == "failed"]
+    assert "4 sites, 12 to 12 training examples; label skew 0.75" in found["data"].text
+    assert "routed experts in 1 layers" in found["base model"].text
+
+
+def test_json_and_exit_code_say_the_same(settings):
+    fine = CliRunner().invoke(cli, ["doctor", "--json", *settings])
+    assert fine.exit_code == 0, fine.output
+    assert json.loads(fine.stdout)["ok"] is True
+    ill = CliRunner().invoke(cli, ["doctor", "--json", *settings, "federation.min_sites=5"])
+    assert ill.exit_code == 1
+    told = json.loads(ill.stdout)
+    assert told["ok"] is False
+    failed = [finding for finding in told["findings"] if finding["state"] == "failed"]
+    assert [finding["check"] for finding in failed] == ["data"]
+    assert "set federation.min_sites=4 or more sites" in failed[0]["text"]
+
+
+@pytest.mark.parametrize(
+    ("word", "check", "text"),
+    [
+        ("rounds=0", "settings", "rounds must be >= 1"),
+        ("train.batch_size=100000000", "memory", "lower train.batch_size=100000000"),
+        ("output=/proc/run", "disk", "output /proc/run: 0.0 GiB free"),
+        ("model.name=/nowhere", "base model", "model.name=/nowhere is neither a folder here nor a hub model"),
+        ("data.path=missing.jsonl", "settings", "needs partition.column"),
+        ("device=cuda", "base model", "torch sees no CUDA device here: set device=cpu"),
+    ],
+)
+def test_failure_names_the_setting_to_change(settings, word, check, text):
+    import torch
+
+    if word == "device=cuda" and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    finding = findings([*settings, word])[check]
+    assert finding.state == "failed"
+    assert text in finding.text
+
+
+def test_run_that_trains_no_expert_is_pointed_out(settings, tmp_path):
+    save_tiny_base(tmp_path / "dense", "llama")
+    dense = findings([*settings, f"model.name={tmp_path / 'dense'}"])["base model"]
+    assert (dense.state, "set model.upcycle.num_experts" in dense.text) == ("warning", True)
+    frozen = findings([*settings, "model.experts=frozen"])["base model"]
+    assert (frozen.state, "set model.experts=lora" in frozen.text) == ("warning", True)
+
+
+def test_shadowing_folder_is_named(settings, tmp_path):
+    (tmp_path / "server").mkdir()
+    assert "holds a folder 'server'" in findings(settings)["working directory"].text
+
+
+def test_memory_estimate_grows_with_what_takes_memory(small):
+    config = load_config(small)
+    adapted = checks.model_for(config)
+    least = checks.memory_estimate(adapted, config)
+    weights = sum(parameter.numel() for parameter in adapted.base.model.parameters())
+    assert least > 4 * weights
+    config.train.batch_size *= 2
+    assert checks.memory_estimate(adapted, config) > least
+
+
+def test_label_skew_by_hand():
+    """Sites {a: 3, b: 1} and {a: 1, b: 3}; together a and b are even: each site is a quarter away."""
+    assert "0.25 on average, 0.25 at most" in checks.label_skew({"x": {"a": 3, "b": 1}, "y": {"a": 1, "b": 3}})
+    assert "0.50 on average, 0.50 at most" in checks.label_skew({"x": {"a": 1}, "y": {"b": 1}})
+    assert "0.00 on average, 0.00 at most" in checks.label_skew({"x": {"a": 2, "b": 2}, "y": {"a": 1, "b": 1}})
+    assert checks.label_skew({"x": {"a": 3}}) == ""
+
+
+def test_site_is_examined_with_its_own_data_and_key(settings, tmp_path):
+    files = write_site_files(tmp_path / "data", 60)
+    make_certificates(tmp_path / "c", ["127.0.0.1"], ["bank"], valid_seconds=DAY)
+    own = tmp_path / "c" / "sites" / "bank"
+    place = Place(
+        name="bank", data=files["bank"], superlink="127.0.0.1:9", root_certificates=own / "ca.crt",
+        key=own / "site.key", home=tmp_path,
+    )  # fmt: skip
+    found = findings(settings, place)
+    assert "12 training and 3 held-out examples" in found["data"].text
+    assert "is SHA256:" in found["key"].text
+    assert (found["superlink"].state, "nothing answers at 127.0.0.1:9" in found["superlink"].text) == ("failed", True)
+    (own / "site.key").chmod(0o640)
+    assert "chmod 600" in findings(settings, place)["key"].text
+    files["bank"].write_text('{"question": "?"}\n')
+    assert "'instruction' is not a column" in findings(settings, place)["data"].text
+
+
+def test_server_is_examined_with_its_certificates(settings, tmp_path):
+    make_certificates(tmp_path / "c", ["127.0.0.1"], [], valid_seconds=90 * DAY)
+    with pytest.raises(Caution, match="holds no public key, so no site may join"):
+        checks.server_certificates(tmp_path / "c" / "server")
+    make_certificates(tmp_path / "c", [], ["bank"], valid_seconds=90 * DAY)
+    place = Place(certificates=tmp_path / "c" / "server")
+    assert "bank may join" in findings(settings, place)["certificates"].text
+    make_certificates(tmp_path / "c", [], [], valid_seconds=5 * DAY)
+    assert findings(settings, place)["certificates"].state == "warning"
+    make_certificates(tmp_path / "c", [], [], valid_seconds=-1)
+    assert "server.crt expired on" in findings(settings, place)["certificates"].text
+
+
+def test_name_without_data_is_refused():
+    refused = CliRunner().invoke(cli, ["doctor", "--name", "bank"])
+    assert "needs both --name and --data" in str(refused.exception)
