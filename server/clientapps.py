@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from client.worker.place import CODE_ROOT, runtime_folder
-from client.worker.wire import check_peer, receive
+from client.worker.wire import STARTER, check_peer, receive
 
 POLL_SECONDS = "0.05"
 """Time between Flower's looks for a message that has arrived at the SuperNode; its default is 1."""
@@ -35,7 +35,8 @@ import json, os, socket, sys
 with socket.socket(socket.AF_UNIX) as connection:
     try:
         connection.connect({socket!r})
-        order = {{"words": sys.argv[1:], "folder": os.getcwd(), "environment": dict(os.environ)}}
+        environment = dict(os.environ) | {{{starter!r}: str(os.getppid())}}
+        order = {{"words": sys.argv[1:], "folder": os.getcwd(), "environment": environment}}
         content = json.dumps(order).encode()
         socket.send_fds(connection, [b"."], [0, 1, 2])
         connection.sendall(len(content).to_bytes(8, "big") + content)
@@ -81,7 +82,7 @@ def fast_clientapps(environment: Mapping[str, str]) -> Iterator[dict[str, str]]:
 def _write_command(folder: Path) -> None:
     script, command = folder / "start.py", folder / "flwr-clientapp"
     flowers = str(Path(sys.executable).parent / "flwr-clientapp")
-    script.write_text(_SCRIPT.format(socket=str(folder / "socket"), command=flowers))
+    script.write_text(_SCRIPT.format(socket=str(folder / "socket"), command=flowers, starter=STARTER))
     command.write_text(_SHELL.format(python=_quoted(sys.executable), script=_quoted(str(script))))
     command.chmod(0o700)
 

@@ -18,7 +18,7 @@ from client.call import Call
 from client.failures import WorkerEndedError
 from client.node import Node
 from client.worker.place import CODE_ROOT, Place, code_sha256, open_log, place_of
-from client.worker.wire import check_peer, greeting, receive, send
+from client.worker.wire import STARTER, check_peer, greeting, receive, send
 
 log = logging.getLogger("flwr")  # whose process this is: what it says is shown
 
@@ -68,8 +68,8 @@ def ask(node: Node, wanted: Wanted, call: Call, message: bytes) -> bytes:
 
 def _exchange(place: Place, wanted: Wanted, call: Call, message: bytes) -> bytes:
     with _greeted(place, wanted.idle_seconds) as connection:
-        # Our parent starts the process of every message.
-        terms = {"idle_seconds": wanted.idle_seconds, "supernode": os.getppid()}
+        # What starts the process of every message: our parent, unless we were forked elsewhere for it.
+        terms = {"idle_seconds": wanted.idle_seconds, "supernode": int(os.environ.get(STARTER, os.getppid()))}
         send(connection, json.dumps(terms).encode())
         send(connection, call.to_json())
         send(connection, message)

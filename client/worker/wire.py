@@ -14,6 +14,8 @@ _LENGTH = struct.Struct(">Q")
 _CREDENTIALS = struct.Struct("3i")
 MAX_FRAME_BYTES = 1 << 31
 """Protobuf's own limit of a message."""
+STARTER = "CLIENTAPP_STARTER"
+"""Environment variable of a ClientApp that was forked: process id of what started it in the SuperNode's name."""
 
 
 def greeting(key: str, code_sha256: str) -> bytes:

@@ -140,12 +140,14 @@ def service(home: Path, *words: str, netns: str | None = None, program: str = "b
     """``bouquet WORDS`` as a service, in network namespace ``netns`` if one is named; ended with all it started."""
     home.mkdir(parents=True, exist_ok=True)
     mark = uuid.uuid4().hex
+    # Bouquet's command finds Flower's by itself, wherever PATH leads.
+    environment = dict(os.environ) | {MARK: mark} if program == "bouquet" else _environment(home, mark)
     prefix = ["ip", "netns", "exec", netns] if netns else []
     path = home / "service.log"
     with path.open("wb") as log:
         process = subprocess.Popen(
             [*prefix, str(BIN / program), *words],
-            cwd=home, env=dict(os.environ) | {MARK: mark}, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+            cwd=home, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
     try:
         yield Service(process, path)
