@@ -6,19 +6,18 @@ import importlib.metadata
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-import psutil
-import torch
 from packaging.requirements import Requirement
 
 from client.assemble import model_for
 from client.bases import cache_root
-from client.data import label_counts, own_site, simulated_sites
-from client.model import AdaptedModel
+from client.data import SiteData, label_counts, own_site, simulated_sites
+from client.memory import amount, choose_micro_batch, free_bytes, training_memory
 from client.node import default_private_root
 from client.site import shared_arrays
+from client.text import encode
 from conf.check import check_num_sites
 from conf.schema import Config, ExpertTraining, Mode
 from server.certificates import check_private_key, check_server_certificate, public_fingerprint
@@ -30,8 +29,6 @@ MIN_FREE_DISK_BYTES = 1 << 30
 _EXPIRY_WARNING_DAYS = 30
 _SKEW_WARNING = 10.0
 _GIB = 1 << 30
-# Tensors of the size of a layer's input that one layer keeps for its backward pass, attention and experts together.
-_ACTIVATIONS_PER_LAYER = 24
 
 
 class Caution(Exception):  # noqa: N818 - no error: the run will work, but look at this
@@ -102,42 +99,39 @@ def base_model(config: Config) -> str:
     return f"{base}; model.experts={config.model.experts.value} trains {experts}; {trained:,} trained parameters"
 
 
-def memory_estimate(adapted: AdaptedModel, config: Config) -> int:
-    """Bytes that training takes in one process, on the device of the model; rather too many than too few.
+def memory(config: Config, load: Callable[[], Iterable[SiteData]]) -> str:
+    """What training takes beside the base model, which is loaded by now, against what is free.
 
-    The base in its dtype; per trained parameter float32 value, gradient, two moments of Adam and three copies
-    (received, start, sent); activations of one batch for the backward pass; logits of one batch and their gradient.
-    """
-    parameters = sum(p.numel() * p.element_size() for p in adapted.base.model.parameters())
-    trained = 4 * 7 * sum(parameter.numel() for parameter in adapted.parameters_by_name().values())
-    model, tokens = adapted.base.model.config, config.train.batch_size * config.data.max_length
-    size = torch.finfo(adapted.base.model.dtype).bits // 8
-    activations = _ACTIVATIONS_PER_LAYER * size * tokens * model.hidden_size * model.num_hidden_layers
-    return int(parameters + trained + activations + 3 * 4 * tokens * model.vocab_size)
-
-
-def memory(config: Config) -> str:
-    """Estimated need against what is free; the base model is loaded by now.
+    Args:
+        config: The settings.
+        load: Gives the sites that train on this machine; none at the server of separate machines.
 
     Raises:
-        ValueError: If it will not fit.
+        ValueError: If it will not fit; the message has the numbers and what to set.
+        Caution: If the data cannot be had.
     """
     adapted = model_for(config)
-    together = 1
-    if adapted.device.type == "cuda":
-        free, place = torch.cuda.mem_get_info(adapted.device)[0], "GPU memory"
-    else:
-        free, place = psutil.virtual_memory().available, "memory"
-        if config.federation.mode is Mode.simulation:
-            together = max(1, (os.cpu_count() or 1) // config.federation.cpus_per_site)
-    need = together * memory_estimate(adapted, config)
-    text = f"about {need / _GIB:.1f} GiB of {place} for {together} site(s) at a time, {free / _GIB:.1f} GiB free"
-    if need > free:
-        raise ValueError(
-            f"{text}: lower train.batch_size={config.train.batch_size} or data.max_length={config.data.max_length}, "
-            "set model.dtype=bfloat16, or raise federation.cpus_per_site to train fewer sites at a time"
-        )
-    return text
+    free = free_bytes(adapted.device)
+    try:
+        examples = [example for site in load() for example in site.train]
+    except ValueError:
+        raise Caution("not estimated: the data cannot be had") from None
+    if not examples:
+        return f"{amount(free)} free on {adapted.device} beside the base model; nothing is trained here"
+    sequences = encode(examples, adapted.tokenizer, config.data)
+    needed = training_memory(adapted, sequences, config.train)
+    together = _processes(config, adapted.device.type)
+    # Every further process loads the base model once more.
+    share = (free - (together - 1) * needed.base_bytes) // together
+    num_sequences = choose_micro_batch(adapted, sequences, config.train, share)
+    return f"{needed.describe(num_sequences)}; {amount(free)} free for {together} process(es) that train at a time"
+
+
+def _processes(config: Config, device: str) -> int:
+    """Processes of a simulation that train at a time on one processor; a GPU's shares follow from its memory."""
+    if config.federation.mode is not Mode.simulation or device == "cuda":
+        return 1
+    return max(1, (os.cpu_count() or 1) // config.federation.cpus_per_site)
 
 
 def disk(config: Config, folders: Mapping[str, Path]) -> str:

@@ -114,13 +114,13 @@ def _finding(check: str, look: Callable[[], str]) -> Finding:
 
 
 def _checks(config: Config, overrides: list[str], place: Place) -> Iterator[Check]:
-    from server import checks  # noqa: PLC0415 - torch takes seconds to import
+    from client.data import simulated_sites  # noqa: PLC0415 - torch takes seconds to import
+    from server import checks  # noqa: PLC0415
 
     yield "versions", checks.versions
     yield "telemetry", checks.telemetry
     yield "working directory", lambda: checks.working_directory(Path.cwd())
     yield "base model", lambda: checks.base_model(config)
-    yield "memory", lambda: checks.memory(config)
     if place.name is not None and place.data is not None:
         yield from _site_checks(config, place, place.name, place.data)
         return
@@ -129,7 +129,10 @@ def _checks(config: Config, overrides: list[str], place: Place) -> Iterator[Chec
         yield "certificates", lambda folder=place.certificates: checks.server_certificates(folder)  # type: ignore[misc]
     if config.federation.mode is Mode.simulation:
         yield "data", lambda: checks.partition(config)
-    elif config.federation.superlink is not None:
+        yield "memory", lambda: checks.memory(config, lambda: simulated_sites(config).values())
+        return
+    yield "memory", lambda: checks.memory(config, lambda: [])
+    if config.federation.superlink is not None:
         root = config.federation.root_certificates
         authority = None if root is None else Path(root).expanduser()
         yield "superlink", lambda: checks.superlink(str(config.federation.superlink), authority)
@@ -137,10 +140,12 @@ def _checks(config: Config, overrides: list[str], place: Place) -> Iterator[Chec
 
 
 def _site_checks(config: Config, place: Place, name: str, data: Path) -> Iterator[Check]:
+    from client.data import own_site  # noqa: PLC0415
     from server import checks  # noqa: PLC0415
 
     yield "disk", lambda: checks.disk(config, checks.site_folders(place.home))
     yield "data", lambda: checks.own_data(config, name, data)
+    yield "memory", lambda: checks.memory(config, lambda: [own_site(config, name, str(data))])
     if place.key is not None:
         yield "key", lambda key=place.key: checks.private_key(key)  # type: ignore[misc]
     if place.superlink is not None:

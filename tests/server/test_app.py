@@ -255,7 +255,7 @@ def remote_run(small, site_files, tmp_path_factory):
     folder = tmp_path_factory.mktemp("remote")
     grid = Loopback(
         f"{small} strategy=fc_moe partition=files federation=remote federation.superlink=host:1 "
-        "federation.min_sites=3 eval.max_examples=null"
+        "federation.min_sites=3 eval.max_examples=null worker=off"
     )
     for site in SITES[:3][::-1]:
         data, private = site_files / f"{site}.jsonl", folder / f"home of {site}"

@@ -5,6 +5,7 @@ The engine and the two images come first (``make test-containers``); everything 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -14,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.server.commands import SMALL, bouquet, free_port, run_folder, summary
+from tests.server.commands import SMALL, bouquet, free_port, summary, superlink, supernode
+from tests.server.machines import machines
 
 pytestmark = [
     pytest.mark.containers,
@@ -97,16 +99,37 @@ def test_run_leaves_its_folder_on_the_host(federation, adapter):
     assert (folder / "adapter" / "adapter_config.json").exists()
 
 
-def test_simulation_of_the_same_files_gives_the_same_adapter(federation, adapter):
+@pytest.mark.skipif(os.geteuid() != 0, reason="network namespaces need root")
+def test_simulation_processes_and_namespaces_give_the_same_adapter(federation, adapter):
+    """Wherever the same sites are, the same settings give the same bytes (one type of processor, one thread)."""
     home, _, _ = federation
-    (home / "data").mkdir()
     written = bouquet("example-data", "data", cwd=home)
     assert written.returncode == 0, written.stderr
-    (home / "data" / "workshop.jsonl").unlink()
-    words = (f"data.path={home / 'data'}", "federation.min_sites=3", "output=simulated")
-    simulated = bouquet("run", *SETTINGS, *words, cwd=home, timeout=900)
-    assert simulated.returncode == 0, simulated.stdout + simulated.stderr
-    assert summary(run_folder(simulated.stdout))["adapter_sha256"] == adapter
+    data = {site: home / "data" / f"{site}.jsonl" for site in SITES}
+    for path in set((home / "data").iterdir()) - set(data.values()):
+        path.unlink()
+    simulated = bouquet(
+        "run", *SETTINGS, f"data.path={home / 'data'}", "federation.min_sites=3", "output=simulation", cwd=home,
+        timeout=900,
+    )  # fmt: skip
+    over_processes = run_processes(home / "processes", data, f"output={home / 'over-processes'}")
+    with machines(home / "machines", data) as running:
+        over_links = running.run("server", *SETTINGS, "federation.min_sites=3", f"output={home / 'over-links'}")
+    for done in (simulated, over_processes, over_links):
+        assert done.returncode == 0, done.stdout + done.stderr
+    for name in ("simulation", "over-processes", "over-links"):
+        assert summary(home / name)["adapter_sha256"] == adapter, name
+
+
+def run_processes(home, data, output):
+    """As the README starts Flower's own commands."""
+    with contextlib.ExitStack() as stack:
+        address = stack.enter_context(superlink(home))
+        for site, path in data.items():
+            config = f'site="{site}" data="{path}" private="{home / site / "private"}"'
+            stack.enter_context(supernode(home / site, address, config))
+        words = ("federation=remote", f"federation.superlink={address}", "federation.min_sites=3", output)
+        return bouquet("run", *SETTINGS, *words, cwd=home, timeout=900)
 
 
 def test_killed_site_comes_back_and_the_next_run_has_all(federation, adapter):
