@@ -7,6 +7,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip
 
+# Where it is set, every process would compile all that it imports anew: starting would take twice as long.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: run test test-unit test-extras test-containers test-namespaces check format clean
 
 run: $(STAMP)
