@@ -181,11 +181,12 @@ def _project(  # noqa: PLR0917
     y_SO = grouped_mm(x_SI, projection.input_major(), pairs.ends_E)
     if projection.bias_EO is not None:
         bias_SO = projection.bias_EO[pairs.expert_S]
-        y_SO = y_SO + (bias_SO if bias_weights_S1 is None else bias_SO * bias_weights_S1)
+        y_SO += bias_SO if bias_weights_S1 is None else bias_SO * bias_weights_S1
     if A_ERI is None or B_EOR is None:
         return y_SO, None
     x_SR = grouped_mm(x_SI, A_ERI.mT, pairs.ends_E) * projection.scale
-    return y_SO + grouped_mm(x_SR, B_EOR.mT, pairs.ends_E), x_SR
+    y_SO += grouped_mm(x_SR, B_EOR.mT, pairs.ends_E)
+    return y_SO, x_SR
 
 
 def _project_backward(  # noqa: PLR0917
