@@ -1,0 +1,54 @@
+"""Matrices with a flatter spectrum: every direction of a step counts alike, or nearly so.
+
+Shapes: R rank, I inputs, O outputs, S singular values; "..." any leading axes, such as experts.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from strategies import low_rank
+from strategies.low_rank import Factors
+
+_NOTHING = 1e-5
+"""Singular values below this share of the largest are rounding of float32 values, and become 0."""
+
+
+def flattened(matrices: NDArray[np.floating], amount: float) -> NDArray[np.float64]:
+    """(..., O, I) matrices with singular values s^(1 - amount), at the Frobenius norm they had.
+
+    An ``amount`` of 1 gives the polar factor, as Muon's steps (Jordan et al., 2024,
+    https://kellerjordan.github.io/posts/muon) and isotropic merging (Marczak et al., 2025,
+    https://arxiv.org/abs/2502.04959) have it; 0 changes nothing.
+    """
+    matrices = matrices.astype(np.float64)
+    if amount == 0:
+        return matrices
+    left, sizes, right = np.linalg.svd(matrices, full_matrices=False)
+    norms = np.sqrt((sizes**2).sum(axis=-1))
+    return np.asarray((left * _flat(sizes, norms, amount)[..., None, :]) @ right)
+
+
+def flattened_product(product: Factors, amount: float, rank: int) -> Factors:
+    """B A with its ``rank`` leading singular values flattened at the norm they have together, the rest as it is.
+
+    A sum over sites has the rank of all their adapters together, and its last directions are noise: to give them as
+    much weight as the first would drown these. ``rank`` is what the next adapter has room for. Those behind stay
+    smaller than the flattened ones, and count if they agree with the adapter that the step is added to.
+    """
+    parts, _ = low_rank.truncate(product, product.A.shape[-2])
+    sizes = np.sqrt((parts.B**2).sum(axis=-2))
+    leading = sizes[..., :rank]
+    ratio = np.ones_like(sizes)
+    flat = _flat(leading, np.sqrt((leading**2).sum(axis=-1)), amount)
+    np.divide(flat, leading, out=ratio[..., :rank], where=leading > 0)
+    return Factors(parts.A, parts.B * ratio[..., None, :])
+
+
+def _flat(sizes: NDArray[np.float64], norms: NDArray[np.float64], amount: float) -> NDArray[np.float64]:
+    """(..., S) ``sizes^(1 - amount)``, 0 where there is nothing, such that their squares sum to ``norms**2``."""
+    is_something = sizes > _NOTHING * sizes.max(axis=-1, keepdims=True)
+    flat = np.where(is_something, np.where(is_something, sizes, 1.0) ** (1.0 - amount), 0.0)
+    length = np.sqrt((flat**2).sum(axis=-1))
+    return np.asarray(flat * np.divide(norms, length, out=np.zeros_like(length), where=length > 0)[..., None])
