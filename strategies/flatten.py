@@ -31,13 +31,14 @@ def flattened(matrices: NDArray[np.floating], amount: float) -> NDArray[np.float
 
 
 def flattened_product(product: Factors, amount: float, rank: int) -> Factors:
-    """B A with its ``rank`` leading singular values flattened at the norm they have together, the rest as it is.
+    """The 2 ``rank`` leading directions of B A, the first ``rank`` of them flattened at the norm they have together.
 
     A sum over sites has the rank of all their adapters together, and its last directions are noise: to give them as
-    much weight as the first would drown these. ``rank`` is what the next adapter has room for. Those behind stay
-    smaller than the flattened ones, and count if they agree with the adapter that the step is added to.
+    much weight as the first would drown these. ``rank`` is what the next adapter has room for; 2 ``rank`` directions
+    are what a product of that rank can change in, so that the change of a single site is all there. Those behind
+    the first stay smaller, and count where they agree with the adapter that the step is added to.
     """
-    parts, _ = low_rank.truncate(product, product.A.shape[-2])
+    parts, _ = low_rank.truncate(product, 2 * rank)
     sizes = np.sqrt((parts.B**2).sum(axis=-2))
     leading = sizes[..., :rank]
     ratio = np.ones_like(sizes)

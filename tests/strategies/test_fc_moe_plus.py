@@ -24,6 +24,12 @@ seeds = st.integers(0, 2**32 - 1)
 LORA_AND_FULL = pytest.mark.parametrize("shapes", [LORA, FULL], ids=["lora", "full"])
 PLAIN = FcMoePlus(step=1.0, flatten=0.0)
 RANK = 2
+THIN = {
+    "gate_up_proj.lora_A": (1, 6),
+    "gate_up_proj.lora_B": (7, 1),
+    "down_proj.lora_A": (1, 5),
+    "down_proj.lora_B": (6, 1),
+}
 
 
 def parts_of(arrays, layer, expert, strategy):
@@ -48,12 +54,13 @@ def naive_next(strategy, adapter, updates, layer, expert):
     step = naive_step(vectors, examples, strategy.ridge, strategy.step)
     steps = np.split(step, np.cumsum([part.size for part in before])[:-1])
     is_lora = f"{layer}.experts.down_proj" not in adapter
+    rank = adapter[f"{layer}.experts.down_proj.lora_A"].shape[1] if is_lora else None
     after = []
     for old, flat_step in zip(before, steps, strict=True):
         matrix = flat_step.reshape(old.shape)
         if is_lora and strategy.space is Space.product:
-            left, sizes, right = np.linalg.svd(old + dense_flattened(matrix, strategy.flatten, RANK))
-            after.append((left[:, :RANK] * sizes[:RANK]) @ right[:RANK])
+            left, sizes, right = np.linalg.svd(old + dense_flattened(matrix, strategy.flatten, rank))
+            after.append((left[:, :rank] * sizes[:rank]) @ right[:rank])
         elif is_lora or old.ndim == 1:
             after.append(old + matrix)
         else:
@@ -63,7 +70,7 @@ def naive_next(strategy, adapter, updates, layer, expert):
 
 CASES = [
     pytest.param(shapes, strategy, id=f"{kind}-{strategy}")
-    for kind, shapes in (("lora", LORA), ("full", FULL))
+    for kind, shapes in (("lora", LORA), ("thin", THIN), ("full", FULL))
     for strategy in (
         FcMoePlus(),
         PLAIN,

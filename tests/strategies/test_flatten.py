@@ -55,6 +55,7 @@ def dense_flattened(matrix, amount, rank):
     left, sizes, right = np.linalg.svd(matrix, full_matrices=False)
     leading = sizes[:rank] ** (1 - amount)
     sizes[:rank] = leading * np.linalg.norm(sizes[:rank]) / np.linalg.norm(leading)
+    sizes[2 * rank :] = 0
     return (left * sizes) @ right
 
 
