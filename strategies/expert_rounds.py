@@ -23,8 +23,8 @@ class ExpertRange:
 
     received: Arrays
     """(E, ...)"""
-    trained: Arrays
-    """(C, E, ...)"""
+    trained: Sequence[Arrays]
+    """(E, ...) of each site"""
     tokens_CE: NDArray[np.float64]
     """Tokens that each site routed to each expert."""
     examples_C: NDArray[np.float64]
@@ -78,7 +78,7 @@ def _step_layer(
         after, found = step(
             ExpertRange(
                 received={name: array[chosen] for name, array in received.items()},
-                trained={name: np.stack([update.adapter[name][chosen] for update in updates]) for name in received},
+                trained=[{name: update.adapter[name][chosen] for name in received} for update in updates],
                 tokens_CE=tokens_CE[:, chosen],
                 examples_C=examples_C,
             )

@@ -16,13 +16,16 @@ from numpy.typing import NDArray
 from strategies import low_rank
 from strategies.adapters import Arrays
 from strategies.base import Aggregation, ClientUpdate, Strategy, require
-from strategies.conflicts import Space
+from strategies.change_span import Changes, changes_of
+from strategies.conflicts import Granularity, Space, gram, join, split, weighted
 from strategies.equal_say import EqualSay, equal_say
 from strategies.expert_rounds import ExpertRange, Findings, aggregate_experts, check_expert_tokens
-from strategies.flatten import flattened, flattened_product
+from strategies.flatten import flattened, flattened_leading
 from strategies.low_rank import Factors
 
 _LORA = (".lora_A", ".lora_B")
+_TRACE = 1e-6
+"""Of a product's length: above the rounding of float32, below what is learnt."""
 
 
 @dataclass(kw_only=True)
@@ -85,53 +88,47 @@ class FcMoePlus(Strategy):
 
     def _step_arrays(self, layer: ExpertRange, flatten: float) -> tuple[Arrays, Findings]:
         """The next arrays (E, ...), each expert's as one vector; matrices (E, O, I) are flattened."""
-        changes = {name: layer.trained[name].astype(np.float64) - before for name, before in layer.received.items()}
-        say = self._say(layer, _gram(list(changes.values())))
-        stepped = {}
-        for name, before in layer.received.items():
-            step = np.einsum("ce,ce...->e...", say.coefficients, changes[name])
-            stepped[name] = before + (flattened(step, flatten) if step.ndim == 3 else step)
-        return stepped, _findings(say)
+        ((names, updates_EGCD),) = split(layer.received, layer.trained, Granularity.expert).items()
+        say = self._say(layer, gram(updates_EGCD)[:, 0])
+        steps = join(names, weighted(updates_EGCD, say.coefficients[..., None]), layer.received, Granularity.expert)
+        if flatten:
+            steps = {name: flattened(step, flatten) if step.ndim == 3 else step for name, step in steps.items()}
+        return {name: layer.received[name] + step for name, step in steps.items()}, _findings(say)
 
     def _step_products(self, layer: ExpertRange) -> tuple[Arrays, Findings]:
         """The next LoRA factors; ``lost_energy`` (E,): largest share of a product's squared norm that was truncated."""
-        prefixes = low_rank.lora_prefixes(layer.received)
-        before = [low_rank.factors_of(layer.received, prefix) for prefix in prefixes]
-        trained = [low_rank.factors_of(layer.trained, prefix) for prefix in prefixes]
-        changes = [low_rank.change(*pair) for pair in zip(trained, before, strict=True)]
-        say = self._say(layer, np.sum([_gram_of_products(change) for change in changes], axis=0))
+        changes = {
+            prefix: changes_of(
+                Factors(*(layer.received[prefix + end] for end in _LORA)),
+                [Factors(*(arrays[prefix + end] for end in _LORA)) for arrays in layer.trained],
+            )
+            for prefix in low_rank.lora_prefixes(layer.received)
+        }
+        say = self._say(layer, sum(change.gram() for change in changes.values()))
         used_E = say.weight.any(axis=0)
         stepped: dict[str, NDArray[np.floating]] = {}
         lost = []
-        for prefix, received, change in zip(prefixes, before, changes, strict=True):
-            new, lost_E = _stepped_product(received, change, say.coefficients, self.flatten)
-            for end, factor, kept in zip(_LORA, new, received, strict=True):
-                stepped[prefix + end] = np.where(used_E[:, None, None], factor, kept)
+        for prefix, change in changes.items():
+            new, lost_E = _stepped_product(change, say.coefficients, self.flatten)
+            for end, factor in zip(_LORA, change.lift(new), strict=True):
+                stepped[prefix + end] = np.where(used_E[:, None, None], factor, layer.received[prefix + end])
             lost.append(lost_E)
         return stepped, _findings(say) | {"lost_energy": np.where(used_E, np.max(lost, axis=0), np.nan)}
 
 
 def _stepped_product(
-    received: Factors, changes: Factors, coefficients_CE: NDArray[np.float64], flatten: float
+    changes: Changes, coefficients_CE: NDArray[np.float64], flatten: float
 ) -> tuple[Factors, NDArray[np.float64]]:
-    """B A plus the flattened sum of the changes (C, E, ...), at the rank of A, and (E,) the share of energy lost."""
-    rank = received.A.shape[-2]
-    total = low_rank.weighted_sum([Factors(*pair) for pair in zip(*changes, strict=True)], coefficients_CE)
-    step = flattened_product(total, flatten, rank)
-    kept, lost_E = low_rank.truncate(low_rank.weighted_sum([received, step], [1.0, 1.0]), rank)
-    return low_rank.turned_towards(kept, received.A), lost_E
-
-
-def _gram(changes: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
-    """(E, C, C) inner products of the sites' changes (C, E, ...), over all arrays."""
-    flat = [np.moveaxis(change.reshape(*change.shape[:2], -1), 0, 1) for change in changes]
-    return np.asarray(sum(vectors @ np.swapaxes(vectors, -1, -2) for vectors in flat))
-
-
-def _gram_of_products(changes: Factors) -> NDArray[np.float64]:
-    """(E, C, C) inner products of the sites' changes of one projection, (C, E, 2R, I) and (C, E, O, 2R)."""
-    pairs = low_rank.inner_product(Factors(*(f[:, None] for f in changes)), Factors(*(f[None] for f in changes)))
-    return np.moveaxis(pairs, -1, 0)
+    """B A plus the flattened sum of the changes at the rank of A, in coordinates, and (E,) the energy's share lost."""
+    received, change = changes.received(), changes.weighted_sum(coefficients_CE)
+    step = flattened_leading(change.B @ change.A, flatten, changes.rank)
+    total = low_rank.weighted_sum([received, step], [1.0, 1.0])
+    # Directions in which nothing was learnt keep to the received A: it has a trace of each, in outputs of its own.
+    trace_E = _TRACE * np.sqrt((total.B**2).sum(axis=(-2, -1)))
+    outputs = np.eye(changes.rank, total.B.shape[-1]) * trace_E[:, None, None]
+    kept, lost_E = low_rank.truncate(Factors(total.A, np.concatenate([total.B, outputs], axis=-2)), changes.rank)
+    turned = low_rank.turned_towards(kept, received.A)
+    return Factors(turned.A, turned.B[:, : -changes.rank]), lost_E
 
 
 def _findings(say: EqualSay) -> dict[str, NDArray[np.float64]]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from strategies import low_rank
 from strategies.low_rank import Factors
 
 _NOTHING = 1e-5
@@ -30,21 +29,23 @@ def flattened(matrices: NDArray[np.floating], amount: float) -> NDArray[np.float
     return np.asarray((left * _flat(sizes, norms, amount)[..., None, :]) @ right)
 
 
-def flattened_product(product: Factors, amount: float, rank: int) -> Factors:
-    """The 2 ``rank`` leading directions of B A, the first ``rank`` of them flattened at the norm they have together.
+def flattened_leading(matrices: NDArray[np.floating], amount: float, rank: int) -> Factors:
+    """The 2 ``rank`` leading directions of (..., O, I), the first ``rank`` of them flattened at their common norm.
 
     A sum over sites has the rank of all their adapters together, and its last directions are noise: to give them as
     much weight as the first would drown these. ``rank`` is what the next adapter has room for; 2 ``rank`` directions
     are what a product of that rank can change in, so that the change of a single site is all there. Those behind
     the first stay smaller, and count where they agree with the adapter that the step is added to.
     """
-    parts, _ = low_rank.truncate(product, 2 * rank)
-    sizes = np.sqrt((parts.B**2).sum(axis=-2))
+    _, vectors = np.linalg.eigh(np.swapaxes(matrices, -1, -2) @ matrices)
+    right = vectors[..., : -2 * rank - 1 : -1]
+    parts = matrices @ right
+    sizes = np.sqrt((parts**2).sum(axis=-2))
     leading = sizes[..., :rank]
     ratio = np.ones_like(sizes)
     flat = _flat(leading, np.sqrt((leading**2).sum(axis=-1)), amount)
     np.divide(flat, leading, out=ratio[..., :rank], where=leading > 0)
-    return Factors(parts.A, parts.B * ratio[..., None, :])
+    return Factors(np.swapaxes(right, -1, -2), parts * ratio[..., None, :])
 
 
 def _flat(sizes: NDArray[np.float64], norms: NDArray[np.float64], amount: float) -> NDArray[np.float64]:

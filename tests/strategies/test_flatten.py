@@ -1,12 +1,11 @@
-"""Flattened spectra: of matrices against the singular value decomposition by hand, of products against matrices."""
+"""Flattened spectra: of matrices against the singular value decomposition by hand, of leading directions likewise."""
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from strategies.flatten import flattened, flattened_product
-from strategies.low_rank import Factors
+from strategies.flatten import flattened, flattened_leading
 
 seeds = st.integers(0, 2**32 - 1)
 
@@ -61,19 +60,16 @@ def dense_flattened(matrix, amount, rank):
 
 @settings(deadline=None, max_examples=20)
 @given(seed=seeds, amount=st.sampled_from([0.0, 0.5, 1.0]), rank=st.integers(1, 3))
-def test_product_is_flattened_as_the_dense_matrix_is(seed, amount, rank):
-    rng = np.random.default_rng(seed)
-    product = Factors(rng.normal(size=(2, 4, 7)), rng.normal(size=(2, 6, 4)))
-    ours = flattened_product(product, amount, rank)
+def test_leading_directions_are_those_of_the_singular_value_decomposition(seed, amount, rank):
+    matrices = np.random.default_rng(seed).normal(size=(2, 6, 7))
+    ours = flattened_leading(matrices, amount, rank)
+    assert ours.A.shape == (2, 2 * rank, 7)
     for e in range(2):
-        expected = dense_flattened(product.B[e] @ product.A[e], amount, rank)
-        np.testing.assert_allclose(ours.B[e] @ ours.A[e], expected, atol=1e-9)
+        np.testing.assert_allclose(ours.B[e] @ ours.A[e], dense_flattened(matrices[e], amount, rank), atol=1e-9)
 
 
-def test_product_of_nothing_is_nothing_and_of_lower_rank_keeps_to_it():
-    rng = np.random.default_rng(0)
-    A, B = rng.normal(size=(1, 4, 7)), np.zeros((1, 6, 4))
-    np.testing.assert_array_equal(np.matmul(*flattened_product(Factors(A, B), 1.0, 3)[::-1]), 0)
-    B[..., 0] = 1.0
-    flat = flattened_product(Factors(A, B), 1.0, 3)
-    np.testing.assert_allclose(flat.B @ flat.A, B @ A, atol=1e-12)
+def test_nothing_stays_nothing_and_a_lower_rank_keeps_to_it():
+    np.testing.assert_array_equal(flattened_leading(np.zeros((1, 6, 7)), 1.0, 2).B, 0)
+    matrix = np.outer(np.arange(6.0), np.ones(7))
+    flat = flattened_leading(matrix, 1.0, 3)
+    np.testing.assert_allclose(flat.B @ flat.A, matrix, atol=1e-9)
