@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 from strategies import low_rank
 from strategies.adapters import Arrays
 from strategies.base import Aggregation, ClientUpdate, Strategy, require
-from strategies.change_span import Changes, changes_of
+from strategies.change_span import WeightedSum, changes_of
 from strategies.conflicts import Granularity, Space, gram, join, split, weighted
 from strategies.equal_say import EqualSay, equal_say
 from strategies.expert_rounds import ExpertRange, Findings, aggregate_experts, check_expert_tokens
-from strategies.flatten import flattened, flattened_leading
+from strategies.flatten import flattened
 from strategies.low_rank import Factors
 
 _LORA = (".lora_A", ".lora_B")
@@ -40,10 +40,13 @@ class FcMoePlus(Strategy):
        the sites went on average: ``equal_say``;
     2. singular values of each matrix of the step raised to 1 - ``flatten`` at the same Frobenius norm: ``flatten``.
 
-    Whole experts step as they are. LoRA experts step in their products B A, which are never formed: as many leading
-    directions of the step are flattened as the adapter has, and B A plus the step is truncated to its rank, turned
-    towards the last A. An expert that no site used keeps its value; one that a single site used takes that site's
-    update, flattened.
+    Whole experts step as they are. LoRA experts step in their products B A, which are never formed. Of the sum over
+    sites, whose rank is that of all adapters together, the part counts that the received factors and their mean changes
+    span (``Changes.weighted_sum``); as many leading directions are flattened as the adapter has, since to give the last
+    ones as much weight would drown these in noise; B A plus the step is truncated to the adapter's rank, and turned
+    towards the last A.
+
+    An expert that no site used keeps its value; one that a single site used takes that site's update, flattened.
     """
 
     name: ClassVar[str] = "fc_moe_plus"
@@ -104,31 +107,42 @@ class FcMoePlus(Strategy):
             )
             for prefix in low_rank.lora_prefixes(layer.received)
         }
-        say = self._say(layer, sum(change.gram() for change in changes.values()))
+        grams = [change.gram() for change in changes.values()]
+        say = self._say(layer, np.sum(grams, axis=0))
         used_E = say.weight.any(axis=0)
         stepped: dict[str, NDArray[np.floating]] = {}
         lost = []
-        for prefix, change in changes.items():
-            new, lost_E = _stepped_product(change, say.coefficients, self.flatten)
-            for end, factor in zip(_LORA, change.lift(new), strict=True):
+        for (prefix, change), gram_ECC in zip(changes.items(), grams, strict=True):
+            squared_E = np.einsum("ce,ecd,de->e", say.coefficients, gram_ECC, say.coefficients)
+            new, lost_E = _stepped_product(change.weighted_sum(say.coefficients), squared_E, self.flatten)
+            for end, factor in zip(_LORA, new, strict=True):
                 stepped[prefix + end] = np.where(used_E[:, None, None], factor, layer.received[prefix + end])
             lost.append(lost_E)
         return stepped, _findings(say) | {"lost_energy": np.where(used_E, np.max(lost, axis=0), np.nan)}
 
 
 def _stepped_product(
-    changes: Changes, coefficients_CE: NDArray[np.float64], flatten: float
+    total: WeightedSum, squared_E: NDArray[np.float64], flatten: float
 ) -> tuple[Factors, NDArray[np.float64]]:
-    """B A plus the flattened sum of the changes at the rank of A, in coordinates, and (E,) the energy's share lost."""
-    received, change = changes.received(), changes.weighted_sum(coefficients_CE)
-    step = flattened_leading(change.B @ change.A, flatten, changes.rank)
-    total = low_rank.weighted_sum([received, step], [1.0, 1.0])
-    # Directions in which nothing was learnt keep to the received A: it has a trace of each, in outputs of its own.
-    trace_E = _TRACE * np.sqrt((total.B**2).sum(axis=(-2, -1)))
-    outputs = np.eye(changes.rank, total.B.shape[-1]) * trace_E[:, None, None]
-    kept, lost_E = low_rank.truncate(Factors(total.A, np.concatenate([total.B, outputs], axis=-2)), changes.rank)
-    turned = low_rank.turned_towards(kept, received.A)
-    return Factors(turned.A, turned.B[:, : -changes.rank]), lost_E
+    """B A plus the flattened change, at the rank of A, and (E,) the share of its squared norm that was lost.
+
+    Args:
+        total: The change, in the span of what it has in common with the received factors.
+        squared_E: Squared norm of the change without that restriction.
+        flatten: See ``FcMoePlus``.
+    """
+    rank = total.received_A.shape[-2]
+    stepped = total.received_B @ total.received_A + flattened(total.change, flatten, leading=rank)
+    # Directions in which nothing was learnt keep to the received A: it leaves a trace, too small to count.
+    length_E = np.sqrt((stepped**2).sum(axis=(-2, -1)))
+    trace = _TRACE * length_E[:, None, None] * total.received_A
+    _, _, right = np.linalg.svd(np.concatenate([stepped, trace], axis=-2), full_matrices=False)
+    A = right[:, :rank]
+    kept = low_rank.turned_towards(Factors(A, stepped @ np.swapaxes(A, -1, -2)), total.received_A)
+    outside_E = np.maximum(squared_E - (total.change**2).sum(axis=(-2, -1)), 0.0)
+    whole_E = length_E**2 + outside_E
+    kept_E = np.divide((kept.B**2).sum(axis=(-2, -1)), whole_E, out=np.ones_like(whole_E), where=whole_E > 0)
+    return total.lift(kept), np.maximum(1.0 - kept_E, 0.0)
 
 
 def _findings(say: EqualSay) -> dict[str, NDArray[np.float64]]:

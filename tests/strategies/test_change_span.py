@@ -1,9 +1,9 @@
-"""Changes of products in small coordinates, against the dense products they stand for."""
+"""Changes of products through inner products, against the dense products they stand for."""
 
 import numpy as np
 import pytest
 
-from strategies.change_span import changes_of, span_of
+from strategies.change_span import changes_of, side_of
 from strategies.low_rank import Factors
 
 RANK, INPUTS, OUTPUTS, EXPERTS, SITES = 2, 40, 30, 3, 4
@@ -53,44 +53,52 @@ def test_inner_products_are_the_dense_ones(name):
     np.testing.assert_allclose(changes_of(received, sites).gram() / scale, expected / scale, atol=3e-6)
 
 
+def projector(columns):
+    return columns @ np.linalg.pinv(columns, rcond=1e-5)
+
+
 @CASES
-def test_weighted_sum_is_the_dense_one(name):
+def test_weighted_sum_is_the_dense_one_within_its_span(name):
     received, sites = case(name)
     weights = np.random.default_rng(2).normal(size=(SITES, EXPERTS))
-    changes = changes_of(received, sites)
-    expected = sum(w[:, None, None] * (dense(site) - dense(received)) for w, site in zip(weights, sites, strict=True))
-    ours = dense(changes.lift(changes.weighted_sum(weights)))
-    np.testing.assert_allclose(ours, expected, atol=1e-4 * np.abs(expected).max())
+    total = changes_of(received, sites).weighted_sum(weights)
+    lifted = dense(total.lift(Factors(np.broadcast_to(np.eye(2 * RANK), total.change.shape), total.change)))
+    for e in range(EXPERTS):
+        changes = [(site.A[e] - received.A[e], site.B[e] - received.B[e]) for site in sites]
+        rows = np.vstack([received.A[e], sum(w * a for w, (a, _) in zip(weights[:, e], changes, strict=True))])
+        columns = np.hstack([received.B[e], sum(w * b for w, (_, b) in zip(weights[:, e], changes, strict=True))])
+        change = sum(w * (dense(site)[e] - dense(received)[e]) for w, site in zip(weights[:, e], sites, strict=True))
+        expected = projector(columns) @ change @ projector(rows.T)
+        np.testing.assert_allclose(lifted[e], expected, atol=2e-4 * np.abs(change).max())
+        assert np.linalg.norm(total.change[e]) == pytest.approx(np.linalg.norm(expected), rel=1e-3)
 
 
 @CASES
-def test_coordinates_keep_lengths_and_singular_values(name):
+def test_single_sites_change_is_all_there(name):
     received, sites = case(name)
-    changes = changes_of(received, sites)
-    total = changes.weighted_sum(np.ones((SITES, EXPERTS)))
-    expected = sum(dense(site) - dense(received) for site in sites)
-    for e in range(EXPERTS):
-        sizes = np.linalg.svd(expected[e], compute_uv=False)
-        ours = np.linalg.svd(total.B[e] @ total.A[e], compute_uv=False)
-        count = min(len(sizes), len(ours))
-        np.testing.assert_allclose(ours[:count] / sizes[0], sizes[:count] / sizes[0], atol=1e-3)
-    np.testing.assert_allclose(dense(changes.lift(changes.received())), dense(received), atol=1e-4)
+    weights = np.zeros((SITES, EXPERTS))
+    weights[2] = 1.0
+    total = changes_of(received, sites).weighted_sum(weights)
+    lifted = dense(total.lift(Factors(np.broadcast_to(np.eye(2 * RANK), total.change.shape), total.change)))
+    expected = dense(sites[2]) - dense(received)
+    np.testing.assert_allclose(lifted, expected, atol=1e-4 * np.abs(expected).max())
 
 
-def test_number_of_coordinates_does_not_depend_on_the_width():
-    for width in (20, 2000):
-        vectors = np.random.default_rng(0).normal(size=(4, 1, 3, width)).astype(np.float32)
-        assert span_of(vectors[0], list(vectors[1:])).coordinates.shape == (1, 12, 12)
-    narrow = np.ones((1, 3, 5), np.float32)
-    assert span_of(narrow, [narrow] * 3).coordinates.shape == (1, 12, 5)
+@CASES
+def test_received_product_is_all_there(name):
+    received, sites = case(name)
+    total = changes_of(received, sites).weighted_sum(np.ones((SITES, EXPERTS)))
+    expected = dense(received)
+    lifted = dense(total.lift(Factors(total.received_A, total.received_B)))
+    np.testing.assert_allclose(lifted, expected, atol=1e-4 * max(1, np.abs(expected).max()))
 
 
-def test_basis_is_orthonormal():
-    """Of vectors that depend on each other as well, but for what they lack to a basis, which lifts to 0."""
+def test_basis_is_orthonormal_or_zero():
     rng = np.random.default_rng(0)
     before = rng.normal(size=(1, 2, 50)).astype(np.float32)
     after = (before + rng.normal(size=(1, 2, 50))).astype(np.float32)
-    span = span_of(before, [after, after, before])
-    lifted = span.lift(np.eye(8)[None])[0]
-    np.testing.assert_allclose(lifted[:4] @ lifted[:4].T, np.eye(4), atol=1e-4)
-    np.testing.assert_allclose(lifted[4:], 0, atol=2e-2)
+    for trained, rank in (([after, before], 4), ([before, before], 2)):
+        coordinates = side_of(before, trained).coordinates(np.ones((2, 1)))
+        lifted = coordinates.lift(np.eye(4)[None])[0]
+        np.testing.assert_allclose(lifted[-rank:] @ lifted[-rank:].T, np.eye(rank), atol=1e-5)
+        np.testing.assert_array_equal(lifted[:-rank], 0)

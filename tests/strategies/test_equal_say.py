@@ -18,15 +18,22 @@ def say(updates, examples=None, ridge=0.3, step=2.0):
     return found, found.coefficients[:, 0] @ updates
 
 
-def naive_step(vectors, examples, ridge, step):
-    """The formula, vector by vector, over the sites that have a say."""
+def naive_coefficients(vectors, examples, ridge, step):
+    """The formula, vector by vector, over the sites that have a say: how often each vector is in the step."""
     users = [i for i, vector in enumerate(vectors) if examples[i] > 0 and np.linalg.norm(vector) > 0]
     units = np.array([vectors[i] / np.linalg.norm(vectors[i]) for i in users])
     a = np.maximum(0, np.linalg.inv(units @ units.T + ridge * np.eye(len(users))) @ np.ones(len(users)))
     mean = sum(a[k] * units[k] for k in range(len(users))) / a.sum()
     total = sum(examples[i] for i in users)
     length = sum(examples[i] / total * np.linalg.norm(vectors[i]) for i in users)
-    return min(step, 1 / np.linalg.norm(mean)) * length * mean
+    coefficients = np.zeros(len(vectors))
+    for k, i in enumerate(users):
+        coefficients[i] = min(step, 1 / np.linalg.norm(mean)) * length * a[k] / a.sum() / np.linalg.norm(vectors[i])
+    return coefficients
+
+
+def naive_step(vectors, examples, ridge, step):
+    return sum(c * v for c, v in zip(naive_coefficients(vectors, examples, ridge, step), vectors, strict=True))
 
 
 @settings(deadline=None, max_examples=50)

@@ -16,7 +16,7 @@ from strategies.fc_moe import FcMoe
 from strategies.fc_moe_plus import FcMoePlus
 from strategies.fedavg import FedAvg
 from tests.strategies.naive_fc_moe import FULL, LAYERS, LORA, NUM_EXPERTS, assert_same, random_round
-from tests.strategies.test_equal_say import naive_step
+from tests.strategies.test_equal_say import naive_coefficients
 from tests.strategies.test_expert_steps import products_of
 from tests.strategies.test_flatten import dense_flattened
 
@@ -46,8 +46,27 @@ def parts_of(arrays, layer, expert, strategy):
     return [arrays[name][expert].astype(float) for name in names]
 
 
+def projector(columns):
+    """On the span of the columns."""
+    return columns @ np.linalg.pinv(columns, rcond=1e-6)
+
+
+def naive_product(strategy, adapter, updates, coefficients, prefix, expert):
+    """The next dense product of one LoRA pair, and the share of its squared norm that was lost."""
+    A, B = (adapter[f"{prefix}.lora_{side}"][expert].astype(float) for side in "AB")
+    trained = [[u.adapter[f"{prefix}.lora_{side}"][expert].astype(float) for side in "AB"] for u in updates]
+    change = sum(c * (Bi @ Ai - B @ A) for c, (Ai, Bi) in zip(coefficients, trained, strict=True))
+    change_A = sum(c * (Ai - A) for c, (Ai, _) in zip(coefficients, trained, strict=True))
+    change_B = sum(c * (Bi - B) for c, (_, Bi) in zip(coefficients, trained, strict=True))
+    within = projector(np.hstack([B, change_B])) @ change @ projector(np.vstack([A, change_A]).T)
+    step = dense_flattened(within, strategy.flatten, len(A))
+    left, sizes, right = np.linalg.svd(B @ A + step)
+    kept = (left[:, : len(A)] * sizes[: len(A)]) @ right[: len(A)]
+    return kept, 1 - (kept**2).sum() / ((B @ A + step + change - within) ** 2).sum()
+
+
 def naive_next(strategy, adapter, updates, layer, expert):
-    """The next parts of one expert, all dense: equal say, flattened, and LoRA truncated to its rank."""
+    """The next parts of one expert, all dense, and the largest share that was lost."""
     before = parts_of(adapter, layer, expert, strategy)
     changes = [
         [new - old for new, old in zip(parts_of(u.adapter, layer, expert, strategy), before, strict=True)]
@@ -55,23 +74,20 @@ def naive_next(strategy, adapter, updates, layer, expert):
     ]
     examples = [u.num_examples * (u.expert_tokens[layer][expert] > 0) for u in updates]
     if not any(examples):
-        return before
+        return before, None
     vectors = [np.concatenate([change.ravel() for change in parts]) for parts in changes]
-    step = naive_step(vectors, examples, strategy.ridge, strategy.step)
-    steps = np.split(step, np.cumsum([part.size for part in before])[:-1])
+    coefficients = naive_coefficients(vectors, examples, strategy.ridge, strategy.step)
     is_lora = f"{layer}.experts.down_proj" not in adapter
-    rank = adapter[f"{layer}.experts.down_proj.lora_A"].shape[1] if is_lora else None
+    if is_lora and strategy.space is Space.product:
+        prefixes = [f"{layer}.experts.{p}" for p in ("down_proj", "gate_up_proj")]
+        found = [naive_product(strategy, adapter, updates, coefficients, prefix, expert) for prefix in prefixes]
+        return [product for product, _ in found], max(lost for _, lost in found)
     after = []
-    for old, flat_step in zip(before, steps, strict=True):
-        matrix = flat_step.reshape(old.shape)
-        if is_lora and strategy.space is Space.product:
-            left, sizes, right = np.linalg.svd(old + dense_flattened(matrix, strategy.flatten, rank))
-            after.append((left[:, :rank] * sizes[:rank]) @ right[:rank])
-        elif is_lora or old.ndim == 1:
-            after.append(old + matrix)
-        else:
-            after.append(old + dense_flattened(matrix, strategy.flatten, min(old.shape)))
-    return after
+    for p, old in enumerate(before):
+        step = sum(c * parts[p] for c, parts in zip(coefficients, changes, strict=True))
+        is_flattened = old.ndim == 2 and not is_lora
+        after.append(old + (dense_flattened(step, strategy.flatten, min(old.shape)) if is_flattened else step))
+    return after, None
 
 
 CASES = [
@@ -92,11 +108,13 @@ def test_rule_is_the_dense_one(shapes, strategy):
     result = strategy.aggregate(adapter, {}, updates)
     for layer in LAYERS:
         for expert in range(NUM_EXPERTS):
-            ours = parts_of(result.adapter, layer, expert, strategy)
-            for part, expected in zip(ours, naive_next(strategy, adapter, updates, layer, expert), strict=True):
-                np.testing.assert_allclose(
-                    part, expected, atol=1e-4 * max(1, abs(expected).max()), err_msg=f"{layer} {expert}"
-                )
+            parts, lost = naive_next(strategy, adapter, updates, layer, expert)
+            for ours, expected in zip(parts_of(result.adapter, layer, expert, strategy), parts, strict=True):
+                atol = 1e-4 * max(1, abs(expected).max())
+                np.testing.assert_allclose(ours, expected, atol=atol, err_msg=f"{layer} {expert}")
+            if lost is not None:
+                reported = result.diagnostics["experts"][layer]["lost_energy"][expert]
+                assert reported == pytest.approx(lost, abs=1e-4)
 
 
 @LORA_AND_FULL
@@ -159,22 +177,21 @@ def test_order_of_the_sites_changes_nothing_but_rounding(shapes, seed):
         assert_same(one.adapter, other.adapter)
 
 
-def test_other_factors_of_the_same_products_give_the_same_products():
-    """(A, B) -> (Q A, B Q^-1) with another Q for every site and for the received adapter."""
-    adapter, updates = random_round(6, LORA)
+def test_another_basis_of_the_factors_gives_the_same_products():
+    """(A, B) -> (Q A, B Q^-1), with one Q for the received adapter and all sites: they start from it."""
+    adapter, updates = random_round(6, WIDE)
     rng = np.random.default_rng(0)
-    strategy = FcMoePlus()
+    Q = {name[:-7]: np.eye(RANK) + 0.3 * rng.normal(size=(RANK, RANK)) for name in adapter if ".experts." in name}
 
     def turned(arrays):
         turned = dict(arrays)
-        for prefix in {name[:-7] for name in arrays if ".experts." in name}:
-            Q = np.eye(RANK) + 0.3 * rng.normal(size=(RANK, RANK))
-            A, B = (arrays[prefix + end].astype(np.float64) for end in (".lora_A", ".lora_B"))
-            turned |= {prefix + ".lora_A": (Q @ A), prefix + ".lora_B": (B @ np.linalg.inv(Q))}
-        return {name: array.astype(np.float32) for name, array in turned.items()}
+        for prefix, basis in Q.items():
+            turned[f"{prefix}.lora_A"] = (basis @ arrays[f"{prefix}.lora_A"]).astype(np.float32)
+            turned[f"{prefix}.lora_B"] = (arrays[f"{prefix}.lora_B"] @ np.linalg.inv(basis)).astype(np.float32)
+        return turned
 
-    plain = strategy.aggregate(adapter, {}, updates)
-    other = strategy.aggregate(turned(adapter), {}, [replace(u, adapter=turned(u.adapter)) for u in updates])
+    plain = FcMoePlus().aggregate(adapter, {}, updates)
+    other = FcMoePlus().aggregate(turned(adapter), {}, [replace(u, adapter=turned(u.adapter)) for u in updates])
     for layer in LAYERS:
         for e in range(1, NUM_EXPERTS):
             pairs = zip(*(products_of(r.adapter, layer, e) for r in (plain, other)), strict=True)
