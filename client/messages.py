@@ -37,6 +37,8 @@ FORMAT = 2
 
 _PACKED = "bouquet-arrays"
 _LENGTH_BYTES = 8
+_ALIGNMENT = 16
+"""Arrays begin at a multiple of so many bytes, as the memory of a Python ``bytes`` does: they are read in place."""
 _NO_TEXT = (json.JSONDecodeError, UnicodeDecodeError)
 TRAIN, EVALUATE, JOIN = MessageType.TRAIN, MessageType.EVALUATE, MessageType.QUERY
 
@@ -203,19 +205,20 @@ def from_bytes(content: bytes) -> Message:
 def to_record(arrays: Arrays) -> ArrayRecord:
     """Named arrays as Flower carries them: in one piece, since each piece costs several requests on its way.
 
-    The piece is the length of the layout (8 bytes, big-endian), the layout (JSON: name, dtype and shape of each array)
-    and the arrays' values, little-endian.
+    The piece is the length of the layout (8 bytes, big-endian), the layout (JSON: name, dtype and shape of each array,
+    then spaces up to ``_ALIGNMENT``) and the arrays' values, little-endian.
     """
     if not arrays:
         return ArrayRecord()
     layout = json.dumps([(name, array.dtype.name, array.shape) for name, array in arrays.items()]).encode()
+    layout += b" " * (-(_LENGTH_BYTES + len(layout)) % _ALIGNMENT)
     values = (array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes() for array in arrays.values())
     content = b"".join([len(layout).to_bytes(_LENGTH_BYTES, "big"), layout, *values])
     return ArrayRecord({_PACKED: Array(dtype="uint8", shape=(len(content),), stype=_PACKED, data=content)})
 
 
 def to_arrays(record: ArrayRecord, dtype: DTypeLike = np.float32) -> dict[str, NDArray[Any]]:
-    """Named arrays out of a Flower record.
+    """Named arrays out of a Flower record: read-only views of its bytes.
 
     Raises:
         ValueError: If the record is no such piece, or an array is not of ``dtype``: a float64 that no float32 can hold
@@ -235,7 +238,7 @@ def to_arrays(record: ArrayRecord, dtype: DTypeLike = np.float32) -> dict[str, N
         count = math.prod(shape)
         if count * expected.itemsize > len(content) - offset:
             raise ValueError(f"{name} has the shape {shape}, but the record ends before it does")
-        arrays[str(name)] = np.frombuffer(content, expected, count, offset).reshape(shape).copy()
+        arrays[str(name)] = np.frombuffer(content, expected, count, offset).reshape(shape)
         offset += count * expected.itemsize
     if offset != len(content):
         raise ValueError(f"{len(content) - offset} bytes of a record belong to no array")

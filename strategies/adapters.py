@@ -10,6 +10,9 @@ from numpy.typing import NDArray
 Arrays = Mapping[str, NDArray[np.floating]]
 """Array name -> array. A LoRA adapter, a difference of two, or an optimiser moment."""
 
+_PIECE = 2**14
+"""Values summed at a time."""
+
 
 def weighted_mean(terms: Sequence[Arrays], weights: Sequence[float]) -> dict[str, NDArray[np.float32]]:
     """Mean of each array over ``terms``, summed in float64 and returned in float32.
@@ -25,12 +28,21 @@ def weighted_mean(terms: Sequence[Arrays], weights: Sequence[float]) -> dict[str
         raise ValueError(f"weights must be finite, >= 0 and not all 0, got {list(weights)}")
     for term in terms[1:]:
         check_same_layout(terms[0], term)
-    mean = {}
-    for name in terms[0]:
-        accumulated = np.zeros(terms[0][name].shape, np.float64)
-        for term, weight in zip(terms, weights, strict=True):
-            accumulated += term[name].astype(np.float64) * (weight / total)
-        mean[name] = accumulated.astype(np.float32)
+    shares = [weight / total for weight in weights]
+    return {name: _mean([term[name] for term in terms], shares) for name in terms[0]}
+
+
+def _mean(arrays: Sequence[NDArray[np.floating]], shares: Sequence[float]) -> NDArray[np.float32]:
+    """Sum of the arrays times their shares, a piece at a time, so that float64 sums stay in the processor's cache."""
+    mean = np.empty(arrays[0].shape, np.float32)
+    flat, summed = [array.reshape(-1) for array in arrays], mean.reshape(-1)
+    for start in range(0, mean.size, _PIECE):
+        piece = slice(start, start + _PIECE)
+        accumulated = np.zeros(summed[piece].shape, np.float64)
+        term = np.empty_like(accumulated)
+        for values, share in zip(flat, shares, strict=True):
+            accumulated += np.multiply(values[piece], share, out=term, dtype=np.float64)
+        summed[piece] = accumulated
     return mean
 
 

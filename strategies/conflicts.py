@@ -1,13 +1,14 @@
 """Where sites pull an expert in opposite directions, and what is left of their updates: rules on stacked arrays.
 
-Shapes: C sites, E experts, G groups of values inside an expert, D values of a group. Every rule takes
-``updates_CEGD`` (trained minus received, float64) and ``weights_CE`` (each column sums to 1, or to 0 for an
-expert nobody used) and treats each (expert, group) as one vector.
+Shapes: C sites, E experts, G groups of values inside an expert, D values of a group. Each (expert, group) is one
+vector a site. Every rule takes the inner products of the sites' updates, ``gram_EGCC``, and ``weights_CE`` (each column
+sums to 1, or to 0 for an expert nobody used), and says how often each update is in the step: no vector but the step
+itself is ever formed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import TypeVar
@@ -90,25 +91,30 @@ class Verdict:
 
 
 def resolve(
-    updates_CEGD: NDArray[np.float64], weights_CE: NDArray[np.float64], against: Against
+    gram_EGCC: NDArray[np.float64], weights_CE: NDArray[np.float64], against: Against
 ) -> tuple[NDArray[np.float64], Verdict]:
-    """(E, G, D) weighted sum of the updates after projection, and what was found on the way."""
-    consensus_EGD = np.einsum("ce,cegd->egd", weights_CE, updates_CEGD)
-    dots_CEG = np.einsum("cegd,egd->ceg", updates_CEGD, consensus_EGD)
-    squared_EG = np.einsum("egd,egd->eg", consensus_EGD, consensus_EGD)
-    conflict_CEG = (dots_CEG < 0) & (weights_CE > 0)[..., None]
+    """(C, E, G) factor of each update in the step: the weighted sum after projection, and what was found on the way."""
+    weights_CEG = np.broadcast_to(weights_CE[..., None], (*weights_CE.shape, gram_EGCC.shape[1]))
+    dots_CEG = _products_with(weights_CEG, gram_EGCC)
+    squared_EG = np.maximum(np.einsum("ceg,ceg->eg", weights_CEG, dots_CEG), 0.0)
+    conflict_CEG = (dots_CEG < 0) & (weights_CEG > 0)
     if against is Against.consensus:
-        step_EGD = consensus_EGD * step_scale(dots_CEG, squared_EG, weights_CE)[..., None]
+        factor_CEG = weights_CEG * step_scale(dots_CEG, squared_EG, weights_CE)
     elif against is Against.others:
-        step_EGD, conflict_CEG = _against_others(updates_CEGD, weights_CE, consensus_EGD)
+        factor_CEG, conflict_CEG = _against_others(gram_EGCC, weights_CEG, dots_CEG)
     elif against is Against.pairwise:
-        step_EGD, conflict_CEG = _against_each(updates_CEGD, weights_CE)
+        factor_CEG, conflict_CEG = _against_each(gram_EGCC, weights_CEG)
     else:
-        step_EGD = consensus_EGD
-    along_E = np.einsum("egd,egd->e", step_EGD, consensus_EGD)
-    return step_EGD, Verdict(
+        factor_CEG = weights_CEG
+    along_E = np.einsum("ceg,ceg->e", factor_CEG, dots_CEG)
+    return factor_CEG, Verdict(
         dots=dots_CEG.sum(axis=-1), squared=squared_EG.sum(axis=-1), along=along_E, conflict=conflict_CEG
     )
+
+
+def _products_with(factor_CEG: NDArray[np.float64], gram_EGCC: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(C, E, G) inner product of each update with ``sum_i factor_i update_i``."""
+    return np.einsum("egcd,deg->ceg", gram_EGCC, factor_CEG)
 
 
 def step_scale(
@@ -128,70 +134,87 @@ def step_scale(
 
 
 def _against_others(
-    updates_CEGD: NDArray[np.float64], weights_CE: NDArray[np.float64], consensus_EGD: NDArray[np.float64]
+    gram_EGCC: NDArray[np.float64], weights_CEG: NDArray[np.float64], dots_CEG: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """Each update is projected on the normal plane of the others' weighted sum, which a site cannot hide itself in."""
-    step_EGD = np.zeros_like(consensus_EGD)
-    conflicts = []
-    for update_EGD, weight_E in zip(updates_CEGD, weights_CE, strict=True):
-        own_EGD = update_EGD * weight_E[:, None, None]
-        projected_EGD, conflict_EG = _on_normal_plane(own_EGD, consensus_EGD - own_EGD)
-        step_EGD += projected_EGD
-        conflicts.append(conflict_EG)
-    return step_EGD, np.stack(conflicts)
+    """Each update is projected on the normal plane of the others' weighted sum, which a site cannot hide itself in.
+
+    With o_i = g - w_i d_i and t_i = min(0, <w_i d_i, o_i>) / ||o_i||^2 the step is sum_i w_i d_i - t_i o_i.
+    """
+    own_CEG = weights_CEG * np.moveaxis(np.diagonal(gram_EGCC, axis1=-2, axis2=-1), -1, 0)
+    with_others_CEG = weights_CEG * (dots_CEG - own_CEG)
+    squared_EG = np.einsum("ceg,ceg->eg", weights_CEG, dots_CEG)
+    others_CEG = squared_EG - 2 * weights_CEG * dots_CEG + weights_CEG * own_CEG
+    opposing_CEG = _divided(np.minimum(with_others_CEG, 0.0), others_CEG)
+    return weights_CEG * (1.0 - opposing_CEG.sum(axis=0) + opposing_CEG), with_others_CEG < 0
 
 
 def _against_each(
-    updates_CEGD: NDArray[np.float64], weights_CE: NDArray[np.float64]
+    gram_EGCC: NDArray[np.float64], weights_CEG: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     """PCGrad (Yu et al., 2020, Algorithm 1, https://arxiv.org/abs/2001.06782), weighted.
 
     The projected update meets the other sites' original ones; those that did not use the expert take no part.
     """
-    used_CE = weights_CE > 0
-    step_EGD = np.zeros(updates_CEGD.shape[1:])
-    conflict_CEG = np.zeros(updates_CEGD.shape[:-1], np.bool_)
-    for site, update_EGD in enumerate(updates_CEGD):
-        projected_EGD = update_EGD * used_CE[site][:, None, None]
-        for other, reference_EGD in enumerate(updates_CEGD):
+    used_CEG = weights_CEG > 0
+    factor_CEG = np.zeros(weights_CEG.shape)
+    conflict_CEG = np.zeros(weights_CEG.shape, np.bool_)
+    for site in range(len(weights_CEG)):
+        projected_CEG = np.zeros(weights_CEG.shape)
+        projected_CEG[site] = 1.0
+        for other in range(len(weights_CEG)):
             if other != site:
-                projected_EGD, met_EG = _on_normal_plane(projected_EGD, reference_EGD * used_CE[other][:, None, None])
-                conflict_CEG[site] |= met_EG
-        step_EGD += projected_EGD * weights_CE[site][:, None, None]
-    return step_EGD, conflict_CEG
-
-
-def _on_normal_plane(
-    vector_EGD: NDArray[np.float64], reference_EGD: NDArray[np.float64]
-) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """The vectors without what opposes the reference (Eq. 3 of FC-MoE), and (E, G) which of them opposed it."""
-    dot_EG = np.einsum("egd,egd->eg", vector_EGD, reference_EGD)
-    squared_EG = np.einsum("egd,egd->eg", reference_EGD, reference_EGD)
-    opposing_EG = _divided(np.minimum(dot_EG, 0.0), squared_EG)
-    return vector_EGD - opposing_EG[..., None] * reference_EGD, dot_EG < 0
+                dot_EG = np.einsum("egc,ceg->eg", gram_EGCC[:, :, other], projected_CEG)
+                dot_EG = np.where(used_CEG[site] & used_CEG[other], np.minimum(dot_EG, 0.0), 0.0)
+                projected_CEG[other] -= _divided(dot_EG, gram_EGCC[:, :, other, other])
+                conflict_CEG[site] |= dot_EG < 0
+        factor_CEG += weights_CEG[site] * projected_CEG
+    return factor_CEG, conflict_CEG
 
 
 def split(
-    changes: Mapping[str, NDArray[np.float64]], granularity: Granularity
-) -> dict[tuple[str, ...], NDArray[np.float64]]:
-    """Names of the arrays in a block -> the block's groups (C, E, G, D), from stacked expert arrays (C, E, ...)."""
+    received: Arrays, trained: Sequence[Arrays], granularity: Granularity
+) -> dict[tuple[str, ...], NDArray[np.float32]]:
+    """Names of the arrays in a block -> the updates (E, G, C, D) of its groups, trained minus received.
+
+    Takes expert arrays (E, ...) of one layer, ``trained`` of each site.
+    """
     blocks: dict[str, list[str]] = {}
-    for name in changes:
+    for name in received:
         projection = name.removesuffix(".lora_A").removesuffix(".lora_B")
         key = {Granularity.expert: "", Granularity.row: name}.get(granularity, projection)
         blocks.setdefault(key, []).append(name)
-    grouped = {}
-    for names in blocks.values():
-        parts = [_as_groups(changes[name], name, granularity) for name in names]
-        grouped[tuple(names)] = np.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
-    return grouped
+    return {tuple(names): _updates(names, received, trained, granularity) for names in blocks.values()}
+
+
+def _updates(
+    names: Sequence[str], received: Arrays, trained: Sequence[Arrays], granularity: Granularity
+) -> NDArray[np.float32]:
+    befores = [_as_groups(received[name], name, granularity) for name in names]
+    ends = np.cumsum([before.shape[-1] for before in befores])
+    block_EGCD = np.empty((*befores[0].shape[:2], len(trained), ends[-1]), np.float32)
+    for name, before, end in zip(names, befores, ends, strict=True):
+        for site, arrays in enumerate(trained):
+            out = block_EGCD[:, :, site, end - before.shape[-1] : end]
+            np.subtract(_as_groups(arrays[name], name, granularity), before, out=out)
+    return block_EGCD
+
+
+def gram(updates_EGCD: NDArray[np.float32]) -> NDArray[np.float64]:
+    """(E, G, C, C) inner products of the sites' updates, multiplied in float32."""
+    return (updates_EGCD @ np.swapaxes(updates_EGCD, -1, -2)).astype(np.float64)
+
+
+def weighted(updates_EGCD: NDArray[np.float32], factor_CEG: NDArray[np.float64]) -> NDArray[np.float32]:
+    """(E, G, D) ``sum_i factor_i update_i``."""
+    factor_EGC = np.moveaxis(factor_CEG, 0, -1).astype(np.float32)
+    return np.asarray((factor_EGC[:, :, None, :] @ updates_EGCD)[:, :, 0])
 
 
 def join(
-    names: Sequence[str], step_EGD: NDArray[np.float64], like: Arrays, granularity: Granularity
-) -> dict[str, NDArray[np.float64]]:
+    names: Sequence[str], step_EGD: NDArray[_Real], like: Arrays, granularity: Granularity
+) -> dict[str, NDArray[_Real]]:
     """Arrays (E, ...) of one block from its groups: what ``split`` did, undone for one site."""
-    widths = [_as_groups(like[name][None], name, granularity).shape[-1] for name in names]
+    widths = [_as_groups(like[name], name, granularity).shape[-1] for name in names]
     arrays = {}
     for name, part in zip(names, np.split(step_EGD, np.cumsum(widths)[:-1], axis=-1), strict=True):
         is_column = granularity is Granularity.rank and name.endswith(".lora_B")
@@ -200,11 +223,11 @@ def join(
 
 
 def _as_groups(array: NDArray[_Real], name: str, granularity: Granularity) -> NDArray[_Real]:
-    """(C, E, G, D) view of one stacked expert array (C, E, ...)."""
+    """(E, G, D) view of an expert array (E, ...)."""
     if granularity is Granularity.rank:
         return np.swapaxes(array, -1, -2) if name.endswith(".lora_B") else array
-    num_groups = array.shape[2] if granularity is Granularity.row and array.ndim > 3 else 1
-    return array.reshape(*array.shape[:2], num_groups, -1)
+    num_groups = array.shape[1] if granularity is Granularity.row and array.ndim > 2 else 1
+    return array.reshape(len(array), num_groups, -1)
 
 
 def measures(

@@ -17,11 +17,13 @@ from strategies.conflicts import (
     ConflictConfig,
     Granularity,
     Verdict,
+    gram,
     join,
     measures,
     resolve,
     split,
     step_scale,
+    weighted,
 )
 from strategies.low_rank import Factors
 
@@ -30,25 +32,26 @@ Weigh = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 
 
 def step_factors(
-    received: Arrays, trained: Arrays, weigh: Weigh, conflict: ConflictConfig
+    received: Arrays, trained: Sequence[Arrays], weigh: Weigh, conflict: ConflictConfig
 ) -> tuple[dict[str, NDArray[np.floating]], dict[str, NDArray[np.float64]]]:
-    """The next expert arrays (E, ...) from those of all sites (C, E, ...), as vectors of what is exchanged."""
-    changes = {name: trained[name].astype(np.float64) - before for name, before in received.items()}
-    blocks = split(changes, conflict.granularity)
-    norms_CE = np.sqrt(np.sum([np.einsum("cegd,cegd->ce", block, block) for block in blocks.values()], axis=0))
+    """The next expert arrays (E, ...) from those of each site, as vectors of what is exchanged."""
+    blocks = split(received, trained, conflict.granularity)
+    grams = {names: gram(updates_EGCD) for names, updates_EGCD in blocks.items()}
+    squared_EC = sum(np.einsum("egcc->ec", gram_EGCC) for gram_EGCC in grams.values())
+    norms_CE = np.sqrt(np.transpose(squared_EC))
     weights_CE = weigh(norms_CE)
     stepped: dict[str, NDArray[np.floating]] = {}
     verdicts = []
-    for names, updates_CEGD in blocks.items():
-        step_EGD, verdict = resolve(updates_CEGD, weights_CE, conflict.against)
-        steps = join(names, step_EGD, received, conflict.granularity)
+    for names, updates_EGCD in blocks.items():
+        factor_CEG, verdict = resolve(grams[names], weights_CE, conflict.against)
+        steps = join(names, weighted(updates_EGCD, factor_CEG), received, conflict.granularity)
         stepped |= {name: received[name] + step for name, step in steps.items()}
         verdicts.append(verdict)
     return stepped, {"weight": weights_CE} | measures(verdicts, weights_CE, norms_CE)
 
 
 def step_products(
-    received: Arrays, trained: Arrays, weigh: Weigh, conflict: ConflictConfig
+    received: Arrays, trained: Sequence[Arrays], weigh: Weigh, conflict: ConflictConfig
 ) -> tuple[dict[str, NDArray[np.floating]], dict[str, NDArray[np.float64]]]:
     """As ``step_factors``, but on the products: B A + (1 + s) (sum_i w_i B_i A_i - B A), truncated to the rank of A.
 
@@ -56,7 +59,7 @@ def step_products(
     """
     prefixes = low_rank.lora_prefixes(received)
     before = [low_rank.factors_of(received, prefix) for prefix in prefixes]
-    after = [low_rank.factors_of(trained, prefix) for prefix in prefixes]
+    after = [low_rank.stacked([low_rank.factors_of(arrays, prefix) for arrays in trained]) for prefix in prefixes]
     changes = [low_rank.change(*pair) for pair in zip(after, before, strict=True)]
     norms_CE = np.sqrt(np.sum([low_rank.squared_norm(change) for change in changes], axis=0))
     weights_CE = weigh(norms_CE)

@@ -9,15 +9,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from strategies import experts
-from strategies.adapters import Arrays, weighted_mean
+from strategies.adapters import Arrays
 from strategies.base import Aggregation, ClientUpdate, Strategy
 from strategies.conflicts import ConflictConfig, Granularity, Space
+from strategies.expert_rounds import ExpertRange, Findings, aggregate_experts, check_expert_tokens
 from strategies.expert_steps import step_factors, step_products
 
 
@@ -26,6 +27,8 @@ class Importance(Enum):
 
     routings_x_norm = "routings_x_norm"
     """Tokens routed to the expert times the length of its update, as in the paper (Eq. 1)."""
+    tokens = "tokens"
+    """Tokens routed to the expert."""
     examples = "examples"
     """Training examples of the site."""
     uniform = "uniform"
@@ -68,12 +71,7 @@ class FcMoe(Strategy):
     def check_update(self, adapter: Arrays, update: ClientUpdate) -> None:
         """Raise ``ValueError`` if the update is not valid, or does not count the tokens of every expert."""
         super().check_update(adapter, update)
-        for layer, arrays in experts.by_layer(adapter).items():
-            if layer not in update.expert_tokens:
-                raise ValueError(f"expert_tokens lacks {layer}, which has trained experts")
-            counted, expected = update.expert_tokens[layer].shape, (experts.num_experts(arrays),)
-            if counted != expected:
-                raise ValueError(f"expert_tokens[{layer}] must have the shape {expected}, got {counted}")
+        check_expert_tokens(adapter, update)
 
     def aggregate(self, adapter: Arrays, state: Arrays, updates: Sequence[ClientUpdate]) -> Aggregation:
         """One conflict-free step of every expert that was used, and the mean of the other arrays.
@@ -82,39 +80,13 @@ class FcMoe(Strategy):
         ``cosine`` and ``conflict`` as [site][expert]; ``scale``, and ``lost_energy`` for space=product, as [expert]:
         see ``conflicts.measures`` and ``step_products``. None where the site, or any site, did not use the expert.
         """
-        dense = [
-            {name: array for name, array in update.adapter.items() if not experts.is_expert_array(name)}
-            for update in updates
-        ]
-        stepped: dict[str, NDArray[np.float32]] = weighted_mean(dense, [update.num_examples for update in updates])
-        report = {}
-        for layer, received in experts.by_layer(adapter).items():
-            arrays, findings = self._step_layer(layer, received, updates)
-            stepped |= arrays
-            report[layer] = {"sites": [update.site for update in updates]} | findings
-        return Aggregation(
-            adapter={name: stepped[name] for name in adapter}, state=state, diagnostics={"experts": report}
-        )
+        stepped, report = aggregate_experts(adapter, updates, self._step)
+        return Aggregation(adapter=stepped, state=state, diagnostics={"experts": report})
 
-    def _step_layer(
-        self, layer: str, received: Arrays, updates: Sequence[ClientUpdate]
-    ) -> tuple[dict[str, NDArray[np.float32]], dict[str, Any]]:
-        """The layer's next arrays and its diagnostics, over ranges of experts that fit in memory as float64."""
-        tokens_CE = np.stack([update.expert_tokens[layer] for update in updates])
-        examples_C = np.array([update.num_examples for update in updates], np.float64)
+    def _step(self, experts_of_layer: ExpertRange) -> tuple[Arrays, Findings]:
         step = step_products if self.conflict.space is Space.product else step_factors
-        stepped = {name: np.empty(array.shape, np.float32) for name, array in received.items()}
-        findings = []
-        for chosen in experts.expert_slices(received, len(updates)):
-            before = {name: array[chosen] for name, array in received.items()}
-            trained = {name: np.stack([update.adapter[name][chosen] for update in updates]) for name in received}
-            weigh = partial(self._weights, tokens_CE[:, chosen], examples_C)
-            after, found = step(before, trained, weigh, self.conflict)
-            for name, array in after.items():
-                stepped[name][chosen] = array
-            findings.append(found)
-        joined = {key: np.concatenate([found[key] for found in findings], axis=-1) for key in findings[0]}
-        return stepped, {key: _json(values) for key, values in ({"tokens": tokens_CE} | joined).items()}
+        weigh = partial(self._weights, experts_of_layer.tokens_CE, experts_of_layer.examples_C)
+        return step(experts_of_layer.received, experts_of_layer.trained, weigh, self.conflict)
 
     def _weights(
         self, tokens_CE: NDArray[np.floating], examples_C: NDArray[np.float64], norms_CE: NDArray[np.float64]
@@ -122,13 +94,7 @@ class FcMoe(Strategy):
         """(C, E) share of each site in each expert: its importance (Eq. 1) over that of all sites."""
         if self.importance is Importance.routings_x_norm:
             return experts.shares(tokens_CE * norms_CE)
+        if self.importance is Importance.tokens:
+            return experts.shares(tokens_CE)
         say_C = examples_C if self.importance is Importance.examples else np.ones_like(examples_C)
         return experts.shares(np.where(tokens_CE > 0, say_C[:, None], 0.0))
-
-
-def _json(values: NDArray[np.floating]) -> list[Any]:
-    """Nested lists with None for NaN, which JSON lacks."""
-    boxed = values.astype(object)
-    boxed[np.isnan(values)] = None
-    nested: list[Any] = boxed.tolist()
-    return nested

@@ -43,6 +43,11 @@ def factors_of(adapter: Arrays, prefix: str) -> Factors:
     return Factors(*(factor.astype(np.float64) for factor in _pair(adapter, prefix)))
 
 
+def stacked(products: Sequence[Factors]) -> Factors:
+    """Products of the same shapes on a new leading axis."""
+    return Factors(*(np.stack(factors) for factors in zip(*products, strict=True)))
+
+
 def inner_product(left: Factors, right: Factors) -> NDArray[np.float64]:
     """(...) ``<B1 A1, B2 A2>`` = sum of (B1^T B2) * (A1 A2^T): work of R x R instead of O x I."""
     of_B = _transposed(left.B).astype(np.float64) @ right.B

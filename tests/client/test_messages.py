@@ -225,6 +225,8 @@ def test_token_counts_are_float64():
 def packed(*layout, values=b""):
     """A record as its docstring says, written independently."""
     text = json.dumps(layout).encode()
+    while (8 + len(text)) % 16:
+        text += b" "
     return struct.pack(">Q", len(text)) + text + values
 
 
@@ -282,6 +284,16 @@ def test_array_arrives_as_it_is_however_it_lies_in_memory():
     assert_same(to_arrays(to_record({"x": big_endian})), {"x": big_endian.astype(np.float32)})
     adapter = {"transposed": ADAPTER["model.layers.0.mlp.experts.gate_up_proj.lora_A"].T, "scalar": np.float32(3.0)}
     assert_same(to_arrays(to_record({name: np.asarray(array) for name, array in adapter.items()})), adapter)
+
+
+def test_arrays_are_read_in_place():
+    """No copy is made, and every value lies where its type may lie."""
+    record = to_record(ADAPTER)
+    (piece,) = record.values()
+    for array in to_arrays(record).values():
+        assert np.shares_memory(array, np.frombuffer(piece.data, np.uint8))
+        assert array.flags.aligned
+        assert not array.flags.writeable
 
 
 @pytest.mark.parametrize("content", [RecordDict(), RecordDict({"request": ConfigRecord({"json": "{}"})})])

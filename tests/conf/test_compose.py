@@ -27,7 +27,7 @@ from strategies.conflicts import Space
 from strategies.fc_moe import FcMoe
 
 METHOD_OF = dict.fromkeys(
-    ("fedavg", "fedprox", "fedavgm", "fedadam", "fedadagrad", "fedyogi", "clair", "centralised"), "sft"
+    ("fedavg", "fedprox", "fedavgm", "fedadam", "fedadagrad", "fedyogi", "fc_moe_plus", "clair", "centralised"), "sft"
 )
 METHOD_OF |= {"fc_moe": "fc_moe", "local_only": "local_only"}
 
@@ -147,7 +147,7 @@ def test_filter_takes_any_column(words, expected):
         ("partition.alpha=0.1", r"^unknown setting 'partition.alpha'; settings of partition=natural: column$"),
         (
             "strategy.conflict.space=product",
-            r"^unknown setting 'strategy.conflict'; settings of strategy=fedavg: none$",
+            r"^unknown setting 'strategy.conflict'; settings of strategy=fedavg: expert_step, weights$",
         ),
         ("method.retention.kind=off", r"^unknown setting 'method.retention'; settings of method=sft: none$"),
         ("strategy=fc_moe strategy.name=x", r"^unknown setting 'strategy.name'"),

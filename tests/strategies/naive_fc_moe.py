@@ -72,6 +72,7 @@ def naive_weights(strategy, updates, layer, expert, names, adapter):
         importance.append(
             {
                 Importance.routings_x_norm: tokens * np.linalg.norm(np.concatenate(changes)),
+                Importance.tokens: tokens,
                 Importance.examples: update.num_examples * (tokens > 0),
                 Importance.uniform: 1.0 * (tokens > 0),
             }[strategy.importance]

@@ -5,7 +5,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from strategies.conflicts import Against, ConflictConfig, Granularity, Space, join, measures, resolve, split, step_scale
+from strategies.conflicts import (
+    Against,
+    ConflictConfig,
+    Granularity,
+    Space,
+    join,
+    measures,
+    resolve,
+    split,
+    step_scale,
+)
 
 seeds = st.integers(0, 2**32 - 1)
 
@@ -13,6 +23,12 @@ seeds = st.integers(0, 2**32 - 1)
 def stacked(*vectors):
     """One expert with one group: a row a site."""
     return np.array(vectors, np.float64)[:, None, None, :]
+
+
+def resolved(updates, weights, against):
+    """The step (experts, groups, values) that ``resolve`` makes of the updates, and its verdict."""
+    factor, verdict = resolve(np.einsum("cegd,fegd->egcf", updates, updates), weights, against)
+    return np.einsum("ceg,cegd->egd", factor, updates), verdict
 
 
 def equal_weights(num_sites):
@@ -32,7 +48,7 @@ def test_consensus_by_hand():
 
     It becomes (-3, 1) + (2 / 2) (1, 1) = (-2, 2), and the sum half (5, 1) + half (-2, 2) = (1.5, 1.5) = 1.5 g.
     """
-    step, verdict = resolve(stacked((5, 1), (-3, 1)), equal_weights(2), Against.consensus)
+    step, verdict = resolved(stacked((5, 1), (-3, 1)), equal_weights(2), Against.consensus)
     np.testing.assert_allclose(step, [[[1.5, 1.5]]])
     np.testing.assert_array_equal(verdict.conflict[:, 0, 0], [False, True])
 
@@ -43,7 +59,7 @@ def test_others_by_hand():
     First: (2.5, .5) + 3.5 / 2.5 (-1.5, .5) = (.4, 1.2). Second: (-1.5, .5) + 3.5 / 6.5 (2.5, .5).
     The consensus hides the first one's conflict; here both are seen.
     """
-    step, verdict = resolve(stacked((5, 1), (-3, 1)), equal_weights(2), Against.others)
+    step, verdict = resolved(stacked((5, 1), (-3, 1)), equal_weights(2), Against.others)
     second = np.array([-1.5, 0.5]) + 7 / 13 * np.array([2.5, 0.5])
     np.testing.assert_allclose(step[0, 0], np.array([0.4, 1.2]) + second)
     assert verdict.conflict.all()
@@ -56,13 +72,13 @@ def test_pairwise_by_hand():
     (-1, 1): opposes (2, 0) by -2, + 2/4 (2, 0) = (0, 1); that opposes (0, -1), + (0, -1) = (0, 0).
     (0, -1): (2, 0) is orthogonal; opposes (-1, 1) by -1, + 1/2 (-1, 1) = (-.5, -.5).
     """
-    step, verdict = resolve(stacked((2, 0), (-1, 1), (0, -1)), equal_weights(3), Against.pairwise)
+    step, verdict = resolved(stacked((2, 0), (-1, 1), (0, -1)), equal_weights(3), Against.pairwise)
     np.testing.assert_allclose(step[0, 0], [0.5 / 3, -0.5 / 3])
     assert verdict.conflict.all()
 
 
 def test_off_reports_conflicts_and_leaves_them():
-    step, verdict = resolve(stacked((5, 1), (-3, 1)), equal_weights(2), Against.off)
+    step, verdict = resolved(stacked((5, 1), (-3, 1)), equal_weights(2), Against.off)
     np.testing.assert_allclose(step, [[[1, 1]]])
     np.testing.assert_array_equal(verdict.conflict[:, 0, 0], [False, True])
 
@@ -92,7 +108,7 @@ def naive_resolve(vectors, weights, against):
 @given(seed=seeds)
 def test_rules_are_those_of_one_vector_at_a_time(against, seed):
     updates, weights = random_case(seed)
-    step, _ = resolve(updates, weights, against)
+    step, _ = resolved(updates, weights, against)
     for e in range(3):
         for g in range(2):
             np.testing.assert_allclose(step[e, g], naive_resolve(updates[:, e, g], weights[:, e], against), atol=1e-9)
@@ -103,7 +119,7 @@ def test_rules_are_those_of_one_vector_at_a_time(against, seed):
 def test_without_conflict_every_rule_is_the_weighted_mean(against, seed):
     updates, weights = random_case(seed)
     updates = abs(updates)
-    step, verdict = resolve(updates, weights, against)
+    step, verdict = resolved(updates, weights, against)
     np.testing.assert_allclose(step, np.einsum("ce,cegd->egd", weights, updates), atol=1e-12)
     assert not verdict.conflict.any()
 
@@ -112,7 +128,7 @@ def test_without_conflict_every_rule_is_the_weighted_mean(against, seed):
 def test_one_user_is_that_user(against):
     """The second site did not use the expert: what it sends must neither count nor be tested against."""
     updates = stacked((1, 2), (-7, -9))
-    step, verdict = resolve(updates, np.array([[1.0], [0.0]]), against)
+    step, verdict = resolved(updates, np.array([[1.0], [0.0]]), against)
     np.testing.assert_array_equal(step[0, 0], [1, 2])
     assert not verdict.conflict.any()
 
@@ -120,7 +136,7 @@ def test_one_user_is_that_user(against):
 @pytest.mark.parametrize("against", Against)
 def test_exactly_opposite_updates_cancel(against):
     """The consensus is zero: it gives no direction to project on, and nothing to divide by."""
-    step, verdict = resolve(stacked((3, 4), (-3, -4)), equal_weights(2), against)
+    step, verdict = resolved(stacked((3, 4), (-3, -4)), equal_weights(2), against)
     np.testing.assert_allclose(step, np.zeros((1, 1, 2)), atol=1e-15)
     found = measures([verdict], equal_weights(2), np.full((2, 1), 5.0))
     assert np.isnan(found["scale"]).all()
@@ -129,7 +145,7 @@ def test_exactly_opposite_updates_cancel(against):
 
 @pytest.mark.parametrize("against", Against)
 def test_no_update_gives_no_step(against):
-    step, _ = resolve(np.zeros((2, 1, 1, 3)), equal_weights(2), against)
+    step, _ = resolved(np.zeros((2, 1, 1, 3)), equal_weights(2), against)
     assert not step.any()
 
 
@@ -154,7 +170,7 @@ def test_measures_by_hand():
     norms = np.linalg.norm(vectors, axis=1)[:, None]
     cosine = [[6 / np.sqrt(52)], [-2 / np.sqrt(20)]]
     for groups, conflict, scale in ((1, [[0], [1]], 1.5), (2, [[0], [0.5]], 1.75)):
-        _, verdict = resolve(vectors.reshape(2, 1, groups, -1), equal_weights(2), Against.consensus)
+        _, verdict = resolved(vectors.reshape(2, 1, groups, -1), equal_weights(2), Against.consensus)
         found = measures([verdict], equal_weights(2), norms)
         np.testing.assert_allclose(found["cosine"], cosine)
         np.testing.assert_allclose(found["conflict"], conflict)
@@ -175,28 +191,31 @@ SHAPES = [(2, 3), (5, 2), (2, 4), (6, 2)]
     ],
 )
 def test_groups_are_experts_matrices_ranks_or_rows(granularity, expected):
-    changes = {name: np.zeros((7, 3, *shape)) for name, shape in zip(NAMES, SHAPES, strict=True)}
-    blocks = split(changes, granularity)
-    assert [(len(names), block.shape[2:]) for names, block in blocks.items()] == expected
-    assert all(block.shape[:2] == (7, 3) for block in blocks.values())
+    adapter = {name: np.zeros((3, *shape)) for name, shape in zip(NAMES, SHAPES, strict=True)}
+    blocks = split(adapter, [adapter] * 7, granularity)
+    assert [(len(names), (block.shape[1], block.shape[3])) for names, block in blocks.items()] == expected
+    assert all((block.shape[0], block.shape[2]) == (3, 7) for block in blocks.values())
 
 
 @pytest.mark.parametrize("granularity", Granularity)
 def test_join_undoes_split(granularity):
     rng = np.random.default_rng(0)
-    changes = {name: rng.normal(size=(1, 3, *shape)) for name, shape in zip(NAMES, SHAPES, strict=True)}
-    like = {name: array[0] for name, array in changes.items()}
+    before, after = (
+        {name: rng.normal(size=(3, *shape)).astype(np.float32) for name, shape in zip(NAMES, SHAPES, strict=True)}
+        for _ in range(2)
+    )
     joined = {}
-    for names, block in split(changes, granularity).items():
-        joined |= join(names, block[0], like, granularity)
-    assert joined.keys() == like.keys()
-    for name, array in like.items():
-        np.testing.assert_array_equal(joined[name], array)
+    for names, block in split(before, [before, after], granularity).items():
+        joined |= join(names, block[:, :, 1], before, granularity)
+    assert joined.keys() == before.keys()
+    for name in before:
+        np.testing.assert_array_equal(joined[name], after[name] - before[name])
 
 
 def test_rows_of_a_bias_are_one_group():
-    (block,) = split({"l.experts.up_bias": np.zeros((7, 3, 5))}, Granularity.row).values()
-    assert block.shape == (7, 3, 1, 5)
+    bias = {"l.experts.up_bias": np.zeros((3, 5))}
+    (block,) = split(bias, [bias] * 7, Granularity.row).values()
+    assert block.shape == (3, 1, 7, 5)
 
 
 @pytest.mark.parametrize(

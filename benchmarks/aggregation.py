@@ -1,0 +1,249 @@
+"""Seconds and peak memory of every strategy's aggregation, beside Flower's own FedAvg on the same adapters.
+
+    python -m benchmarks.aggregation --json benchmarks/results/aggregation.json
+
+Times are from the records that the sites sent to the record that they get back, as in a run: Flower's ``FedAvg`` reads
+its arrays while it averages, Bouquet reads a reply before it. All take turns in one process, in another order each
+turn; what is compared is the ratio to Flower within a turn, since machines are shared. Peak memory is that of a fresh
+process for each, beyond the records it begins with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
+from flwr.serverapp.strategy.strategy_utils import aggregate_arrayrecords
+
+from benchmarks.render import write_results
+from client.messages import to_arrays, to_record
+from strategies.base import ClientUpdate, Strategy
+from strategies.conflicts import ConflictConfig, Granularity, Space
+from strategies.fc_moe import FcMoe
+from strategies.fc_moe_plus import FcMoePlus
+from strategies.fedavg import FedAvg, Weights
+from strategies.fedopt import FedAdam, FedAvgM
+
+FLOWER = "Flower's FedAvg"
+STRATEGIES: dict[str, Strategy] = {
+    "fedavg": FedAvg(),
+    "fedavg, by tokens": FedAvg(weights=Weights.tokens),
+    "fedavg, expert_step=2": FedAvg(expert_step=2.0),
+    "fedavgm": FedAvgM(),
+    "fedadam": FedAdam(),
+    "fc_moe": FcMoe(),
+    "fc_moe, by matrix": FcMoe(conflict=ConflictConfig(granularity=Granularity.matrix)),
+    "fc_moe, by row": FcMoe(conflict=ConflictConfig(granularity=Granularity.row)),
+    "fc_moe, in products": FcMoe(conflict=ConflictConfig(space=Space.product)),
+    "fc_moe_plus": FcMoePlus(),
+    "fc_moe_plus, in factors": FcMoePlus(space=Space.factors),
+}
+MIN_TURNS = 5
+
+
+@dataclass(frozen=True)
+class Size:
+    """Sites, and the LoRA adapter each of them sends, in an OLMoE of this shape."""
+
+    sites: int = 16
+    layers: int = 7
+    hidden: int = 1024
+    width: int = 512
+    """Inner width of an expert."""
+    experts: int = 64
+    rank: int = 8
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Array name -> shape: LoRA on attention and experts, and whole routers."""
+        h, w, e, r = self.hidden, self.width, self.experts, self.rank
+        shapes: dict[str, tuple[int, ...]] = {}
+        for layer in range(self.layers):
+            for name in "qkvo":
+                prefix = f"model.layers.{layer}.self_attn.{name}_proj.lora_"
+                shapes |= {f"{prefix}A": (r, h), f"{prefix}B": (h, r)}
+            moe = f"model.layers.{layer}.mlp"
+            shapes[f"{moe}.gate.weight"] = (e, h)
+            shapes |= {
+                f"{moe}.experts.gate_up_proj.lora_A": (e, r, h),
+                f"{moe}.experts.gate_up_proj.lora_B": (e, 2 * w, r),
+                f"{moe}.experts.down_proj.lora_A": (e, r, w),
+                f"{moe}.experts.down_proj.lora_B": (e, h, r),
+            }
+        return shapes
+
+    def mebibytes(self) -> float:
+        """MiB of one site's adapter."""
+        return sum(4 * int(np.prod(shape)) for shape in self.shapes().values()) / 2**20
+
+
+def received_adapter(size: Size) -> dict[str, np.ndarray[Any, np.dtype[np.float32]]]:
+    """What the sites trained on: random factors, none of them zero."""
+    rng = np.random.default_rng(0)
+    return {
+        name: rng.standard_normal(shape, np.float32) / np.float32(np.sqrt(shape[-1]))
+        for name, shape in size.shapes().items()
+    }
+
+
+def sent(size: Size) -> Iterator[ClientUpdate]:
+    """Each site's update: nearly orthogonal to the others, a tenth as long as the adapter; a few experts unused."""
+    received = received_adapter(size)
+    for site in range(size.sites):
+        rng = np.random.default_rng(site + 1)
+        trained = {
+            name: array + rng.standard_normal(array.shape, np.float32) * np.float32(0.1 * array.std())
+            for name, array in received.items()
+        }
+        tokens = {
+            f"model.layers.{layer}.mlp": rng.integers(0, 20, size.experts).astype(np.float64)
+            for layer in range(size.layers)
+        }
+        yield ClientUpdate(
+            site=f"site-{site:02}", adapter=trained, num_examples=int(rng.integers(50, 500)), expert_tokens=tokens
+        )
+
+
+class Replies:
+    """The sites' replies as records: of an app on Flower's ``FedAvg``, and of Bouquet."""
+
+    def __init__(self, size: Size, names: Sequence[str]) -> None:
+        self.received = received_adapter(size)
+        self.facts: list[ClientUpdate] = []
+        self.to_flower: list[RecordDict] = []
+        self.to_us: list[ArrayRecord] = []
+        for update in sent(size):
+            self.facts.append(replace(update, adapter={}))
+            if FLOWER in names:
+                arrays = ArrayRecord({name: Array(np.asarray(array)) for name, array in update.adapter.items()})
+                metrics = MetricRecord({"num-examples": update.num_examples})
+                self.to_flower.append(RecordDict({"arrays": arrays, "metrics": metrics}))
+            if set(names) - {FLOWER}:
+                self.to_us.append(to_record(update.adapter))
+
+    def aggregate(self, name: str) -> ArrayRecord:
+        """The record that goes back to the sites."""
+        if name == FLOWER:
+            return aggregate_arrayrecords(self.to_flower, "num-examples")
+        strategy = STRATEGIES[name]
+        arrays = map(to_arrays, self.to_us)
+        updates = [replace(fact, adapter=adapter) for fact, adapter in zip(self.facts, arrays, strict=True)]
+        return to_record(strategy.aggregate(self.received, strategy.init_state(self.received), updates).adapter)
+
+
+def measure(size: Size, names: Sequence[str], turns: int) -> dict[str, list[float]]:
+    """Seconds of each in every turn, after one that does not count."""
+    replies = Replies(size, names)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(turns + 1):
+        for place in range(len(names)):
+            name = names[(turn + place) % len(names)]
+            began = time.perf_counter()
+            replies.aggregate(name)
+            if turn:
+                seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def peak_of_a_process(name: str, size: Size) -> int:
+    """Bytes by which a fresh process grows at most while it aggregates."""
+    words = [sys.executable, "-m", "benchmarks.aggregation", "--peak-of", json.dumps([name, asdict(size)])]
+    return int(subprocess.run(words, capture_output=True, check=True).stdout)  # noqa: S603
+
+
+def _print_peak(name: str, size: Size) -> None:
+    replies = Replies(size, [name])
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = _status("VmRSS:")
+    replies.aggregate(name)
+    print(_status("VmHWM:") - before)
+
+
+def _status(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(key))
+
+
+def row(seconds: Sequence[float], flowers: Sequence[float], peak_bytes: int) -> dict[str, Any]:
+    """What is kept of one strategy."""
+    low, _, high = statistics.quantiles(seconds, n=4)
+    return {
+        "seconds": statistics.median(seconds),
+        "quartiles": [low, high],
+        "ratio_to_flower": statistics.median(own / other for own, other in zip(seconds, flowers, strict=True)),
+        "peak_bytes": peak_bytes,
+        "samples": list(seconds),
+    }
+
+
+def table(found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The rows as ``benchmarks.render`` shows them."""
+    return {
+        "columns": ["", "s", "quartiles", "times Flower's FedAvg", "peak memory, MiB"],
+        "rows": [
+            [
+                name,
+                f"{values['seconds']:.2f}",
+                "{:.2f} to {:.2f}".format(*values["quartiles"]),
+                f"{values['ratio_to_flower']:.2f}",
+                f"{values['peak_bytes'] / 2**20:.0f}",
+            ]
+            for name, values in found.items()
+        ],
+    }
+
+
+def machine() -> dict[str, Any]:
+    """Where and with what it was measured."""
+    packages = {package: version(package) for package in ("flwr", "numpy")}
+    return {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count(), "versions": packages}
+
+
+def main() -> None:
+    """Measure, write and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for field, default in asdict(Size()).items():
+        parser.add_argument(f"--{field}", type=int, default=default)
+    parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=list(STRATEGIES), metavar="NAME")
+    parser.add_argument("--turns", type=int, default=MIN_TURNS, help=f"of each, at least {MIN_TURNS}")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--peak-of", help=argparse.SUPPRESS)
+    words = parser.parse_args()
+    if words.peak_of is not None:
+        name, fields = json.loads(words.peak_of)
+        _print_peak(name, Size(**fields))
+        return
+    if words.turns < MIN_TURNS:
+        parser.error(f"--turns={words.turns}: a median and its spread need at least {MIN_TURNS}")
+    size = Size(**{field: getattr(words, field) for field in asdict(Size())})
+    names = [FLOWER, *words.strategies]
+    peaks = {name: peak_of_a_process(name, size) for name in names}
+    seconds = measure(size, names, words.turns)
+    found = {name: row(seconds[name], seconds[FLOWER], peaks[name]) for name in names}
+    results = {
+        "command": " ".join(["python -m benchmarks.aggregation", *sys.argv[1:]]),
+        "size": asdict(size) | {"mebibytes_per_site": size.mebibytes()},
+        "machine": machine(),
+        "strategies": found,
+        "table": table(found),
+    }
+    if words.json:
+        write_results(words.json, results)
+    for cells in [results["table"]["columns"], *results["table"]["rows"]]:
+        print(" | ".join(cells))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""The sites' changes of one LoRA projection: their inner products, and weighted sums in few coordinates.
+
+A site's product is (B + b_i)(A + a_i), its change b_i (A + a_i) + B a_i. Neither is formed: all that is needed are the
+inner products of the rows of A and every a_i, and of the columns of B and every b_i.
+
+Shapes: E experts, C sites, R rank, V = (1 + C) R vectors of a side, N width of the space, M = 2 R coordinates, K rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from strategies.low_rank import Factors
+
+_NOTHING = 1e-5
+"""Eigenvalues below it, of inner products of unit vectors in float32, are rounding."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Side:
+    """The rows of A, or the columns of B, as received and as every site changed them, for each expert."""
+
+    vectors: NDArray[np.float32]
+    """(E, V, N) R received vectors, then R changes of each site."""
+    gram: NDArray[np.float64]
+    """(E, V, V) their inner products."""
+
+    def coordinates(self, weights_CE: NDArray[np.float64]) -> Coordinates:
+        """In an orthonormal basis of the received vectors and the weighted sum of their changes.
+
+        Where these depend on each other, as many basis vectors are 0 as are too many.
+        """
+        blocks = np.concatenate([np.zeros_like(weights_CE[:1]), weights_CE]).T
+        rank = self.gram.shape[-1] // blocks.shape[-1]
+        received_VR = np.eye(self.gram.shape[-1], rank)
+        summed_EVR = np.einsum("ec,rq->ecrq", blocks, np.eye(rank)).reshape(len(blocks), -1, rank)
+        chosen_EVM = np.concatenate([np.broadcast_to(received_VR, summed_EVR.shape), summed_EVR], axis=-1)
+        gram_EMM = np.swapaxes(chosen_EVM, -1, -2) @ self.gram @ chosen_EVM
+        length_EM = np.sqrt(np.maximum(np.diagonal(gram_EMM, axis1=-2, axis2=-1), 0.0))
+        inverse_EM = np.divide(1.0, length_EM, out=np.zeros_like(length_EM), where=length_EM > 0)
+        squares_EM, turned_EMM = np.linalg.eigh(gram_EMM * inverse_EM[:, :, None] * inverse_EM[:, None, :])
+        is_something = squares_EM > _NOTHING
+        stretch_EM = np.where(is_something, 1.0 / np.sqrt(np.where(is_something, squares_EM, 1.0)), 0.0)
+        basis_EVM = chosen_EVM @ (inverse_EM[:, :, None] * turned_EMM * stretch_EM[:, None, :])
+        return Coordinates(side=self, basis=basis_EVM, vectors=self.gram @ basis_EVM)
+
+    def by_site(self, rank: int) -> NDArray[np.float64]:
+        """(E, 1 + C, R, 1 + C, R) inner products; block 0 is what was received."""
+        blocks = (self.gram.shape[-1] // rank, rank)
+        return self.gram.reshape(-1, *blocks, *blocks)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Coordinates:
+    """The vectors of one side in a basis of M vectors."""
+
+    side: Side
+    basis: NDArray[np.float64]
+    """(E, V, M) the basis vectors as weighted sums of the side's vectors."""
+    vectors: NDArray[np.float64]
+    """(E, V, M) coordinates of the side's vectors, projected on the span of the basis."""
+
+    def lift(self, rows_EKM: NDArray[np.float64]) -> NDArray[np.float32]:
+        """(E, K, N) the vectors with these coordinates."""
+        weights_EKV = rows_EKM @ np.swapaxes(self.basis, -1, -2)
+        return np.asarray(weights_EKV.astype(np.float32) @ self.side.vectors)
+
+
+def side_of(received_ERN: NDArray[np.floating], trained: Sequence[NDArray[np.floating]]) -> Side:
+    """The received vectors (E, R, N) and their changes at each site.
+
+    Changes, not trained values: their inner products lose no digits to what all have in common.
+    """
+    num_experts, rank, width = received_ERN.shape
+    vectors = np.empty((num_experts, (1 + len(trained)) * rank, width), np.float32)
+    vectors[:, :rank] = received_ERN
+    for site, after_ERN in enumerate(trained, start=1):
+        np.subtract(after_ERN, received_ERN, out=vectors[:, site * rank : (site + 1) * rank])
+    return Side(vectors=vectors, gram=(vectors @ np.swapaxes(vectors, -1, -2)).astype(np.float64))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Changes:
+    """The changes of one projection at every site."""
+
+    of_A: Side
+    of_B: Side
+    """Of B transposed."""
+    rank: int
+
+    def gram(self) -> NDArray[np.float64]:
+        """(E, C, C) inner products of the sites' changes: four terms, each a sum of R x R blocks, multiplied."""
+        A, B = (side.by_site(self.rank) for side in (self.of_A, self.of_B))
+        a, b = A[:, 1:, :, 1:], B[:, 1:, :, 1:]
+        after_a = a + A[:, :1, :, 1:]
+        after_after = after_a + A[:, 1:, :, :1] + A[:, :1, :, :1]
+        mixed = np.einsum("ecrq,ecrdq->ecd", B[:, 1:, :, 0], after_a)
+        return np.asarray(
+            np.einsum("ecrdq,ecrdq->ecd", b, after_after)
+            + np.einsum("erq,ecrdq->ecd", B[:, 0, :, 0], a)
+            + mixed
+            + np.swapaxes(mixed, -1, -2)
+        )
+
+    def weighted_sum(self, weights_CE: NDArray[np.float64]) -> WeightedSum:
+        """``sum_i w_i change_i``, in the span of A and ``sum_i w_i a_i``, of B and ``sum_i w_i b_i``.
+
+        That is all of it to first order in the changes, and all of a single site's. What is left out of
+        ``sum_i w_i b_i a_i`` is where the sites' changes of A and of B belong to no common direction.
+        """
+        rows, columns = self.of_A.coordinates(weights_CE), self.of_B.coordinates(weights_CE)
+        weights_EV = np.repeat(weights_CE.T, self.rank, axis=-1)[..., None]
+        A, B = rows.vectors[:, : self.rank], columns.vectors[:, : self.rank]
+        a, b = weights_EV * rows.vectors[:, self.rank :], columns.vectors[:, self.rank :]
+        by_site = (len(a), -1, *A.shape[1:])
+        after = a + (weights_EV.reshape(*by_site[:2], self.rank, 1) * A[:, None]).reshape(a.shape)
+        summed = np.swapaxes(b, -1, -2) @ after + np.swapaxes(B, -1, -2) @ a.reshape(by_site).sum(axis=1)
+        return WeightedSum(rows=rows, columns=columns, received_A=A, received_B=np.swapaxes(B, -1, -2), change=summed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightedSum:
+    """A weighted sum of changes beside what was received, in coordinates of rows and of columns."""
+
+    rows: Coordinates
+    columns: Coordinates
+    received_A: NDArray[np.float64]
+    """(E, R, M)"""
+    received_B: NDArray[np.float64]
+    """(E, M, R)"""
+    change: NDArray[np.float64]
+    """(E, M, M)"""
+
+    def lift(self, product: Factors) -> Factors:
+        """The factors (E, R, I) and (E, O, R) of the product with these coordinates."""
+        columns = self.columns.lift(np.swapaxes(product.B, -1, -2))
+        return Factors(self.rows.lift(product.A), np.swapaxes(columns, -1, -2))
+
+
+def changes_of(received: Factors, trained: Sequence[Factors]) -> Changes:
+    """The changes of every site's product, from factors (E, R, I) and (E, O, R)."""
+    return Changes(
+        of_A=side_of(received.A, [after.A for after in trained]),
+        of_B=side_of(np.swapaxes(received.B, -1, -2), [np.swapaxes(after.B, -1, -2) for after in trained]),
+        rank=received.A.shape[-2],
+    )

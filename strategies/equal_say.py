@@ -1,0 +1,87 @@
+"""A step in which every site's direction has an almost equal say, from inner products of their updates alone.
+
+Shapes: C sites, E experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from strategies import experts
+
+
+@dataclass(frozen=True, kw_only=True)
+class EqualSay:
+    """The step of each expert as a sum of its sites' updates, and what it means for each site."""
+
+    coefficients: NDArray[np.float64]
+    """(C, E) factor of each update in the step; 0 for a site without a say."""
+    weight: NDArray[np.float64]
+    """(C, E) share of each site's direction in the sum of directions; a column sums to 1, or to 0."""
+    cosine: NDArray[np.float64]
+    """(C, E) between the update and the step; NaN for a site without a say, or if there is no step."""
+    conflict: NDArray[np.float64]
+    """(C, E) 1 where that cosine is negative, else 0."""
+    scale: NDArray[np.float64]
+    """(E,) length of the step over that of the updates' mean by examples; NaN if that is 0."""
+
+
+def equal_say(
+    gram_ECC: NDArray[np.floating], examples_CE: NDArray[np.floating], *, ridge: float, step: float
+) -> EqualSay:
+    """The step of each expert, from the inner products ``gram_ECC`` of its sites' updates.
+
+    With U the updates at unit length, one a row, of the sites that have a say,
+
+        a = max(0, (U U^T + ridge I)^-1 1),   u = U^T a / sum(a),   d = min(step, 1 / ||u||) m u
+
+    where m is the mean length of the updates by examples. Without ``ridge`` all sites' directions have the same
+    inner product with u (IMTL-G, Liu et al., 2021, https://openreview.net/forum?id=IMPnRXEWpvr, on directions); a
+    large one leaves their plain mean. Sites that agree share one say.
+
+    Averaging C orthogonal directions leaves 1 / sqrt(C) of their length, which ``step`` makes up for; m is the limit,
+    so that one site's update, or several equal ones, are taken as they are and never multiplied. Where directions
+    cancel, the step fades with them.
+
+    Args:
+        gram_ECC: Inner products of the updates, whole experts.
+        examples_CE: Training examples of each site; 0 takes away its say in an expert it did not use. So does an
+            update of length 0.
+        ridge: > 0.
+        step: > 0.
+    """
+    gram_ECC = gram_ECC.astype(np.float64)
+    length_EC = np.sqrt(np.maximum(np.diagonal(gram_ECC, axis1=-2, axis2=-1), 0.0))
+    has_say_EC = (examples_CE.T > 0) & (length_EC > 0)
+    inverse_EC = np.divide(1.0, length_EC, out=np.zeros_like(length_EC), where=has_say_EC)
+    cosines_ECC = gram_ECC * inverse_EC[:, :, None] * inverse_EC[:, None, :]
+    share_EC = experts.shares(_says(cosines_ECC, has_say_EC, ridge).T).T
+    dot_EC = np.einsum("ecd,ed->ec", cosines_ECC, share_EC)
+    mean_E = np.sqrt(np.maximum(np.einsum("ec,ec->e", share_EC, dot_EC), 0.0))
+    by_examples_EC = experts.shares(np.where(has_say_EC, examples_CE.T, 0.0).T).T
+    typical_E = (by_examples_EC * length_EC).sum(axis=-1)
+    factor_E = np.minimum(step, _divided(1.0, mean_E, otherwise=step)) * typical_E
+    averaged_E = np.sqrt(np.maximum(np.einsum("ec,ecd,ed->e", by_examples_EC, gram_ECC, by_examples_EC), 0.0))
+    cosine_EC = np.where(has_say_EC, _divided(dot_EC, mean_E[:, None], otherwise=np.nan), np.nan)
+    return EqualSay(
+        coefficients=(factor_E[:, None] * share_EC * inverse_EC).T,
+        weight=share_EC.T,
+        cosine=cosine_EC.T,
+        conflict=(cosine_EC < 0).T.astype(np.float64),
+        scale=_divided(factor_E * mean_E, averaged_E, otherwise=np.nan),
+    )
+
+
+def _says(cosines_ECC: NDArray[np.float64], has_say_EC: NDArray[np.bool_], ridge: float) -> NDArray[np.float64]:
+    """(E, C) ``max(0, (U U^T + ridge I)^-1 1)``; a site without a say has a zero row in U, and gets 0."""
+    ridged_ECC = cosines_ECC + ridge * np.eye(cosines_ECC.shape[-1])
+    return np.maximum(np.linalg.solve(ridged_ECC, has_say_EC[..., None].astype(np.float64))[..., 0], 0.0)
+
+
+def _divided(above: NDArray[np.float64] | float, below: NDArray[np.float64], otherwise: float) -> NDArray[np.float64]:
+    """Quotient, or ``otherwise`` where the divisor is 0."""
+    shape = np.broadcast_shapes(np.shape(above), below.shape)
+    return np.divide(above, below, out=np.full(shape, otherwise), where=np.broadcast_to(below > 0, shape))

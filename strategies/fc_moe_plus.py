@@ -1,0 +1,149 @@
+"""FC-MoE's question answered otherwise: experts step along a direction in which every site has an equal say.
+
+Shapes: C sites, E experts of one MoE layer, O outputs, I inputs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from strategies import low_rank
+from strategies.adapters import Arrays
+from strategies.base import Aggregation, ClientUpdate, Strategy, require
+from strategies.change_span import WeightedSum, changes_of
+from strategies.conflicts import Granularity, Space, gram, join, split, weighted
+from strategies.equal_say import EqualSay, equal_say
+from strategies.expert_rounds import ExpertRange, Findings, aggregate_experts, check_expert_tokens
+from strategies.flatten import flattened
+from strategies.low_rank import Factors
+
+_LORA = (".lora_A", ".lora_B")
+_TRACE = 1e-6
+"""Of a product's length: above the rounding of float32, below what is learnt."""
+
+
+@dataclass(kw_only=True)
+class FcMoePlus(Strategy):
+    """Experts take a longer, flatter step in which sites' directions count alike; the rest is averaged by examples.
+
+    Our own rule. What FC-MoE (2026, https://arxiv.org/abs/2606.15625) projects away hardly occurs: sites' updates of an
+    expert are nearly orthogonal, and what averaging loses is their length. So for each (layer, expert), over the sites
+    that routed tokens to it:
+
+    1. a direction with an almost equal say for each site, and a step that makes up for the length lost, no longer than
+       the sites went on average: ``equal_say``;
+    2. singular values of each matrix of the step raised to 1 - ``flatten`` at the same Frobenius norm: ``flatten``.
+
+    Whole experts step as they are. LoRA experts step in their products B A, which are never formed. Of the sum over
+    sites, whose rank is that of all adapters together, the part counts that the received factors and their mean changes
+    span (``Changes.weighted_sum``); as many leading directions are flattened as the adapter has, since to give the last
+    ones as much weight would drown these in noise; B A plus the step is truncated to the adapter's rank, and turned
+    towards the last A.
+
+    An expert that no site used keeps its value; one that a single site used takes that site's update, flattened.
+    """
+
+    name: ClassVar[str] = "fc_moe_plus"
+
+    ridge: float = 0.3
+    """How far from an equal say in the direction: towards 0, exactly equal; large, the mean of the directions."""
+    step: float = 2.0
+    """Server step on experts, in steps of the mean direction; never longer than the sites went on average."""
+    flatten: float = 1.0
+    """1: all singular values of a matrix' step alike; 0: as they are. In [0, 1]."""
+    space: Space = Space.product
+    """What a LoRA expert's update is; ``factors`` are not flattened, since their spectra are not the product's."""
+
+    def __post_init__(self) -> None:
+        require(0 < self.ridge < math.inf, "strategy.ridge", "> 0", self.ridge)
+        require(0 < self.step < math.inf, "strategy.step", "> 0", self.step)
+        require(0 <= self.flatten <= 1, "strategy.flatten", "in [0, 1]", self.flatten)
+
+    def check_update(self, adapter: Arrays, update: ClientUpdate) -> None:
+        """Raise ``ValueError`` if the update is not valid, or does not count the tokens of every expert."""
+        super().check_update(adapter, update)
+        check_expert_tokens(adapter, update)
+
+    def aggregate(self, adapter: Arrays, state: Arrays, updates: Sequence[ClientUpdate]) -> Aggregation:
+        """One step of every expert that was used, and the mean of the other arrays.
+
+        Diagnostics: as those of ``FcMoe``, from ``EqualSay``: ``cosine`` and ``conflict`` are to the step before it
+        is flattened, ``scale`` is its length over that of the mean by examples.
+        """
+        stepped, report = aggregate_experts(adapter, updates, self._step)
+        return Aggregation(adapter=stepped, state=state, diagnostics={"experts": report})
+
+    def _step(self, layer: ExpertRange) -> tuple[Arrays, Findings]:
+        is_lora = all(name.endswith(_LORA) for name in layer.received)
+        if is_lora and self.space is Space.product:
+            return self._step_products(layer)
+        return self._step_arrays(layer, flatten=0.0 if is_lora else self.flatten)
+
+    def _say(self, layer: ExpertRange, gram_ECC: NDArray[np.float64]) -> EqualSay:
+        examples_CE = np.where(layer.tokens_CE > 0, layer.examples_C[:, None], 0.0)
+        return equal_say(gram_ECC, examples_CE, ridge=self.ridge, step=self.step)
+
+    def _step_arrays(self, layer: ExpertRange, flatten: float) -> tuple[Arrays, Findings]:
+        """The next arrays (E, ...), each expert's as one vector; matrices (E, O, I) are flattened."""
+        ((names, updates_EGCD),) = split(layer.received, layer.trained, Granularity.expert).items()
+        say = self._say(layer, gram(updates_EGCD)[:, 0])
+        steps = join(names, weighted(updates_EGCD, say.coefficients[..., None]), layer.received, Granularity.expert)
+        if flatten:
+            steps = {name: flattened(step, flatten) if step.ndim == 3 else step for name, step in steps.items()}
+        return {name: layer.received[name] + step for name, step in steps.items()}, _findings(say)
+
+    def _step_products(self, layer: ExpertRange) -> tuple[Arrays, Findings]:
+        """The next LoRA factors; ``lost_energy`` (E,): largest share of a product's squared norm that was truncated."""
+        changes = {
+            prefix: changes_of(
+                Factors(*(layer.received[prefix + end] for end in _LORA)),
+                [Factors(*(arrays[prefix + end] for end in _LORA)) for arrays in layer.trained],
+            )
+            for prefix in low_rank.lora_prefixes(layer.received)
+        }
+        grams = [change.gram() for change in changes.values()]
+        say = self._say(layer, np.sum(grams, axis=0))
+        used_E = say.weight.any(axis=0)
+        stepped: dict[str, NDArray[np.floating]] = {}
+        lost = []
+        for (prefix, change), gram_ECC in zip(changes.items(), grams, strict=True):
+            squared_E = np.einsum("ce,ecd,de->e", say.coefficients, gram_ECC, say.coefficients)
+            new, lost_E = _stepped_product(change.weighted_sum(say.coefficients), squared_E, self.flatten)
+            for end, factor in zip(_LORA, new, strict=True):
+                stepped[prefix + end] = np.where(used_E[:, None, None], factor, layer.received[prefix + end])
+            lost.append(lost_E)
+        return stepped, _findings(say) | {"lost_energy": np.where(used_E, np.max(lost, axis=0), np.nan)}
+
+
+def _stepped_product(
+    total: WeightedSum, squared_E: NDArray[np.float64], flatten: float
+) -> tuple[Factors, NDArray[np.float64]]:
+    """B A plus the flattened change, at the rank of A, and (E,) the share of its squared norm that was lost.
+
+    Args:
+        total: The change, in the span of what it has in common with the received factors.
+        squared_E: Squared norm of the change without that restriction.
+        flatten: See ``FcMoePlus``.
+    """
+    rank = total.received_A.shape[-2]
+    stepped = total.received_B @ total.received_A + flattened(total.change, flatten, leading=rank)
+    # Directions in which nothing was learnt keep to the received A: it leaves a trace, too small to count.
+    length_E = np.sqrt((stepped**2).sum(axis=(-2, -1)))
+    trace = _TRACE * length_E[:, None, None] * total.received_A
+    _, _, right = np.linalg.svd(np.concatenate([stepped, trace], axis=-2), full_matrices=False)
+    A = right[:, :rank]
+    kept = low_rank.turned_towards(Factors(A, stepped @ np.swapaxes(A, -1, -2)), total.received_A)
+    outside_E = np.maximum(squared_E - (total.change**2).sum(axis=(-2, -1)), 0.0)
+    whole_E = length_E**2 + outside_E
+    kept_E = np.divide((kept.B**2).sum(axis=(-2, -1)), whole_E, out=np.ones_like(whole_E), where=whole_E > 0)
+    return total.lift(kept), np.maximum(1.0 - kept_E, 0.0)
+
+
+def _findings(say: EqualSay) -> dict[str, NDArray[np.float64]]:
+    return {"weight": say.weight, "cosine": say.cosine, "conflict": say.conflict, "scale": say.scale}

@@ -1,0 +1,38 @@
+"""Matrices with a flatter spectrum: every direction of a step counts alike, or nearly so.
+
+Shapes: I inputs, O outputs, S singular values; "..." any leading axes, such as experts.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+_NOTHING = 1e-5
+"""Singular values below this share of the largest are rounding of float32 values, and become 0."""
+
+
+def flattened(matrices: NDArray[np.floating], amount: float, leading: int | None = None) -> NDArray[np.float64]:
+    """(..., O, I) matrices with singular values s^(1 - amount), at the Frobenius norm they had.
+
+    An ``amount`` of 1 gives the polar factor, as Muon's steps (Jordan et al., 2024,
+    https://kellerjordan.github.io/posts/muon) and isotropic merging (Marczak et al., 2025,
+    https://arxiv.org/abs/2502.04959) have it; 0 changes nothing.
+
+    With ``leading``, only so many of the largest are flattened, at the norm they have together; the rest stay as they
+    are, and below them.
+    """
+    matrices = matrices.astype(np.float64)
+    if amount == 0:
+        return matrices
+    left, sizes, right = np.linalg.svd(matrices, full_matrices=False)
+    sizes[..., :leading] = _flat(sizes[..., :leading], amount)
+    return np.asarray((left * sizes[..., None, :]) @ right)
+
+
+def _flat(sizes: NDArray[np.float64], amount: float) -> NDArray[np.float64]:
+    """(..., S) ``sizes^(1 - amount)``, 0 where there is nothing, rescaled to the length they had."""
+    is_something = sizes > _NOTHING * sizes[..., :1]
+    flat = np.where(is_something, np.where(is_something, sizes, 1.0) ** (1.0 - amount), 0.0)
+    before, after = (np.sqrt((s**2).sum(axis=-1, keepdims=True)) for s in (sizes, flat))
+    return np.asarray(flat * np.divide(before, after, out=np.zeros_like(after), where=after > 0))

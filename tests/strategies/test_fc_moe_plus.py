@@ -1,0 +1,303 @@
+"""FC-MoE plus against a dense version of it, and by what it must reduce to.
+
+Its parts are those of test_equal_say.py and test_flatten.py.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from strategies import experts
+from strategies.conflicts import Space
+from strategies.fc_moe import FcMoe
+from strategies.fc_moe_plus import FcMoePlus
+from strategies.fedavg import FedAvg
+from tests.strategies.naive_fc_moe import FULL, LAYERS, LORA, NUM_EXPERTS, assert_same, random_round
+from tests.strategies.test_equal_say import naive_coefficients
+from tests.strategies.test_expert_steps import products_of
+from tests.strategies.test_flatten import dense_flattened
+
+seeds = st.integers(0, 2**32 - 1)
+LORA_AND_FULL = pytest.mark.parametrize("shapes", [LORA, FULL], ids=["lora", "full"])
+PLAIN = FcMoePlus(step=1.0, flatten=0.0)
+RANK = 2
+THIN = {
+    "gate_up_proj.lora_A": (1, 6),
+    "gate_up_proj.lora_B": (7, 1),
+    "down_proj.lora_A": (1, 5),
+    "down_proj.lora_B": (6, 1),
+}
+WIDE = {
+    "gate_up_proj.lora_A": (2, 30),
+    "gate_up_proj.lora_B": (40, 2),
+    "down_proj.lora_A": (2, 20),
+    "down_proj.lora_B": (30, 2),
+}
+
+
+def parts_of(arrays, layer, expert, strategy):
+    """What the rule looks at in one expert: dense products of LoRA pairs, or the arrays themselves."""
+    if f"{layer}.experts.down_proj" not in arrays and strategy.space is Space.product:
+        return products_of(arrays, layer, expert)
+    names = sorted(name for name in arrays if name.startswith(f"{layer}.experts."))
+    return [arrays[name][expert].astype(float) for name in names]
+
+
+def projector(columns):
+    """On the span of the columns."""
+    return columns @ np.linalg.pinv(columns, rcond=1e-6)
+
+
+def naive_product(strategy, adapter, updates, coefficients, prefix, expert):
+    """The next dense product of one LoRA pair, and the share of its squared norm that was lost."""
+    A, B = (adapter[f"{prefix}.lora_{side}"][expert].astype(float) for side in "AB")
+    trained = [[u.adapter[f"{prefix}.lora_{side}"][expert].astype(float) for side in "AB"] for u in updates]
+    change = sum(c * (Bi @ Ai - B @ A) for c, (Ai, Bi) in zip(coefficients, trained, strict=True))
+    change_A = sum(c * (Ai - A) for c, (Ai, _) in zip(coefficients, trained, strict=True))
+    change_B = sum(c * (Bi - B) for c, (_, Bi) in zip(coefficients, trained, strict=True))
+    within = projector(np.hstack([B, change_B])) @ change @ projector(np.vstack([A, change_A]).T)
+    step = dense_flattened(within, strategy.flatten, len(A))
+    left, sizes, right = np.linalg.svd(B @ A + step)
+    kept = (left[:, : len(A)] * sizes[: len(A)]) @ right[: len(A)]
+    return kept, 1 - (kept**2).sum() / ((B @ A + step + change - within) ** 2).sum()
+
+
+def naive_next(strategy, adapter, updates, layer, expert):
+    """The next parts of one expert, all dense, and the largest share that was lost."""
+    before = parts_of(adapter, layer, expert, strategy)
+    changes = [
+        [new - old for new, old in zip(parts_of(u.adapter, layer, expert, strategy), before, strict=True)]
+        for u in updates
+    ]
+    examples = [u.num_examples * (u.expert_tokens[layer][expert] > 0) for u in updates]
+    if not any(examples):
+        return before, None
+    vectors = [np.concatenate([change.ravel() for change in parts]) for parts in changes]
+    coefficients = naive_coefficients(vectors, examples, strategy.ridge, strategy.step)
+    is_lora = f"{layer}.experts.down_proj" not in adapter
+    if is_lora and strategy.space is Space.product:
+        prefixes = [f"{layer}.experts.{p}" for p in ("down_proj", "gate_up_proj")]
+        found = [naive_product(strategy, adapter, updates, coefficients, prefix, expert) for prefix in prefixes]
+        return [product for product, _ in found], max(lost for _, lost in found)
+    after = []
+    for p, old in enumerate(before):
+        step = sum(c * parts[p] for c, parts in zip(coefficients, changes, strict=True))
+        is_flattened = old.ndim == 2 and not is_lora
+        after.append(old + (dense_flattened(step, strategy.flatten, min(old.shape)) if is_flattened else step))
+    return after, None
+
+
+CASES = [
+    pytest.param(shapes, strategy, id=f"{kind}-{strategy}")
+    for kind, shapes in (("lora", LORA), ("thin", THIN), ("wide", WIDE), ("full", FULL))
+    for strategy in (
+        FcMoePlus(),
+        PLAIN,
+        FcMoePlus(flatten=0.5, ridge=2.0, step=0.5),
+        FcMoePlus(space=Space.factors),
+    )
+]
+
+
+@pytest.mark.parametrize(("shapes", "strategy"), CASES)
+def test_rule_is_the_dense_one(shapes, strategy):
+    adapter, updates = random_round(11, shapes)
+    result = strategy.aggregate(adapter, {}, updates)
+    for layer in LAYERS:
+        for expert in range(NUM_EXPERTS):
+            parts, lost = naive_next(strategy, adapter, updates, layer, expert)
+            for ours, expected in zip(parts_of(result.adapter, layer, expert, strategy), parts, strict=True):
+                atol = 1e-4 * max(1, abs(expected).max())
+                np.testing.assert_allclose(ours, expected, atol=atol, err_msg=f"{layer} {expert}")
+            if lost is not None:
+                reported = result.diagnostics["experts"][layer]["lost_energy"][expert]
+                assert reported == pytest.approx(lost, abs=1e-4)
+
+
+@LORA_AND_FULL
+def test_everything_but_experts_is_averaged_as_by_fedavg(shapes):
+    adapter, updates = random_round(1, shapes)
+    ours = FcMoePlus().aggregate(adapter, {}, updates).adapter
+    plain = FedAvg().aggregate(adapter, {}, updates).adapter
+    assert ours.keys() == adapter.keys()
+    for name in adapter:
+        if not experts.is_expert_array(name):
+            np.testing.assert_array_equal(ours[name], plain[name])
+
+
+@LORA_AND_FULL
+def test_expert_nobody_used_keeps_its_value_to_the_bit(shapes):
+    adapter, updates = random_round(3, shapes)
+    result = FcMoePlus().aggregate(adapter, {}, updates)
+    for name in filter(experts.is_expert_array, adapter):
+        np.testing.assert_array_equal(result.adapter[name][0], adapter[name][0])
+        assert not np.array_equal(result.adapter[name][1], adapter[name][1])
+
+
+@LORA_AND_FULL
+@pytest.mark.parametrize("step", [1.0, 7.0])
+def test_expert_that_one_site_used_becomes_that_sites_whatever_the_step(shapes, step):
+    adapter, updates = random_round(3, shapes)
+    strategy = FcMoePlus(step=step, flatten=0.0)
+    result = strategy.aggregate(adapter, {}, updates)
+    for layer in LAYERS:
+        ours, theirs = (parts_of(arrays, layer, 1, strategy) for arrays in (result.adapter, updates[1].adapter))
+        for part, expected in zip(ours, theirs, strict=True):
+            np.testing.assert_allclose(part, expected, atol=1e-5)
+
+
+@LORA_AND_FULL
+def test_sites_that_all_send_the_same_get_fedavgs_step(shapes):
+    adapter, updates = random_round(4, shapes)
+    used = {layer: np.ones(NUM_EXPERTS) for layer in LAYERS}
+    same = [replace(update, adapter=updates[0].adapter, expert_tokens=used) for update in updates]
+    ours = FcMoePlus(flatten=0.0).aggregate(adapter, {}, same).adapter
+    plain = FedAvg().aggregate(adapter, {}, same).adapter
+    for layer in LAYERS:
+        for e in range(NUM_EXPERTS):
+            for part, expected in zip(*(parts_of(a, layer, e, PLAIN) for a in (ours, plain)), strict=True):
+                np.testing.assert_allclose(part, expected, atol=1e-4)
+
+
+@LORA_AND_FULL
+@settings(deadline=None, max_examples=10)
+@given(seed=seeds)
+def test_order_of_the_sites_changes_nothing_but_rounding(shapes, seed):
+    adapter, updates = random_round(seed, shapes)
+    order = np.random.default_rng(seed).permutation(len(updates))
+    one, other = (PLAIN.aggregate(adapter, {}, us) for us in (updates, [updates[i] for i in order]))
+    for layer in LAYERS:
+        for name in ("weight", "cosine", "tokens"):
+            left, right = (np.array(r.diagnostics["experts"][layer][name], float) for r in (one, other))
+            np.testing.assert_allclose(left[order], right, atol=1e-6)
+    if shapes is FULL:
+        assert_same(one.adapter, other.adapter)
+
+
+def test_another_basis_of_the_factors_gives_the_same_products():
+    """(A, B) -> (Q A, B Q^-1), with one Q for the received adapter and all sites: they start from it."""
+    adapter, updates = random_round(6, WIDE)
+    rng = np.random.default_rng(0)
+    Q = {name[:-7]: np.eye(RANK) + 0.3 * rng.normal(size=(RANK, RANK)) for name in adapter if ".experts." in name}
+
+    def turned(arrays):
+        turned = dict(arrays)
+        for prefix, basis in Q.items():
+            turned[f"{prefix}.lora_A"] = (basis @ arrays[f"{prefix}.lora_A"]).astype(np.float32)
+            turned[f"{prefix}.lora_B"] = (arrays[f"{prefix}.lora_B"] @ np.linalg.inv(basis)).astype(np.float32)
+        return turned
+
+    plain = FcMoePlus().aggregate(adapter, {}, updates)
+    other = FcMoePlus().aggregate(turned(adapter), {}, [replace(u, adapter=turned(u.adapter)) for u in updates])
+    for layer in LAYERS:
+        for e in range(1, NUM_EXPERTS):
+            pairs = zip(*(products_of(r.adapter, layer, e) for r in (plain, other)), strict=True)
+            for left, right in pairs:
+                np.testing.assert_allclose(left, right, atol=1e-3)
+
+
+def test_whole_experts_step_has_a_flat_spectrum():
+    adapter, updates = random_round(8, FULL)
+    result = FcMoePlus().aggregate(adapter, {}, updates)
+    plain = FcMoePlus(flatten=0.0).aggregate(adapter, {}, updates)
+    for name in (f"{LAYERS[0]}.experts.{end}" for end in ("gate_up_proj", "down_proj")):
+        for e in range(1, NUM_EXPERTS):
+            flat, step = (r.adapter[name][e].astype(float) - adapter[name][e] for r in (result, plain))
+            sizes = np.linalg.svd(flat, compute_uv=False)
+            np.testing.assert_allclose(sizes, sizes[0], rtol=1e-4)
+            np.testing.assert_allclose(np.linalg.norm(flat), np.linalg.norm(step), rtol=1e-4)
+
+
+def fresh_lora(seed):
+    """A round from B = 0, as LoRA starts."""
+    adapter, updates = random_round(seed, LORA)
+    for name in adapter:
+        if name.endswith("lora_B"):
+            adapter[name] = np.zeros_like(adapter[name])
+    return adapter, updates
+
+
+def test_first_step_of_lora_has_a_flat_spectrum():
+    adapter, updates = fresh_lora(8)
+    result = FcMoePlus().aggregate(adapter, {}, updates)
+    for layer in LAYERS:
+        for product in products_of(result.adapter, layer, 2):
+            sizes = np.linalg.svd(product, compute_uv=False)
+            np.testing.assert_allclose(sizes[:RANK], sizes[0], rtol=1e-4)
+            np.testing.assert_allclose(sizes[RANK:], 0, atol=1e-5)
+
+
+@pytest.mark.parametrize("learnt", [0, 1])
+def test_direction_in_which_nothing_was_learnt_can_still_be_trained(learnt):
+    """From B = 0 the sites learn 0 or 1 of 2 directions of an expert: the others need rows of A that are not 0."""
+    adapter, updates = random_round(8, WIDE)
+    for arrays in (adapter, *(update.adapter for update in updates)):
+        for name in filter(experts.is_expert_array, adapter):
+            if name.endswith("lora_B"):
+                arrays[name][..., learnt:] = 0
+                arrays[name][...] *= arrays is not adapter
+    result = FcMoePlus().aggregate(adapter, {}, updates).adapter
+    for name in filter(experts.is_expert_array, adapter):
+        if name.endswith("lora_A"):
+            sizes = np.linalg.svd(result[name][1:], compute_uv=False)
+            assert (sizes[:, -1] > 0.5).all(), name
+
+
+def test_unchanged_updates_change_nothing():
+    for shapes in (LORA, FULL):
+        adapter, updates = random_round(0, shapes)
+        idle = [replace(update, adapter=adapter) for update in updates]
+        assert_same(FcMoePlus().aggregate(adapter, {}, idle).adapter, adapter)
+
+
+@LORA_AND_FULL
+def test_diagnostics_are_called_as_those_of_fc_moe(shapes):
+    adapter, updates = random_round(3, shapes)
+    found, printed = (s.aggregate(adapter, {}, updates).diagnostics["experts"] for s in (FcMoePlus(), FcMoe()))
+    for layer in LAYERS:
+        assert printed[layer].keys() <= found[layer].keys()
+        assert found[layer]["tokens"] == printed[layer]["tokens"]
+        assert np.array(found[layer]["cosine"]).shape == (len(updates), NUM_EXPERTS)
+        assert [row[0] for row in found[layer]["cosine"]] == [None] * len(updates)
+        assert found[layer]["scale"][0] is None
+        np.testing.assert_allclose(np.sum(found[layer]["weight"], axis=0)[1:], 1)
+
+
+def test_ranges_of_experts_give_the_same_as_all_at_once(monkeypatch):
+    adapter, updates = random_round(2, LORA)
+    at_once = FcMoePlus().aggregate(adapter, {}, updates)
+    monkeypatch.setattr(experts, "expert_slices", lambda *_: [slice(e, e + 1) for e in range(NUM_EXPERTS)])
+    apart = FcMoePlus().aggregate(adapter, {}, updates)
+    assert_same(at_once.adapter, apart.adapter, atol=1e-5)
+
+
+def test_inputs_stay_as_they_were():
+    adapter, updates = random_round(2, LORA)
+    copies = [{name: array.copy() for name, array in arrays.items()} for arrays in (adapter, updates[0].adapter)]
+    FcMoePlus().aggregate(adapter, {}, updates)
+    for before, after in zip(copies, (adapter, updates[0].adapter), strict=True):
+        for name, array in before.items():
+            np.testing.assert_array_equal(after[name], array)
+
+
+def test_update_without_the_counts_of_every_expert_is_refused():
+    adapter, updates = random_round(0, LORA)
+    with pytest.raises(ValueError, match="expert_tokens lacks model.layers.1.mlp"):
+        FcMoePlus().check_update(adapter, replace(updates[0], expert_tokens={LAYERS[0]: np.ones(NUM_EXPERTS)}))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"ridge": 0.0}, r"strategy.ridge must be > 0, got 0.0"),
+        ({"step": 0.0}, r"strategy.step must be > 0, got 0.0"),
+        ({"step": float("inf")}, r"strategy.step must be > 0, got inf"),
+        ({"flatten": 1.5}, r"strategy.flatten must be in \[0, 1\], got 1.5"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        FcMoePlus(**settings)
