@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 
 _ROOM = 8
 """Directions beyond the last step's that one step of subspace iteration looks at."""
+_CHECK_EVERY = 3
+"""Iterations between looks at the gap, which costs a fifth of one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,20 +61,25 @@ def decompose(
     directions: NDArray[np.float64] | None = None
     momentum, penalties = 1.0, (low_rank_penalty, block_penalty)
     for iteration in range(1, max_iterations + 1):
-        residual = blocks_GCM - ahead
-        stepped = ahead + residual * _clipping(_norms(residual), block_penalty)
+        stepped = blocks_GCM - ahead
+        stepped *= _clipping(_norms(stepped), block_penalty)
+        stepped += ahead
         last, (low_rank, directions, sizes) = low_rank, _threshold(stepped, low_rank_penalty, directions)
-        objective, gap = _gap(blocks_GCM, stepped, low_rank, sizes, penalties)
-        if gap <= tolerance * objective or iteration == max_iterations:
-            # Only the exact threshold makes the dual point feasible, and so the gap a bound.
-            low_rank, directions, sizes = _threshold(stepped, low_rank_penalty)
+        is_last = iteration == max_iterations
+        if is_last or iteration % _CHECK_EVERY == 0:
             objective, gap = _gap(blocks_GCM, stepped, low_rank, sizes, penalties)
-            if gap <= tolerance * objective or iteration == max_iterations:
+            if is_last or gap <= tolerance * objective:
+                # Only the exact threshold makes the dual point feasible, and so the gap a bound.
+                low_rank, directions, sizes = _threshold(stepped, low_rank_penalty)
+                objective, gap = _gap(blocks_GCM, stepped, low_rank, sizes, penalties)
+            if is_last or gap <= tolerance * objective:
                 break
-        if np.vdot(ahead - low_rank, low_rank - last) > 0:
+        change = low_rank - last
+        if np.vdot(ahead - low_rank, change) > 0:
             momentum = 1.0
         following = (1 + math.sqrt(1 + 4 * momentum**2)) / 2
-        ahead = low_rank + (momentum - 1) / following * (low_rank - last)
+        change *= (momentum - 1) / following
+        ahead = low_rank + change
         momentum = following
     assert directions is not None
     sparse = blocks_GCM - low_rank
@@ -98,17 +105,17 @@ def _threshold(
     """
     tall = stacked_GCM.reshape(-1, stacked_GCM.shape[-1])
     basis = None if guess_MS is None else _improved(tall, guess_MS)
-    if basis is not None:
-        squares, vectors = np.linalg.eigh(_gram(tall @ basis))
-        if squares[0] > penalty**2:
-            basis = None
-    if basis is None:
+    seen = tall if basis is None else tall @ basis
+    squares, vectors = np.linalg.eigh(_gram(seen))
+    if basis is not None and squares[0] > penalty**2:
+        basis, seen = None, tall
         squares, vectors = np.linalg.eigh(_gram(tall))
     kept = np.flatnonzero(squares > penalty**2)[::-1]
     sizes, directions = np.sqrt(squares[kept]), vectors[:, kept]
+    lengths = seen @ directions
     if basis is not None:
         directions = basis @ directions
-    lowered = ((tall @ directions) * (1 - penalty / sizes)) @ directions.T
+    lowered = (lengths * (1 - penalty / sizes)) @ directions.T
     return lowered.reshape(stacked_GCM.shape), directions, sizes - penalty
 
 

@@ -97,4 +97,4 @@ def test_penalties_beyond_the_data_leave_nothing_in_a_part():
 
 def test_blocks_of_zeros_have_neither_part():
     solved = decompose(np.zeros((3, 2, 4)), low_rank_penalty=1.0, block_penalty=1.0)
-    assert (solved.relative_gap, solved.iterations, solved.directions.shape) == (0.0, 1, (4, 0))
+    assert (solved.relative_gap, solved.directions.shape) == (0.0, (4, 0))
