@@ -18,7 +18,7 @@ from conf.schema import Config, RouterTraining
 from conf.seeds import generator_for
 from strategies.adapters import Arrays
 from strategies.base import ClientUpdate
-from strategies.experts import is_expert_array
+from strategies.experts import is_router_array
 
 POOLED = "*pooled*"
 """Key of a held-out set that is no site's own: that of all sites together."""
@@ -29,7 +29,7 @@ _OPTIMIZER = "optimizer/"
 
 def is_shared(name: str, config: Config) -> bool:
     """Whether the trained array ``name`` travels between site and server; all others stay at the site."""
-    if config.model.router is RouterTraining.local and _is_router_array(name):
+    if config.model.router is RouterTraining.local and is_router_array(name):
         return False
     return method_for(config.method).shares(name)
 
@@ -37,11 +37,6 @@ def is_shared(name: str, config: Config) -> bool:
 def shared_arrays(adapter: Arrays, config: Config) -> Arrays:
     """The part of ``adapter`` that is exchanged; of ``AdaptedModel.initial_adapter``, the server's first adapter."""
     return {name: array for name, array in adapter.items() if is_shared(name, config)}
-
-
-def _is_router_array(name: str) -> bool:
-    # Only experts and routers are ever trained as whole weights.
-    return not is_expert_array(name) and not name.endswith((".lora_A", ".lora_B"))
 
 
 class Site:

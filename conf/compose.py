@@ -36,11 +36,12 @@ from strategies.clair import Clair
 from strategies.fc_moe import FcMoe
 from strategies.fc_moe_plus import FcMoePlus
 from strategies.fedavg import FedAvg, FedProx
+from strategies.fedmoe import FedMoe
 from strategies.fedopt import FedAdagrad, FedAdam, FedAvgM, FedYogi
 from strategies.local_only import LocalOnly
 
 STRATEGIES: tuple[type[Strategy], ...] = (
-    FedAvg, FedProx, FedAvgM, FedAdam, FedAdagrad, FedYogi, FcMoe, FcMoePlus, Clair, LocalOnly, Centralised,
+    FedAvg, FedProx, FedAvgM, FedAdam, FedAdagrad, FedYogi, FedMoe, FcMoe, FcMoePlus, Clair, LocalOnly, Centralised,
 )  # fmt: skip
 METHODS: tuple[type[MethodConfig], ...] = (schema.SftConfig, schema.FcMoeConfig, schema.LocalOnlyConfig)
 PARTITIONS: tuple[type[PartitionConfig], ...] = (

@@ -33,6 +33,11 @@ def layer_of(name: str) -> str:
     return layer
 
 
+def is_router_array(name: str) -> bool:
+    """Whether the array belongs to a router: only experts and routers are ever trained as whole weights."""
+    return not is_expert_array(name) and not name.endswith((".lora_A", ".lora_B"))
+
+
 def by_layer(adapter: Arrays) -> dict[str, dict[str, NDArray[np.floating]]]:
     """MoE layer -> its expert arrays, both in the order of their names; empty for a dense model."""
     layers: dict[str, dict[str, NDArray[np.floating]]] = {}

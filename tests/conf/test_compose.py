@@ -27,7 +27,19 @@ from strategies.conflicts import Space
 from strategies.fc_moe import FcMoe
 
 METHOD_OF = dict.fromkeys(
-    ("fedavg", "fedprox", "fedavgm", "fedadam", "fedadagrad", "fedyogi", "fc_moe_plus", "clair", "centralised"), "sft"
+    (
+        "fedavg",
+        "fedprox",
+        "fedavgm",
+        "fedadam",
+        "fedadagrad",
+        "fedyogi",
+        "fedmoe",
+        "fc_moe_plus",
+        "clair",
+        "centralised",
+    ),
+    "sft",
 )
 METHOD_OF |= {"fc_moe": "fc_moe", "local_only": "local_only"}
 

@@ -29,6 +29,8 @@ from tests.server.loopback import Loopback, Node, run_server, simulation
 
 ROUTER_LOCAL = "strategy=fc_moe model.router=local train.optimizer_state=keep method.retention.kind=orthogonal"
 
+FEDMOE = "strategy=fedmoe model.router=averaged"
+
 
 def plain_federation(config, folder):
     """The same run without Flower: sites and strategy in two loops."""
@@ -52,7 +54,9 @@ def measured(result):
     return {sender.site: losses for sender, losses in map(decode_losses, replies)}
 
 
-@pytest.mark.parametrize("words", ["strategy=fc_moe", "strategy=fedyogi train.optimizer_state=keep", ROUTER_LOCAL])
+@pytest.mark.parametrize(
+    "words", ["strategy=fc_moe", "strategy=fedyogi train.optimizer_state=keep", ROUTER_LOCAL, FEDMOE]
+)
 def test_run_without_flower_gives_the_same_adapter(honest, tmp_path, words):
     result = honest(words)
     adapter = plain_federation(load_config(result.grid.overrides), tmp_path / "private")
