@@ -20,13 +20,12 @@ from client.bases import materialise
 from client.call import Call
 from client.data import site_names
 from client.failures import reason_of
-from client.messages import EVALUATE, JOIN, TRAIN, Joined, Request, Sender
+from client.messages import EVALUATE, JOIN, TRAIN, Asked, Joined, Request, Sender
 from client.model import base_model_loads
 from client.node import Node, real_node
 from client.site import Site
 from conf.compose import load_config, settings_hash
 from conf.schema import Config, Mode
-from strategies.adapters import Arrays
 from strategies.base import ClientUpdate
 
 log = logging.getLogger("bouquet.client")
@@ -46,10 +45,11 @@ def answer(message: Message, call: Call) -> Message:
         node = node_of(call.node_config, config)
         name = node.site
         config.device = node.device or config.device
-        request, adapter = messages.decode_request(message)
+        asked = messages.decode_request(message)
+        request = asked.request
         if request.settings_hash != hash_here:
             raise ValueError(f"settings hash {hash_here[:12]} here, {request.settings_hash[:12]} at the server")
-        return _reply(_site(request, config, node), request, adapter, message, call)
+        return _reply(_site(request, config, node), asked, message, call)
     # The edge of the process: whatever went wrong is told by name instead of ending as an anonymous crash.
     except Exception as error:
         log.exception("site %s failed", name)
@@ -80,20 +80,19 @@ def base_has_changed() -> bool:
     return held is not None and materialise(held.config.model).sha256 != held.adapted.base.identity.sha256
 
 
-def _reply(site: Site, request: Request, adapter: Arrays, message: Message, call: Call) -> Message:
-    kind = message.metadata.message_type
+def _reply(site: Site, asked: Asked, message: Message, call: Call) -> Message:
+    kind, request = message.metadata.message_type, asked.request
     if kind == TRAIN:
-        update = _train(site, request, adapter, message, call)
-        return messages.encode_update(_sender_of(site, request), update, message)
+        return messages.encode_update(_sender_of(site, request), _train(site, asked, message, call), message)
     if kind == EVALUATE:
-        return messages.encode_losses(_sender_of(site, request), site.evaluate(adapter), message)
+        return messages.encode_losses(_sender_of(site, request), site.evaluate(asked.adapter), message)
     if kind == JOIN:
         joined = Joined(num_examples=site.num_examples, base_sha256=site.adapted.base.identity.sha256)
         return messages.encode_joined(_sender_of(site, request), joined, message)
     raise ValueError(f"message type {kind!r}, known are {JOIN}, {TRAIN} and {EVALUATE}")
 
 
-def _train(site: Site, request: Request, adapter: Arrays, message: Message, call: Call) -> ClientUpdate:
+def _train(site: Site, asked: Asked, message: Message, call: Call) -> ClientUpdate:
     """The site's update, with two more metrics of a real site.
 
     delivery_seconds: from the server's request, by its clock, to the start of Flower's process for it.
@@ -104,7 +103,8 @@ def _train(site: Site, request: Request, adapter: Arrays, message: Message, call
     if call.process_started is not None:
         waited["delivery_seconds"] = call.process_started - message.metadata.created_at
         waited["startup_seconds"] = time.time() - call.process_started
-    update = site.train(request.server_round, adapter, evaluate_own=request.evaluate_own)
+    request = asked.request
+    update = site.train(request.server_round, asked.adapter, asked.broadcast, evaluate_own=request.evaluate_own)
     return replace(update, metrics={**update.metrics, **waited})
 
 

@@ -3,7 +3,8 @@
 Three exchanges, each one request and one reply:
 
 * join: who is there, with which base model, settings and how much data;
-* train: the global adapter out, the shared part of the site's adapter back;
+* train: the global adapter out and what the strategy broadcasts, the shared part of the site's adapter and the method's
+  extras back;
 * evaluate: the global adapter out, losses on held-out data back.
 
 A reply that was not made by this file under the same settings is refused by ``decode_*``. The types
@@ -17,7 +18,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
@@ -32,7 +33,7 @@ from strategies.base import ClientUpdate
 if TYPE_CHECKING:  # torch takes seconds to import, and who only passes messages on needs none
     from client.evaluation import HeldOutLoss
 
-FORMAT = 2
+FORMAT = 3
 """Version of this protocol; a reply with another one is refused."""
 
 _PACKED = "bouquet-arrays"
@@ -58,6 +59,15 @@ class Request:
     """Folder of the simulated sites' private stores; a real site uses its own and ignores this."""
 
 
+class Asked(NamedTuple):
+    """A decoded request."""
+
+    request: Request
+    adapter: dict[str, NDArray[Any]]
+    broadcast: dict[str, NDArray[Any]]
+    """What the strategy sends beside the adapter."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sender:
     """Who replies, in every reply."""
@@ -79,23 +89,30 @@ class Joined:
     base_sha256: str
 
 
-def encode_request(kind: str, node_id: int, request: Request, adapter: Arrays) -> Message:
-    """A message of ``kind`` to one node."""
+def encode_request(
+    kind: str, node_id: int, request: Request, adapter: Arrays, broadcast: Arrays | None = None
+) -> Message:
+    """A message of ``kind`` to one node; ``broadcast`` is what the strategy sends beside the adapter, if anything."""
     content = RecordDict(
-        {"request": ConfigRecord({"json": json.dumps(asdict(request))}), "adapter": to_record(adapter)}
+        {
+            "request": ConfigRecord({"json": json.dumps(asdict(request))}),
+            "adapter": to_record(adapter),
+            "broadcast": to_record(broadcast or {}),
+        }
     )
     return Message(content, node_id, kind, group_id=str(request.server_round))
 
 
-def decode_request(message: Message) -> tuple[Request, dict[str, Any]]:
-    """The request and the adapter that came with it.
+def decode_request(message: Message) -> Asked:
+    """The request, and the arrays that came with it.
 
     Raises:
         ValueError: If the message is not one of ours.
     """
     try:
         request = Request(**json.loads(str(message.content.config_records["request"]["json"])))
-        return request, to_arrays(message.content.array_records["adapter"])
+        arrays = message.content.array_records
+        return Asked(request, to_arrays(arrays["adapter"]), to_arrays(arrays["broadcast"]))
     except (LookupError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"not a request of this version of Bouquet: {error!r}") from error
 
@@ -108,7 +125,11 @@ def encode_joined(sender: Sender, joined: Joined, request: Message) -> Message:
 def encode_update(sender: Sender, update: ClientUpdate, request: Message) -> Message:
     """Reply to a train message."""
     facts = {"num_examples": update.num_examples, "metrics": dict(update.metrics)}
-    arrays = {"adapter": to_record(update.adapter), "expert-tokens": to_record(update.expert_tokens)}
+    arrays = {
+        "adapter": to_record(update.adapter),
+        "expert-tokens": to_record(update.expert_tokens),
+        "extras": to_record(update.extras),
+    }
     return _reply(sender, facts, arrays, request)
 
 
@@ -137,8 +158,8 @@ def decode_update(reply: Message) -> tuple[Sender, ClientUpdate]:
     """Read the answer to a train message; values and layout of its arrays are judged by ``Strategy.check_update``.
 
     Raises:
-        ValueError: If the reply is foreign, malformed or a failure, the adapter is not float32, the token counts are
-            not float64, or a metric is NaN or infinite.
+        ValueError: If the reply is foreign, malformed or a failure, adapter or extras are not float32, the token
+            counts are not float64, or a metric is NaN or infinite.
     """
     with _malformed():
         sender, facts = _open(reply)
@@ -148,6 +169,7 @@ def decode_update(reply: Message) -> tuple[Sender, ClientUpdate]:
             adapter=to_arrays(arrays["adapter"]),
             num_examples=int(facts["num_examples"]),
             expert_tokens=to_arrays(arrays["expert-tokens"], np.float64),
+            extras=to_arrays(arrays["extras"]),
             metrics={str(name): float(value) for name, value in facts["metrics"].items()},
         )
     for name, value in update.metrics.items():

@@ -83,8 +83,12 @@ class Site:
         """Encode the training texts now, not in the first round."""
         _ = self._train_sequences
 
-    def train(self, server_round: int, received: Arrays, *, evaluate_own: bool = False) -> ClientUpdate:
+    def train(
+        self, server_round: int, received: Arrays, broadcast: Arrays | None = None, *, evaluate_own: bool = False
+    ) -> ClientUpdate:
         """Train locally from the global adapter; the update holds what is shared and nothing else.
+
+        ``broadcast`` is what the strategy sends beside the adapter (``Strategy.broadcast``); None: nothing.
 
         Its metrics are train_loss (nats per response token), num_tokens (response tokens trained on), num_steps,
         micro_batch, train_seconds, those of ``client.throughput.Throughput`` and, with ``evaluate_own``, own_loss: that
@@ -99,6 +103,7 @@ class Site:
         """
         private = self.store.load(before_round=server_round)
         start_of_round = self._completed(received, private)
+        rule = self.method.local_rule(self.adapted, broadcast or {}, private)
         result = train(
             self.adapted,
             self._train_sequences,
@@ -107,6 +112,7 @@ class Site:
             optimizer=under(_OPTIMIZER, private),
             config=self.config.train,
             generator=generator_for(self.config.seed, "train", server_round, self.name),
+            rule=rule,
         )
         metrics = _metrics(result)
         if evaluate_own:
@@ -114,7 +120,7 @@ class Site:
         shared = shared_arrays(result.adapter, self.config)
         own = {_OWN + name: array for name, array in result.adapter.items() if name not in shared}
         optimizer = {_OPTIMIZER + name: array for name, array in result.optimizer.items()}
-        private = {**own, **optimizer, **self.method.remember(start_of_round, result.adapter)}
+        private = {**own, **optimizer, **self.method.remember(start_of_round, result.adapter), **rule.to_keep()}
         if private:
             self.store.save(private, server_round)
         return ClientUpdate(
@@ -123,6 +129,7 @@ class Site:
             num_examples=self.num_examples,
             # Counts weigh what is shared; a site that shares nothing does not tell how its text was routed.
             expert_tokens=result.expert_tokens if shared else {},
+            extras=rule.to_send(),
             metrics=metrics,
         )
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from client.checkpointing import checkpointed_layers
 from client.evaluation import response_nll
+from client.local_rule import LocalRule
 from client.memory import choose_micro_batch, free_bytes
 from client.model import AdaptedModel
 from client.routing import ExpertTokenCounter
@@ -61,6 +62,7 @@ def train(
     optimizer: Arrays,
     config: TrainConfig,
     generator: np.random.Generator,
+    rule: LocalRule | None = None,
 ) -> TrainingResult:
     """Train ``start`` on ``sequences`` in an order drawn from ``generator``; the result stays loaded.
 
@@ -73,6 +75,7 @@ def train(
         optimizer: ``TrainingResult.optimizer`` of an earlier round to go on from; empty: fresh moments.
         config: The settings under ``train.``.
         generator: Source of every random draw, torch's included.
+        rule: What the method adds to the loop; None: nothing.
 
     Raises:
         ValueError: If there is no sequence, ``start`` does not fit the model, a pass of ``train.micro_batch``
@@ -81,6 +84,7 @@ def train(
     if not sequences:
         raise ValueError("no training sequences")
     began = time.perf_counter()
+    rule = rule or LocalRule()
     configure_torch(config)
     micro_batch = choose_micro_batch(adapted, sequences, config, free_bytes(adapted.device))
     # Spawned, so that the order of the sequences is the generator's own stream.
@@ -94,6 +98,7 @@ def train(
     try:
         with (
             adapted.count_expert_tokens() as counter,
+            rule.watching(),
             checkpointed_layers(adapted.model, enabled=config.gradient_checkpointing),
         ):
             for chosen in _batches(sequences, config, generator):
@@ -101,7 +106,7 @@ def train(
                 adamw.zero_grad()
                 passes = _micro_batches(chosen, micro_batch)
                 nll += _accumulate_gradients(
-                    adapted, passes, anchored=anchored, counter=counter, step=num_steps, config=config
+                    adapted, passes, anchored=anchored, counter=counter, rule=rule, step=num_steps, config=config
                 )
                 adamw.step()
                 meter.add(chosen)
@@ -148,46 +153,54 @@ def _accumulate_gradients(
     *,
     anchored: Sequence[tuple[torch.Tensor, torch.Tensor]],
     counter: ExpertTokenCounter,
+    rule: LocalRule,
     step: int,
     config: TrainConfig,
 ) -> float:
-    """Clipped gradients of one step's loss; its negative log-likelihood in nats, without the proximal term.
+    """Clipped gradients of one step's loss; its negative log-likelihood in nats, without proximal term and penalty.
 
-    The loss is the mean over the response tokens of all passes together, so it is that of the undivided batch.
+    The loss is the mean over the response tokens of all passes together, so it is that of the undivided batch; a
+    rule's penalty is the mean over all real tokens.
 
     Raises:
         ValueError: If the loss or a gradient is not finite.
     """
     scale = _FLOAT16_LOSS_SCALE if adapted.base.model.dtype is torch.float16 else 1.0
     num_tokens = sum(sequence.num_targets for chosen in passes for sequence in chosen)
+    num_real = sum(len(sequence.input_ids) for chosen in passes for sequence in chosen)
     total = torch.zeros((), device=adapted.device)
     for chosen in passes:
         batch = collate(chosen, adapted.tokenizer.pad_token_id)
         counter.set_mask(batch["token_mask"])
+        rule.begin_pass(batch["token_mask"])
         nll, _ = response_nll(adapted, batch)
-        torch.autograd.backward(nll * (scale / num_tokens))
+        objective = nll * (scale / num_tokens)
+        penalty = rule.penalty()
+        if penalty is not None:
+            objective = objective + penalty * (scale / num_real)
+        torch.autograd.backward(objective)
         total += nll.detach()
     loss = total / num_tokens
     if anchored:
         proximal = _proximal_term(anchored, config.proximal_mu)
         torch.autograd.backward(proximal * scale)
         loss += proximal.detach()
-    _clip(adapted, loss, scale, step, config)
+    if scale != 1.0:
+        for parameter in adapted.parameters_by_name().values():
+            if parameter.grad is not None:
+                parameter.grad.div_(scale)
+    rule.correct(adapted.parameters_by_name())
+    _clip(adapted, loss, step, config)
     return total.item()
 
 
-def _clip(adapted: AdaptedModel, loss: torch.Tensor, scale: float, step: int, config: TrainConfig) -> None:
-    """Divide the gradients by ``scale`` and clip them to ``max_grad_norm``.
+def _clip(adapted: AdaptedModel, loss: torch.Tensor, step: int, config: TrainConfig) -> None:
+    """Clip the gradients to ``max_grad_norm``.
 
     Raises:
         ValueError: If the loss or a gradient is not finite.
     """
-    parameters = list(adapted.parameters_by_name().values())
-    if scale != 1.0:
-        for parameter in parameters:
-            if parameter.grad is not None:
-                parameter.grad.div_(scale)
-    length = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+    length = torch.nn.utils.clip_grad_norm_(adapted.parameters_by_name().values(), config.max_grad_norm)
     if not (torch.isfinite(loss) and torch.isfinite(length)):
         raise ValueError(
             f"training step {step}: loss is {loss.item():.4g} and the gradient's norm {length.item():.4g}; lower "

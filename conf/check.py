@@ -15,8 +15,8 @@ from conf.schema import (
 from strategies.clair import Clair, RefinedRank
 from strategies.screen import ScreenKind
 
-UNSCREENED = ("clair", "local_only", "centralised")
-"""Strategies that judge sites themselves, get no adapters or have one site."""
+UNSCREENED = ("clair", "scaffold", "local_only", "centralised")
+"""Strategies that judge sites themselves, count on every site's update, get no adapters or have one site."""
 
 
 def check_config(config: Config) -> None:

@@ -39,11 +39,15 @@ from strategies.fedavg import FedAvg, FedProx
 from strategies.fedmoe import FedMoe
 from strategies.fedopt import FedAdagrad, FedAdam, FedAvgM, FedYogi
 from strategies.local_only import LocalOnly
+from strategies.scaffold import Scaffold
 
 STRATEGIES: tuple[type[Strategy], ...] = (
-    FedAvg, FedProx, FedAvgM, FedAdam, FedAdagrad, FedYogi, FedMoe, FcMoe, FcMoePlus, Clair, LocalOnly, Centralised,
+    FedAvg, FedProx, FedAvgM, FedAdam, FedAdagrad, FedYogi, Scaffold,
+    FedMoe, FcMoe, FcMoePlus, Clair, LocalOnly, Centralised,
 )  # fmt: skip
-METHODS: tuple[type[MethodConfig], ...] = (schema.SftConfig, schema.FcMoeConfig, schema.LocalOnlyConfig)
+METHODS: tuple[type[MethodConfig], ...] = (
+    schema.SftConfig, schema.ScaffoldConfig, schema.FcMoeConfig, schema.LocalOnlyConfig,
+)  # fmt: skip
 PARTITIONS: tuple[type[PartitionConfig], ...] = (
     schema.Iid, schema.Dirichlet, schema.Pathological, schema.Shard, schema.Natural, schema.Files,
 )  # fmt: skip

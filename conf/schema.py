@@ -363,6 +363,13 @@ class FcMoeConfig(MethodConfig):
 
 
 @dataclass(kw_only=True)
+class ScaffoldConfig(MethodConfig):
+    """Supervised fine-tuning along gradients corrected by control variates (https://arxiv.org/abs/1910.06378)."""
+
+    name: ClassVar[str] = "scaffold"
+
+
+@dataclass(kw_only=True)
 class LocalOnlyConfig(MethodConfig):
     """Each site trains its own adapter and sends none of it."""
 

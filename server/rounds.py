@@ -208,8 +208,12 @@ class FederatedRounds(FlowerStrategy):
         server_round = self._round.server_round
         own = self._evaluation_due(server_round)
         request = replace(self.roster.request, server_round=server_round, evaluate_own=own)
+        broadcast = self.strategy.broadcast(self.state) if kind == TRAIN else {}
         adapters = {site: self.personal.get(site, self.adapter) for site in sites}
-        return [encode_request(kind, self.roster.nodes[site], request, adapter) for site, adapter in adapters.items()]
+        return [
+            encode_request(kind, self.roster.nodes[site], request, adapter, broadcast)
+            for site, adapter in adapters.items()
+        ]
 
     def _send(self, grid: Grid, requests: Iterable[Message], timeout: float) -> Exchange:
         asked = list(requests)

@@ -28,6 +28,8 @@ class ClientUpdate:
     """Training examples the site holds, >= 1: the weight of plain averaging."""
     expert_tokens: Arrays = field(default_factory=dict)
     """MoE layer -> (num_experts,) float64: tokens routed to each expert in this round's local training."""
+    extras: Arrays = field(default_factory=dict)
+    """What the method's client half sends beside the adapter, float32, such as the change of a control variate."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """Scalars for the run's records, such as ``train_loss`` (nats per response token)."""
 
@@ -63,6 +65,10 @@ class Strategy(ABC):
         """State before the first round; most rules remember nothing."""
         return {}
 
+    def broadcast(self, state: Arrays) -> Arrays:  # noqa: ARG002
+        """What every site gets beside the adapter before it trains, float32; most rules send nothing more."""
+        return {}
+
     def check_update(self, adapter: Arrays, update: ClientUpdate) -> None:
         """Raise ``ValueError`` if ``update`` must be left out of this round.
 
@@ -73,6 +79,7 @@ class Strategy(ABC):
         check_same_layout(adapter, update.adapter)
         check_finite(update.adapter)
         check_finite(update.expert_tokens)
+        check_finite(update.extras)
         if update.num_examples < 1:
             raise ValueError(f"num_examples must be >= 1, got {update.num_examples}")
         for layer, tokens_E in update.expert_tokens.items():

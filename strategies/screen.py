@@ -109,6 +109,10 @@ class Screened(Strategy):
             raise ValueError("screen=clair needs LoRA: set model.experts=lora or lora.attention=true, or screen=off")
         return self.inner.init_state(adapter)
 
+    def broadcast(self, state: Arrays) -> Arrays:
+        """As the inner strategy does."""
+        return self.inner.broadcast(_inner_state(state))
+
     def check_update(self, adapter: Arrays, update: ClientUpdate) -> None:
         """As the inner strategy does."""
         self.inner.check_update(adapter, update)
@@ -132,8 +136,7 @@ class Screened(Strategy):
         if not passed:
             told = "; ".join(f"{site}: {verdict.reason}" for site, verdict in verdicts.items())
             raise ValueError(f"screen={self.screen.kind.name} leaves no update ({told})")
-        own = {name: array for name, array in state.items() if not name.startswith(_STATE)}
-        result = self.inner.aggregate(adapter, own, passed)
+        result = self.inner.aggregate(adapter, _inner_state(state), passed)
         report = {"verdicts": _report(verdicts), "matrices": {m.label: m.report(sites) for m in inspected}}
         return replace(
             result,
@@ -200,6 +203,10 @@ class Screened(Strategy):
 def screened(strategy: Strategy, screen: ScreenConfig) -> Strategy:
     """The strategy behind the screen that the settings ask for."""
     return strategy if screen.kind is ScreenKind.off else Screened(inner=strategy, screen=screen)
+
+
+def _inner_state(state: Arrays) -> Arrays:
+    return {name: array for name, array in state.items() if not name.startswith(_STATE)}
 
 
 def _downweighted(update: ClientUpdate, weight: float) -> ClientUpdate:

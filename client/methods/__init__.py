@@ -5,11 +5,13 @@ from __future__ import annotations
 from client.methods.base import Method
 from client.methods.fc_moe import FcMoe
 from client.methods.local_only import LocalOnly
+from client.methods.scaffold import Scaffold
 from client.methods.sft import Sft
-from conf.schema import FcMoeConfig, LocalOnlyConfig, MethodConfig, SftConfig
+from conf.schema import FcMoeConfig, LocalOnlyConfig, MethodConfig, ScaffoldConfig, SftConfig
 
 METHODS: dict[str, type[Method]] = {
     SftConfig.name: Sft,
+    ScaffoldConfig.name: Scaffold,
     FcMoeConfig.name: FcMoe,
     LocalOnlyConfig.name: LocalOnly,
 }

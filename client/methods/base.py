@@ -5,6 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
+from client.local_rule import LocalRule
+from client.model import AdaptedModel
 from conf.schema import MethodConfig
 from strategies.adapters import Arrays
 
@@ -13,7 +15,8 @@ class Method(ABC):
     """The client half of a method: what leaves the site, where training starts, what the site remembers.
 
     Pure functions over named arrays: a method keeps nothing between calls. What must last until
-    the next round goes into the site's private store through ``remember`` and comes back in ``start``.
+    the next round goes into the site's private store through ``remember`` and comes back in ``start``. A method that
+    takes part in training itself says how in ``local_rule``.
     """
 
     personal: ClassVar[bool] = False
@@ -35,6 +38,19 @@ class Method(ABC):
             private: The site's private arrays, among them what ``remember`` returned in the site's last round; empty
                 before its first.
         """
+
+    def local_rule(self, adapted: AdaptedModel, broadcast: Arrays, private: Arrays) -> LocalRule:  # noqa: ARG002
+        """What the method adds to the local loop of this round; by default nothing.
+
+        Args:
+            adapted: The model that is going to be trained.
+            broadcast: What the server sent beside the adapter (``Strategy.broadcast``).
+            private: As given to ``start``; among them what the last round's rule gave to keep.
+
+        Raises:
+            ValueError: If model or ``broadcast`` do not fit the method.
+        """
+        return LocalRule()
 
     @abstractmethod
     def remember(self, received: Arrays, trained: Arrays) -> Arrays:

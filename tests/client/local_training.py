@@ -28,13 +28,20 @@ def noisy(adapter, seed=0, deviation=0.1):
     return {name: (a + generator.normal(0, deviation, a.shape)).astype(np.float32) for name, a in adapter.items()}
 
 
-def run(adapted, sequences, start, *, anchor=None, optimizer=None, generator=None, **settings):
+def run(adapted, sequences, start, *, anchor=None, optimizer=None, generator=None, rule=None, **settings):
     """A round in batches of three at a learning rate of 0.01, unless ``settings`` say otherwise."""
     config = TrainConfig(**{"learning_rate": 1e-2, "batch_size": 3, **settings})
     generator = generator or np.random.default_rng(0)
     anchor, optimizer = anchor or {}, optimizer or {}
     return train(
-        adapted, sequences, start=start, anchor=anchor, optimizer=optimizer, config=config, generator=generator
+        adapted,
+        sequences,
+        start=start,
+        anchor=anchor,
+        optimizer=optimizer,
+        config=config,
+        generator=generator,
+        rule=rule,
     )
 
 

@@ -51,8 +51,10 @@ UPDATE = ClientUpdate(
     adapter=ADAPTER,
     num_examples=12,
     expert_tokens={"model.layers.0.mlp": np.array([3.0, 0.0])},
+    extras={"control/model.layers.0.mlp": np.float32([0.5, -2.0, 3e-9])},
     metrics={"train_loss": 0.1, "num_steps": 2.0},
 )
+BROADCAST = {"reference/model.layers.0.mlp": np.float32([0.25, 0.75])}
 LOSSES = {
     "ward-7": HeldOutLoss(loss=1.25, num_tokens=30, num_examples=4),
     "*pooled*": HeldOutLoss(loss=2.0, num_tokens=90, num_examples=12),
@@ -70,7 +72,7 @@ def over_the_wire(message):
 
 
 def request(kind=TRAIN):
-    return over_the_wire(encode_request(kind, 7, REQUEST, ADAPTER))
+    return over_the_wire(encode_request(kind, 7, REQUEST, ADAPTER, BROADCAST))
 
 
 def assert_same(left, right):
@@ -99,9 +101,16 @@ def test_request_comes_back_as_it_was(kind):
     received = request(kind)
     assert received.metadata.message_type == kind
     assert received.metadata.dst_node_id == 7
-    decoded, adapter = decode_request(received)
+    decoded, adapter, broadcast = decode_request(received)
     assert decoded == REQUEST
     assert_same(adapter, ADAPTER)
+    assert_same(broadcast, BROADCAST)
+
+
+def test_request_without_a_broadcast_has_an_empty_one():
+    _, adapter, broadcast = decode_request(over_the_wire(encode_request(TRAIN, 7, REQUEST, ADAPTER)))
+    assert_same(adapter, ADAPTER)
+    assert broadcast == {}
 
 
 def test_joined_comes_back_as_it_was():
@@ -114,11 +123,13 @@ def test_update_comes_back_as_it_was():
     assert sender == SENDER
     assert_same(update.adapter, UPDATE.adapter)
     assert_same(update.expert_tokens, UPDATE.expert_tokens)
-    assert replace(update, adapter={}, expert_tokens={}) == replace(UPDATE, adapter={}, expert_tokens={})
+    assert_same(update.extras, UPDATE.extras)
+    bare = {"adapter": {}, "expert_tokens": {}, "extras": {}}
+    assert replace(update, **bare) == replace(UPDATE, **bare)
 
 
 def test_update_without_arrays_comes_back_too():
-    bare = replace(UPDATE, adapter={}, expert_tokens={})
+    bare = replace(UPDATE, adapter={}, expert_tokens={}, extras={})
     assert decode_update(over_the_wire(encode_update(SENDER, bare, request()))) == (SENDER, bare)
 
 
@@ -173,7 +184,7 @@ def test_foreign_reply_is_refused(decode, content):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format": 1}, "reply in format 1, this server reads 2"),
+        ({"format": 1}, "reply in format 1, this server reads 3"),
         ({"sender": {"site": "x"}}, "not a reply of this version"),
         ({"sender__base_model_loads": "many"}, "invalid literal"),
         ({"facts": {}}, "not a reply of this version"),
@@ -303,11 +314,16 @@ def test_foreign_request_is_refused(content):
 
 
 def test_payload_is_the_bytes_of_all_arrays_and_of_their_layouts():
-    """(24 + 4) float32 and 2 float64; each record begins with the 8 bytes of its layout's length."""
+    """(24 + 4) float32 and 2 float64; beside them 3 float32 up and 2 down.
+
+    Each record begins with the 8 bytes of its layout's length.
+    """
     adapter = len(packed(*([name, "float32", array.shape] for name, array in ADAPTER.items()))) + 28 * 4
     tokens = len(packed(["model.layers.0.mlp", "float64", [2]])) + 2 * 8
-    assert payload_bytes(request()) == adapter
-    assert payload_bytes(over_the_wire(encode_update(SENDER, UPDATE, request()))) == adapter + tokens
+    extras = len(packed(["control/model.layers.0.mlp", "float32", [3]])) + 3 * 4
+    broadcast = len(packed(["reference/model.layers.0.mlp", "float32", [2]])) + 2 * 4
+    assert payload_bytes(request()) == adapter + broadcast
+    assert payload_bytes(over_the_wire(encode_update(SENDER, UPDATE, request()))) == adapter + tokens + extras
     assert payload_bytes(over_the_wire(encode_losses(SENDER, LOSSES, request(EVALUATE)))) == 0
 
 

@@ -140,10 +140,11 @@ def test_number_of_sites_that_the_data_decide_is_checked_too():
     ("overrides", "message"),
     [
         ("strategy=clair screen=clair", "screen=clair cannot stand before strategy=clair: set screen=off"),
+        ("strategy=scaffold screen=clair", "screen=clair cannot stand before strategy=scaffold"),
         ("strategy=local_only screen=clair", "screen=clair cannot stand before strategy=local_only"),
         ("strategy=clair strategy.refined_rank=exact", "strategy.refined_rank=exact .* needs rounds=1, got 5"),
     ],
 )
-def test_clair_where_it_cannot_work_is_refused(overrides, message):
+def test_strategy_where_it_cannot_work_is_refused(overrides, message):
     with pytest.raises(ValueError, match=message):
         load_config(overrides)

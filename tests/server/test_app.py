@@ -29,8 +29,6 @@ from tests.server.loopback import Loopback, Node, run_server, simulation
 
 ROUTER_LOCAL = "strategy=fc_moe model.router=local train.optimizer_state=keep method.retention.kind=orthogonal"
 
-FEDMOE = "strategy=fedmoe model.router=averaged"
-
 
 def plain_federation(config, folder):
     """The same run without Flower: sites and strategy in two loops."""
@@ -38,7 +36,8 @@ def plain_federation(config, folder):
     adapter = shared_arrays(sites[0].adapted.initial_adapter(config.seed), config)
     state = config.strategy.init_state(adapter)
     for server_round in range(1, config.rounds + 1):
-        updates = [site.train(server_round, adapter) for site in sites]
+        broadcast = config.strategy.broadcast(state)
+        updates = [site.train(server_round, adapter, broadcast) for site in sites]
         aggregation = config.strategy.aggregate(adapter, state, updates)
         adapter, state = aggregation.adapter, aggregation.state
     return {**sites[0].adapted.initial_adapter(config.seed), **adapter}
@@ -54,9 +53,13 @@ def measured(result):
     return {sender.site: losses for sender, losses in map(decode_losses, replies)}
 
 
-@pytest.mark.parametrize(
-    "words", ["strategy=fc_moe", "strategy=fedyogi train.optimizer_state=keep", ROUTER_LOCAL, FEDMOE]
-)
+WITHOUT_FLOWER = [
+    "strategy=fc_moe", "strategy=fedyogi train.optimizer_state=keep", ROUTER_LOCAL,
+    "strategy=fedmoe model.router=averaged", "strategy=scaffold rounds=3",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("words", WITHOUT_FLOWER)
 def test_run_without_flower_gives_the_same_adapter(honest, tmp_path, words):
     result = honest(words)
     adapter = plain_federation(load_config(result.grid.overrides), tmp_path / "private")

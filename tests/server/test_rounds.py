@@ -255,7 +255,7 @@ def test_strategy_may_answer_each_site_differently(small, tmp_path):
     asked = [sent for sent in grid.sent if not sent.up and sent.kind == TRAIN][len(SITES) :]
     assert len(asked) == len(SITES)
     for message in asked:
-        _, adapter = decode_request(message.message())
+        _, adapter, _ = decode_request(message.message())
         assert adapter_sha256(adapter) == adapter_sha256(after_round_1[run.rounds.roster.name_of(message.site)])
 
 
