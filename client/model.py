@@ -18,6 +18,7 @@ import numpy as np
 import peft
 import torch
 from numpy.typing import NDArray
+from peft.utils import ModulesToSaveWrapper
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from client.adapter_layout import ADAPTER, adapter_slots, moe_layers, peft_config, train_replaced_in_float32
@@ -168,6 +169,27 @@ class AdaptedModel:
         tensor = torch.from_numpy(np.array(array, np.float32))
         return self._slots[name].pack(tensor).to(self.device)
 
+    @property
+    def experts_per_token(self) -> int:
+        """Routed experts that each token is sent to."""
+        network: Any = self.model.get_base_model()
+        return int(network.config.get_text_config().num_experts_per_tok)
+
+    def routers(self) -> dict[str, torch.nn.Module]:
+        """MoE layer -> its router, the trained copy where there is one: a module with a ``weight`` (experts, width).
+
+        Raises:
+            ValueError: If a layer has none that we recognise.
+        """
+        network: Any = self.model.get_base_model()
+        found = {}
+        for name, layer in self._moe_layers.items():
+            if layer.router is None:
+                raise ValueError(f"{type(network).__name__} has no router that we recognise in {name}")
+            module = network.get_submodule(layer.router)
+            found[name] = module.modules_to_save[ADAPTER] if isinstance(module, ModulesToSaveWrapper) else module
+        return found
+
     @contextmanager
     def count_expert_tokens(self) -> Iterator[ExpertTokenCounter]:
         """Count the tokens routed to each expert while the context lasts.
@@ -178,7 +200,7 @@ class AdaptedModel:
         network: Any = self.model.get_base_model()
         outside = [layer for layer in self._moe_layers.values() if not layer.has_interface]
         routers = {layer.name: network.get_submodule(str(layer.router)) for layer in outside}
-        per_token = network.config.get_text_config().num_experts_per_tok if routers else 0
+        per_token = self.experts_per_token if routers else 0
         self._routed.counter = counter
         try:
             with count_router_choices(routers, per_token, counter):

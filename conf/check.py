@@ -23,6 +23,7 @@ def check_config(config: Config) -> None:
     """Raise ``ValueError`` naming both settings of the first contradiction found."""
     _check_pair(config)
     _check_clair(config)
+    _check_routers(config)
     _check_partition(config)
     _check_federation(config)
     _check_training(config)
@@ -84,6 +85,11 @@ def _check_clair(config: Config) -> None:
         raise ValueError(
             f"screen={config.screen.kind.name} cannot stand before strategy={config.strategy.name}: set screen=off"
         )
+
+
+def _check_routers(config: Config) -> None:
+    if config.method.name == "fedalign_moe" and config.model.router is RouterTraining.averaged:
+        raise ValueError("method=fedalign_moe never sends routers: it needs model.router=local or frozen, got averaged")
 
 
 def _check_partition(config: Config) -> None:

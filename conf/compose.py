@@ -35,6 +35,7 @@ from strategies.centralised import Centralised
 from strategies.clair import Clair
 from strategies.fc_moe import FcMoe
 from strategies.fc_moe_plus import FcMoePlus
+from strategies.fedalign_moe import FedAlignMoe
 from strategies.fedavg import FedAvg, FedProx
 from strategies.fedmoe import FedMoe
 from strategies.fedopt import FedAdagrad, FedAdam, FedAvgM, FedYogi
@@ -43,10 +44,10 @@ from strategies.scaffold import Scaffold
 
 STRATEGIES: tuple[type[Strategy], ...] = (
     FedAvg, FedProx, FedAvgM, FedAdam, FedAdagrad, FedYogi, Scaffold,
-    FedMoe, FcMoe, FcMoePlus, Clair, LocalOnly, Centralised,
+    FedMoe, FedAlignMoe, FcMoe, FcMoePlus, Clair, LocalOnly, Centralised,
 )  # fmt: skip
 METHODS: tuple[type[MethodConfig], ...] = (
-    schema.SftConfig, schema.ScaffoldConfig, schema.FcMoeConfig, schema.LocalOnlyConfig,
+    schema.SftConfig, schema.ScaffoldConfig, schema.FcMoeConfig, schema.FedAlignMoeConfig, schema.LocalOnlyConfig,
 )  # fmt: skip
 PARTITIONS: tuple[type[PartitionConfig], ...] = (
     schema.Iid, schema.Dirichlet, schema.Pathological, schema.Shard, schema.Natural, schema.Files,

@@ -363,6 +363,21 @@ class FcMoeConfig(MethodConfig):
 
 
 @dataclass(kw_only=True)
+class FedAlignMoeConfig(MethodConfig):
+    """Supervised fine-tuning with routers pulled towards the sites' common routing (https://arxiv.org/abs/2603.21276)."""
+
+    name: ClassVar[str] = "fedalign_moe"
+    strength: float = 0.1
+    """Lambda of Eq. 10: weight of the alignment term in the loss."""
+    overlap: float = 0.1
+    """Eta of Eq. 9: overlap of the site's routing with the mean at which an expert's term has half its weight."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.strength < math.inf, "method.strength", ">= 0", self.strength)
+        require(0 <= self.overlap <= 1, "method.overlap", "in [0, 1]", self.overlap)
+
+
+@dataclass(kw_only=True)
 class ScaffoldConfig(MethodConfig):
     """Supervised fine-tuning along gradients corrected by control variates (https://arxiv.org/abs/1910.06378)."""
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from client.methods.base import Method
 from client.methods.fc_moe import FcMoe
+from client.methods.fedalign_moe import FedAlignMoe
 from client.methods.local_only import LocalOnly
 from client.methods.scaffold import Scaffold
 from client.methods.sft import Sft
-from conf.schema import FcMoeConfig, LocalOnlyConfig, MethodConfig, ScaffoldConfig, SftConfig
+from conf.schema import FcMoeConfig, FedAlignMoeConfig, LocalOnlyConfig, MethodConfig, ScaffoldConfig, SftConfig
 
 METHODS: dict[str, type[Method]] = {
     SftConfig.name: Sft,
     ScaffoldConfig.name: Scaffold,
     FcMoeConfig.name: FcMoe,
+    FedAlignMoeConfig.name: FedAlignMoe,
     LocalOnlyConfig.name: LocalOnly,
 }
 

@@ -143,6 +143,10 @@ def test_number_of_sites_that_the_data_decide_is_checked_too():
         ("strategy=scaffold screen=clair", "screen=clair cannot stand before strategy=scaffold"),
         ("strategy=local_only screen=clair", "screen=clair cannot stand before strategy=local_only"),
         ("strategy=clair strategy.refined_rank=exact", "strategy.refined_rank=exact .* needs rounds=1, got 5"),
+        (
+            "strategy=fedalign_moe model.router=averaged",
+            "method=fedalign_moe never sends routers: it needs model.router=local or frozen, got averaged",
+        ),
     ],
 )
 def test_strategy_where_it_cannot_work_is_refused(overrides, message):
