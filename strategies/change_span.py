@@ -64,7 +64,7 @@ class Coordinates:
     vectors: NDArray[np.float64]
     """(E, V, M) coordinates of the side's vectors, projected on the span of the basis."""
 
-    def lift(self, rows_EKM: NDArray[np.float64]) -> NDArray[np.float32]:
+    def lift(self, rows_EKM: NDArray[np.floating]) -> NDArray[np.float32]:
         """(E, K, N) the vectors with these coordinates."""
         weights_EKV = rows_EKM @ np.swapaxes(self.basis, -1, -2)
         return np.asarray(weights_EKV.astype(np.float32) @ self.side.vectors)
