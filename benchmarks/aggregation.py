@@ -232,7 +232,7 @@ def main() -> None:
     peaks = {name: peak_of_a_process(name, size) for name in names}
     seconds = measure(size, names, words.turns)
     found = {name: row(seconds[name], seconds[FLOWER], peaks[name]) for name in names}
-    results = {
+    results: dict[str, Any] = {
         "command": " ".join(["python -m benchmarks.aggregation", *sys.argv[1:]]),
         "size": asdict(size) | {"mebibytes_per_site": size.mebibytes()},
         "machine": machine(),

@@ -34,19 +34,15 @@ class Side:
 
         Where these depend on each other, as many basis vectors are 0 as are too many.
         """
-        blocks = np.concatenate([np.zeros_like(weights_CE[:1]), weights_CE]).T
-        rank = self.gram.shape[-1] // blocks.shape[-1]
-        received_VR = np.eye(self.gram.shape[-1], rank)
-        summed_EVR = np.einsum("ec,rq->ecrq", blocks, np.eye(rank)).reshape(len(blocks), -1, rank)
-        chosen_EVM = np.concatenate([np.broadcast_to(received_VR, summed_EVR.shape), summed_EVR], axis=-1)
-        gram_EMM = np.swapaxes(chosen_EVM, -1, -2) @ self.gram @ chosen_EVM
+        products_EVM = _received_and_summed(self.gram, weights_CE)
+        gram_EMM = _received_and_summed(np.swapaxes(products_EVM, -1, -2), weights_CE)
         length_EM = np.sqrt(np.maximum(np.diagonal(gram_EMM, axis1=-2, axis2=-1), 0.0))
         inverse_EM = np.divide(1.0, length_EM, out=np.zeros_like(length_EM), where=length_EM > 0)
         squares_EM, turned_EMM = np.linalg.eigh(gram_EMM * inverse_EM[:, :, None] * inverse_EM[:, None, :])
         is_something = squares_EM > _NOTHING
         stretch_EM = np.where(is_something, 1.0 / np.sqrt(np.where(is_something, squares_EM, 1.0)), 0.0)
-        basis_EVM = chosen_EVM @ (inverse_EM[:, :, None] * turned_EMM * stretch_EM[:, None, :])
-        return Coordinates(side=self, basis=basis_EVM, vectors=self.gram @ basis_EVM)
+        basis_EMM = inverse_EM[:, :, None] * turned_EMM * stretch_EM[:, None, :]
+        return Coordinates(side=self, weights=weights_CE, basis=basis_EMM, vectors=products_EVM @ basis_EMM)
 
     def by_site(self, rank: int) -> NDArray[np.float64]:
         """(E, 1 + C, R, 1 + C, R) inner products; block 0 is what was received."""
@@ -59,15 +55,27 @@ class Coordinates:
     """The vectors of one side in a basis of M vectors."""
 
     side: Side
+    weights: NDArray[np.float64]
+    """(C, E) of the sites in the sum."""
     basis: NDArray[np.float64]
-    """(E, V, M) the basis vectors as weighted sums of the side's vectors."""
+    """(E, M, M) the basis vectors, one a column, as sums of the received vectors and the weighted sums of changes."""
     vectors: NDArray[np.float64]
     """(E, V, M) coordinates of the side's vectors, projected on the span of the basis."""
 
-    def lift(self, rows_EKM: NDArray[np.float64]) -> NDArray[np.float32]:
+    def lift(self, rows_EKM: NDArray[np.floating]) -> NDArray[np.float32]:
         """(E, K, N) the vectors with these coordinates."""
-        weights_EKV = rows_EKM @ np.swapaxes(self.basis, -1, -2)
+        received_EKR, summed_EKR = np.split(rows_EKM @ np.swapaxes(self.basis, -1, -2), 2, axis=-1)
+        by_site = [summed_EKR * weight_E[:, None, None] for weight_E in self.weights]
+        weights_EKV = np.concatenate([received_EKR, *by_site], axis=-1)
         return np.asarray(weights_EKV.astype(np.float32) @ self.side.vectors)
+
+
+def _received_and_summed(rows_EKV: NDArray[np.float64], weights_CE: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(E, K, M) the columns of what was received, then the sites' columns summed with their weights."""
+    num_experts, num_rows = rows_EKV.shape[:2]
+    blocks = rows_EKV.reshape(num_experts, num_rows, 1 + len(weights_CE), -1)
+    summed_EKR = np.einsum("ekcr,ce->ekr", blocks[:, :, 1:], weights_CE)
+    return np.concatenate([blocks[:, :, 0], summed_EKR], axis=-1)
 
 
 def side_of(received_ERN: NDArray[np.floating], trained: Sequence[NDArray[np.floating]]) -> Side:

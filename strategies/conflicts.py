@@ -114,7 +114,7 @@ def resolve(
 
 def _products_with(factor_CEG: NDArray[np.float64], gram_EGCC: NDArray[np.float64]) -> NDArray[np.float64]:
     """(C, E, G) inner product of each update with ``sum_i factor_i update_i``."""
-    return np.einsum("egcd,deg->ceg", gram_EGCC, factor_CEG)
+    return np.asarray(np.einsum("egcd,deg->ceg", gram_EGCC, factor_CEG))
 
 
 def step_scale(

@@ -30,7 +30,7 @@ class EqualSay:
 
 
 def equal_say(
-    gram_ECC: NDArray[np.floating], examples_CE: NDArray[np.floating], *, ridge: float, step: float
+    gram_ECC: NDArray[np.float64], examples_CE: NDArray[np.floating], *, ridge: float, step: float
 ) -> EqualSay:
     """The step of each expert, from the inner products ``gram_ECC`` of its sites' updates.
 
@@ -53,7 +53,6 @@ def equal_say(
         ridge: > 0.
         step: > 0.
     """
-    gram_ECC = gram_ECC.astype(np.float64)
     length_EC = np.sqrt(np.maximum(np.diagonal(gram_ECC, axis1=-2, axis2=-1), 0.0))
     has_say_EC = (examples_CE.T > 0) & (length_EC > 0)
     inverse_EC = np.divide(1.0, length_EC, out=np.zeros_like(length_EC), where=has_say_EC)
@@ -78,10 +77,10 @@ def equal_say(
 def _says(cosines_ECC: NDArray[np.float64], has_say_EC: NDArray[np.bool_], ridge: float) -> NDArray[np.float64]:
     """(E, C) ``max(0, (U U^T + ridge I)^-1 1)``; a site without a say has a zero row in U, and gets 0."""
     ridged_ECC = cosines_ECC + ridge * np.eye(cosines_ECC.shape[-1])
-    return np.maximum(np.linalg.solve(ridged_ECC, has_say_EC[..., None].astype(np.float64))[..., 0], 0.0)
+    return np.asarray(np.maximum(np.linalg.solve(ridged_ECC, has_say_EC[..., None].astype(np.float64))[..., 0], 0.0))
 
 
 def _divided(above: NDArray[np.float64] | float, below: NDArray[np.float64], otherwise: float) -> NDArray[np.float64]:
     """Quotient, or ``otherwise`` where the divisor is 0."""
     shape = np.broadcast_shapes(np.shape(above), below.shape)
-    return np.divide(above, below, out=np.full(shape, otherwise), where=np.broadcast_to(below > 0, shape))
+    return np.asarray(np.divide(above, below, out=np.full(shape, otherwise), where=np.broadcast_to(below > 0, shape)))

@@ -5,16 +5,23 @@ Shapes: C sites, E experts of one range of a layer's experts.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 
 from strategies import experts
 from strategies.adapters import Arrays, weighted_mean
 from strategies.base import ClientUpdate
+
+_VALUES_AT_A_TIME = 2**22
+"""Of all sites' arrays, in a range of experts: some tens of MiB for each thread."""
+_THREADS = min(os.cpu_count() or 1, 8)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,12 +76,12 @@ def check_expert_tokens(adapter: Arrays, update: ClientUpdate) -> None:
 def _step_layer(
     layer: str, received: Arrays, updates: Sequence[ClientUpdate], step: Step
 ) -> tuple[dict[str, NDArray[np.float32]], dict[str, Any]]:
-    """The layer's next arrays and its diagnostics, over ranges of experts that fit in memory as float64."""
+    """The layer's next arrays and its diagnostics, over ranges of experts that take little memory, in parallel."""
     tokens_CE = np.stack([update.expert_tokens[layer] for update in updates]).astype(np.float64)
     examples_C = np.array([update.num_examples for update in updates], np.float64)
     stepped = {name: np.empty(array.shape, np.float32) for name, array in received.items()}
-    findings = []
-    for chosen in experts.expert_slices(received, len(updates)):
+
+    def step_range(chosen: slice) -> Findings:
         after, found = step(
             ExpertRange(
                 received={name: array[chosen] for name, array in received.items()},
@@ -85,7 +92,12 @@ def _step_layer(
         )
         for name, array in after.items():
             stepped[name][chosen] = array
-        findings.append(found)
+        return found
+
+    ranges = experts.expert_slices(received, len(updates), _VALUES_AT_A_TIME)
+    # Threads of BLAS within these would only wait for each other, and their number may change last bits.
+    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(_THREADS) as pool:
+        findings = list(pool.map(step_range, ranges))
     joined = {key: np.concatenate([found[key] for found in findings], axis=-1) for key in findings[0]}
     return stepped, {key: _json(values) for key, values in ({"tokens": tokens_CE} | joined).items()}
 

@@ -93,7 +93,8 @@ class FcMoePlus(Strategy):
         """The next arrays (E, ...), each expert's as one vector; matrices (E, O, I) are flattened."""
         ((names, updates_EGCD),) = split(layer.received, layer.trained, Granularity.expert).items()
         say = self._say(layer, gram(updates_EGCD)[:, 0])
-        steps = join(names, weighted(updates_EGCD, say.coefficients[..., None]), layer.received, Granularity.expert)
+        step_EGD = weighted(updates_EGCD, say.coefficients[..., None])
+        steps: Arrays = join(names, step_EGD, layer.received, Granularity.expert)
         if flatten:
             steps = {name: flattened(step, flatten) if step.ndim == 3 else step for name, step in steps.items()}
         return {name: layer.received[name] + step for name, step in steps.items()}, _findings(say)
@@ -109,7 +110,7 @@ class FcMoePlus(Strategy):
         }
         grams = [change.gram() for change in changes.values()]
         say = self._say(layer, np.sum(grams, axis=0))
-        used_E = say.weight.any(axis=0)
+        used_E = say.weight.sum(axis=0) > 0
         stepped: dict[str, NDArray[np.floating]] = {}
         lost = []
         for (prefix, change), gram_ECC in zip(changes.items(), grams, strict=True):

@@ -22,10 +22,10 @@ def flattened(matrices: NDArray[np.floating], amount: float, leading: int | None
     With ``leading``, only so many of the largest are flattened, at the norm they have together; the rest stay as they
     are, and below them.
     """
-    matrices = matrices.astype(np.float64)
+    wide: NDArray[np.float64] = matrices.astype(np.float64)
     if amount == 0:
-        return matrices
-    left, sizes, right = np.linalg.svd(matrices, full_matrices=False)
+        return wide
+    left, sizes, right = np.linalg.svd(wide, full_matrices=False)
     sizes[..., :leading] = _flat(sizes[..., :leading], amount)
     return np.asarray((left * sizes[..., None, :]) @ right)
 
