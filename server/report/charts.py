@@ -115,8 +115,8 @@ def bounds_of(series: Iterable[Series]) -> tuple[float, float]:
 
 def nice_ticks(low: float, high: float, count: int) -> tuple[float, ...]:
     """About ``count`` steps of 1, 2 or 5 times a power of ten, that enclose both ends."""
-    if high <= low:
-        margin = abs(low) * 0.05 or 0.5
+    if high - low <= 1e-9 * max(abs(low), abs(high), 1.0):
+        margin = abs(low) * 0.05 if abs(low) > 1e-6 else 0.5
         low, high = low - margin, high + margin
     raw = (high - low) / count
     power = 10.0 ** math.floor(math.log10(raw))

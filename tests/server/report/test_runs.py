@@ -95,8 +95,8 @@ def test_page_stays_bounded_by_leaving_rounds_out(tmp_path, monkeypatch):
     length = (folder / "diagnostics.jsonl").stat().st_size
     monkeypatch.setattr(runs, "MAX_DIAGNOSTICS_BYTES", length // 3)
     (run,) = read_runs([folder])
-    assert [line["round"] for line in run.diagnostics] == [4, 8, 12]
-    assert "show 3 of them" in run.missing[0]
+    assert [line["round"] for line in run.diagnostics] == [3, 6, 9, 12]
+    assert "show 4 of them" in run.missing[0]
 
 
 def test_thinning_keeps_everything_that_fits_and_always_the_last():
