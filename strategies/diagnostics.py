@@ -9,6 +9,7 @@ other arrays of a kind.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -146,7 +147,7 @@ def _block(adapters: _Adapters, names: Sequence[str], tokens_CE: NDArray[np.floa
     if tokens_CE is not None:
         used_CE &= tokens_CE != 0
     norm_E = np.sqrt(np.maximum(gram_EKK[:, len(used_CE) + 1, len(used_CE) + 1], 0.0))
-    whole = _cosines(changes_EXX.sum(axis=0, keepdims=True)[:, :-1, :-1], used_CE.any(axis=1, keepdims=True))
+    whole = _cosines(changes_EXX.sum(axis=0, keepdims=True)[:, :-1, :-1], np.any(used_CE, axis=1)[:, None])
     return table | _against_consensus(changes_EXX, lengths_EX[:, :-1].T, used_CE) | {
         "norm": norm_E,
         "pairs": _cosines(changes_EXX[:, :-1, :-1], used_CE),
@@ -183,7 +184,7 @@ def _plain_gram(stack: NDArray[np.floating]) -> NDArray[np.float64]:
 def _lengths(gram_EXX: NDArray[np.float64], size_EX: NDArray[np.float64]) -> NDArray[np.float64]:
     """Norms of differences from their Gram matrix; rounding counts as no change."""
     squares_EX = np.diagonal(gram_EXX, axis1=1, axis2=2)
-    return np.sqrt(np.where(squares_EX > _NOTHING * size_EX, squares_EX, 0.0))
+    return np.asarray(np.sqrt(np.where(squares_EX > _NOTHING * size_EX, squares_EX, 0.0)))
 
 
 def _against_consensus(
@@ -217,7 +218,7 @@ def _cosines(gram_ECC: NDArray[np.float64], used_CE: NDArray[np.bool_]) -> NDArr
 
 def _divided(above: NDArray[np.float64], below: NDArray[np.float64]) -> NDArray[np.float64]:
     """Quotient, NaN where the divisor is 0."""
-    return np.divide(above, below, out=np.full(np.shape(above), np.nan), where=below > 0)
+    return np.asarray(np.divide(above, below, out=np.full(np.shape(above), np.nan), where=below > 0))
 
 
 _OF_SITES = ("tokens", "length", "cosine")
@@ -252,8 +253,14 @@ def _rule(found: Mapping[str, Any] | None, kept: frozenset[str]) -> dict[str, An
 def _rounded(values: NDArray[np.float64], decimals: int | None = None) -> list[Any]:
     """Nested lists with None for NaN, to so many decimals or to four digits; whole numbers for no decimals."""
     boxed = np.empty(values.shape, object)
-    plain = values.ravel().tolist() if decimals is None else (np.round(values, decimals) + 0.0).ravel().tolist()
-    digits = {None: lambda value: float(f"{value:.4g}"), 0: int}.get(decimals, float)
-    boxed.ravel()[:] = [None if value != value else digits(value) for value in plain]  # noqa: PLR0124 - NaN
+    rounded = (values if decimals is None else np.round(values, decimals) + 0.0).ravel().tolist()
+    boxed.ravel()[:] = [None if math.isnan(value) else _short(value, decimals) for value in rounded]
     nested: list[Any] = boxed.tolist()
     return nested
+
+
+def _short(value: float, decimals: int | None) -> float:
+    """The number as it is to be written."""
+    if decimals is None:
+        return float(f"{value:.4g}")
+    return int(value) if decimals == 0 else value

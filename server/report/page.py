@@ -121,7 +121,8 @@ def _over_rounds(name: str, title: str, runs: Sequence[Run], key: str, single: s
     series = [
         (label, f"run-{index}", run.of_round(key)) for index, (label, run) in enumerate(zip(labels, runs, strict=True))
     ]
-    return line_chart(name, title, series, LARGE)
+    room = LARGE.right + (0 if len(runs) == 1 else 7 * min(24, max(map(len, labels))))
+    return line_chart(name, title, series, LARGE._replace(right=room))
 
 
 def _site_panels(runs: Sequence[Run]) -> list[SitePanel]:
