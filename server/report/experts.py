@@ -72,14 +72,15 @@ def scales(runs: Sequence[Run]) -> dict[str, Scale]:
         return [number for block in blocks for number in flat(block.get(name))]
 
     loads = [share for block in blocks for row in block.get("tokens", []) for share in load(row) if share is not None]
+    weights = [number for block in blocks for number in flat(block.get("rule", {}).get("weight"))]
     return {
         "lowest_cosine": Scale("d", -1.0, 1.0, "fixed"),
         "cosine": Scale("d", -1.0, 1.0, "fixed"),
         "kept": Scale("s", 0.0, 1.0, "fixed"),
-        "weight": Scale("s", 0.0, 1.0, "fixed"),
+        "weight": from_zero(weights, "fixed", 0.05),
         "scale": around(1.0, every("scale"), 0.1),
         "num_tokens": from_zero(every("num_tokens"), "count", 1.0),
-        "load": from_zero(loads, "percent", 1.0),
+        "load": from_zero(loads, "percent", 0.05),
         "pairs": around(0.0, every("pairs") + every("block_pairs"), 0.25),
     }
 

@@ -108,10 +108,8 @@ def around(middle: float, values: Iterable[Value], least: float) -> Scale:
 
 
 def from_zero(values: Iterable[Value], style: str, least: float) -> Scale:
-    """A sequential scale from 0 that holds all values."""
-    return Scale(
-        "s", 0.0, round_up(max((value for value in values if value is not None), default=least) or least), style
-    )
+    """A sequential scale from 0 that holds all values, and ``least``."""
+    return Scale("s", 0.0, round_up(max([least, *(value for value in values if value is not None)])), style)
 
 
 def round_up(value: float) -> float:

@@ -159,7 +159,7 @@
     const seen = chart.rounds.filter((round) => round <= state.round).length;
     for (const shown of figure.querySelectorAll("b[data-line], tspan[data-line]")) {
       const value = chart.lines[shown.dataset.line].slice(0, seen).findLast((number) => number !== null);
-      shown.textContent = value === undefined ? "\u2013" : value.toFixed(3);
+      shown.textContent = value === undefined ? "\u2013" : value.toFixed(4);
     }
     const target = pointed ?? state;
     for (const path of figure.querySelectorAll("path.expert")) {

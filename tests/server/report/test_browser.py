@@ -149,7 +149,7 @@ def test_click_on_a_chart_chooses_its_round(browse):
     svg.dispatchEvent(new MouseEvent("click", { clientX: box.left + 1, clientY: box.top, bubbles: true }));
     return ["#round-shown b", "tspan[data-line]"].map((where) => document.querySelector(where).textContent);
     """
-    assert browse(script) == ["1", "1.500"]
+    assert browse(script) == ["1", "1.5000"]
 
 
 @pytest.mark.parametrize("width", [500, 760, 1400])
