@@ -28,7 +28,7 @@ class RoundRecord:
     """Held-out loss of the global model, nats per response token."""
     aggregation_gap: float | None = None
     bytes_by_kind: dict[str, Counter[str]] = field(default_factory=lambda: {"up": Counter(), "down": Counter()})
-    """Bytes of adapters sent and used: see ``strategies.diagnostics.kind_of``."""
+    """Bytes of adapters, and what went beside them, sent and used: see ``strategies.diagnostics.bytes_by_kind``."""
 
     def site(self, name: str) -> dict[str, Any]:
         """The site's row, begun when first asked for."""

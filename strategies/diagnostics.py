@@ -38,17 +38,18 @@ def kind_of(name: str) -> str:
     """What an array belongs to: ``experts``, ``attention``, ``router`` or ``other``."""
     if experts.is_expert_array(name):
         return "experts"
-    parts = name.split(".")
-    if any(part.endswith(("attn", "attention")) for part in parts):
-        return "attention"
-    return "router" if {"gate", "router"} & set(parts) else "other"
+    if experts.is_router_array(name):
+        return "router"
+    return "attention" if any(part.endswith(("attn", "attention")) for part in name.split(".")) else "other"
 
 
-def bytes_by_kind(arrays: Arrays) -> Counter[str]:
-    """Bytes of the arrays' values by ``kind_of``."""
+def bytes_by_kind(adapter: Arrays, extras: Arrays) -> Counter[str]:
+    """Bytes of an adapter's values by ``kind_of``, and those of what goes beside it as ``extras``."""
     total: Counter[str] = Counter()
-    for name, array in arrays.items():
+    for name, array in adapter.items():
         total[kind_of(name)] += array.nbytes
+    if extras:
+        total["extras"] += sum(array.nbytes for array in extras.values())
     return total
 
 

@@ -17,7 +17,7 @@ from server.view import number, size
 MAX_RUNS = 8
 """Colours that can be told apart, by colour-blind people too."""
 
-KINDS = ("experts", "attention", "router", "other")
+KINDS = ("experts", "attention", "router", "other", "extras")
 REST = "counts, framing"
 
 

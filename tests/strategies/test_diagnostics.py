@@ -268,6 +268,7 @@ def test_range_by_range_is_as_all_at_once(monkeypatch):
         ("transformer.h.3.attn.c_attn.lora_A", "attention"),
         ("model.layers.0.mlp.gate.weight", "router"),
         ("model.layers.0.block_sparse_moe.router.weight", "router"),
+        ("model.layers.0.self_attn.gate.lora_A", "attention"),
         ("model.layers.0.mlp.gate_proj.lora_A", "other"),
         ("model.layers.0.mlp.shared_experts.up_proj.lora_A", "other"),
     ],
@@ -278,7 +279,9 @@ def test_kind_of_an_array(name, kind):
 
 def test_bytes_by_kind_add_up_to_all():
     adapter, _ = a_round(0, LORA)
-    counted = bytes_by_kind(adapter)
+    counted = bytes_by_kind(adapter, {})
     assert counted.keys() == {"experts", "attention", "router"}
     assert counted.total() == sum(array.nbytes for array in adapter.values())
+    beside = bytes_by_kind(adapter, {"control": np.zeros(3, np.float32)})
+    assert beside == {**counted, "extras": 12}
     assert counted["router"] == adapter[ROUTER].nbytes
