@@ -1,17 +1,45 @@
-"""Several runs side by side, from their summaries."""
+"""Several runs side by side: a table from their summaries, and the page of ``server.report``."""
 
 from __future__ import annotations
 
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from server.record import RunFolder
 from server.view import number, size
+
+RunFolders = Annotated[list[Path], typer.Argument(help="Run folders, or one folder of them.")]
+
+
+def compare(
+    folders: RunFolders,
+    html: Annotated[Path | None, typer.Option(help="Write the page of `bouquet report` to this file too.")] = None,
+) -> None:
+    """Show several runs side by side."""
+    runs = [run for folder in folders for run in _runs_in(folder)]
+    if not runs:
+        raise ValueError(f"no run folder (one with a summary.json) in {', '.join(map(str, folders))}")
+    _console().print(comparison(runs))
+    if html is not None:
+        _write_page(folders, html)
+
+
+def report(
+    folders: RunFolders,
+    output: Annotated[
+        Path | None, typer.Option(help="The page; default: report.html in the only folder given, else here.")
+    ] = None,
+) -> None:
+    """Write a page that opens from disk: convergence, experts, who pulls against whom, bytes."""
+    _write_page(folders, output or (folders[0] if len(folders) == 1 else Path()) / "report.html")
 
 
 def comparison(folders: Sequence[Path]) -> Table:
@@ -60,3 +88,21 @@ def _effort(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         return ["-", "-"]
     speed = statistics.median(row["tokens_per_second"] for row in trained)
     return [f"{speed:.0f}", size(max(row["peak_memory_bytes"] for row in trained))]
+
+
+def _write_page(folders: Sequence[Path], page: Path) -> None:
+    from server.report.page import write_report  # noqa: PLC0415 - only needed here
+
+    write_report(folders, page)
+    _console().print(escape(str(page)), soft_wrap=True)
+
+
+def _runs_in(folder: Path) -> list[Path]:
+    if (folder / "summary.json").exists():
+        return [folder]
+    return sorted(path.parent for path in folder.glob("*/summary.json"))
+
+
+def _console() -> Console:
+    # A log file is as wide as its lines; a terminal tells its width.
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 140)

@@ -21,7 +21,7 @@ from rich.markup import escape
 from conf.check import check_num_sites
 from conf.compose import expand_sweep, load_config, swept_keys
 from conf.schema import Config, Files, Mode, ModelSource
-from server.compare import comparison
+from server.compare import compare, comparison, report
 from server.doctor import doctor
 from server.flower import Connection, local_superlink, remote_superlink
 from server.follow import Outcome, follow
@@ -35,6 +35,8 @@ FAILED, BAD_SETTINGS, INTERRUPTED = 1, 2, 130
 cli = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
 cli.command()(certs)
 cli.command()(doctor)
+cli.command()(compare)
+cli.command()(report)
 cli.add_typer(server_cli, name="server")
 cli.add_typer(site_cli, name="site")
 # A log file is as wide as its lines; a terminal tells its width.
@@ -87,15 +89,6 @@ def run(
     console.print(escape(str(folder)), soft_wrap=True)
     if not all(ended):
         raise SystemExit(FAILED)
-
-
-@cli.command()
-def compare(folders: Annotated[list[Path], typer.Argument(help="Run folders, or one folder of them.")]) -> None:
-    """Show several runs side by side."""
-    runs = [run for folder in folders for run in _runs_in(folder)]
-    if not runs:
-        raise ValueError(f"no run folder (one with a summary.json) in {', '.join(map(str, folders))}")
-    console.print(comparison(runs))
 
 
 @cli.command()
@@ -300,9 +293,3 @@ def _run_name(words: Sequence[str], keys: Sequence[str], config: Config) -> str:
     values = dict(word.lstrip("+").partition("=")[::2] for word in words)
     parts = [config.strategy.name if key == "strategy" else f"{key}={values[key]}" for key in keys]
     return ",".join(parts).replace("/", "-")
-
-
-def _runs_in(folder: Path) -> list[Path]:
-    if (folder / "summary.json").exists():
-        return [folder]
-    return sorted(path.parent for path in folder.glob("*/summary.json"))

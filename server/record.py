@@ -2,7 +2,7 @@
 
 The ServerApp writes both. Under ``federation=remote`` the folder lies at the SuperLink; whoever follows
 the log rebuilds it from the lines: ``metrics.jsonl``, ``summary.json``, ``config.yaml`` and, up to
-``LOGGED_ADAPTER_BYTES``, ``adapter/``.
+``LOGGED_DIAGNOSTICS_BYTES`` a round and ``LOGGED_ADAPTER_BYTES``, ``diagnostics.jsonl`` and ``adapter/``.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ TAG = "BOUQUET "
 """Starts every line of the log that is ours and machine-readable."""
 LOGGED_ADAPTER_BYTES = 64 << 20
 """Larger adapters are not sent through the log: they are copied from the server's run folder."""
+LOGGED_DIAGNOSTICS_BYTES = 2 << 20
+"""Longer diagnostics of a round stay at the server: a strategy's own may be."""
 _CHUNK_BYTES = 512 << 10
 
 
@@ -74,13 +76,42 @@ class RunFolder:
 
     def append_row(self, row: Mapping[str, Any]) -> None:
         """Add a line to ``metrics.jsonl``."""
-        with (self.path / "metrics.jsonl").open("a") as file:
-            file.write(to_json(row) + "\n")
+        self._append("metrics.jsonl", row)
+
+    def append_diagnostics(self, values: Mapping[str, Any]) -> int:
+        """Add a line to ``diagnostics.jsonl``; how long it is."""
+        return self._append("diagnostics.jsonl", values)
 
     def rows(self) -> list[dict[str, Any]]:
-        """All lines of ``metrics.jsonl``."""
-        path = self.path / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        """All lines of ``metrics.jsonl``.
+
+        Raises:
+            ValueError: If a line is not JSON.
+        """
+        return self._lines("metrics.jsonl")
+
+    def diagnostics(self) -> list[dict[str, Any]]:
+        """All lines of ``diagnostics.jsonl``: one a round, none if the run kept none.
+
+        Raises:
+            ValueError: If a line is not JSON.
+        """
+        return self._lines("diagnostics.jsonl")
+
+    def _append(self, name: str, values: Mapping[str, Any]) -> int:
+        with (self.path / name).open("a") as file:
+            return file.write(to_json(values) + "\n")
+
+    def _lines(self, name: str) -> list[dict[str, Any]]:
+        path = self.path / name
+        lines = path.read_text().splitlines() if path.exists() else []
+        values = []
+        for number, line in enumerate(lines, start=1):
+            try:
+                values.append(dict(json.loads(line)))
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{path} line {number} is damaged: {error}") from error
+        return values
 
     def summary(self) -> dict[str, Any] | None:
         """``summary.json``; None if the run has not ended."""
@@ -113,9 +144,10 @@ class RunRecord:
         """One line for people: a site dropped, a site joined."""
         emit("event", {"text": text})
 
-    def diagnostics(self, server_round: int, values: Mapping[str, Any]) -> None:
-        """What the strategy saw in a round; stays in the server's folder."""
-        self.folder.write_text(f"diagnostics/round-{server_round:04d}.json", to_json(values))
+    def diagnostics(self, values: Mapping[str, Any]) -> None:
+        """What a round did to every expert: see ``strategies.diagnostics``, and what the strategy itself found."""
+        if self.folder.append_diagnostics(values) <= LOGGED_DIAGNOSTICS_BYTES:
+            emit("diagnostics", values)
 
     def ended(self, summary: Mapping[str, Any]) -> None:
         """The run ends, completed or failed."""
@@ -189,8 +221,11 @@ def apply_line(values: Mapping[str, Any], folder: RunFolder) -> None:
         folder.path.mkdir(parents=True, exist_ok=True)
         folder.write_text("config.yaml", str(values["yaml"]))
         folder.write_text("metrics.jsonl", "")  # the log is read from its beginning
+        (folder.path / "diagnostics.jsonl").unlink(missing_ok=True)
     elif kind == "row":
         folder.append_row({key: value for key, value in values.items() if key != "kind"})
+    elif kind == "diagnostics":
+        folder.append_diagnostics({key: value for key, value in values.items() if key != "kind"})
     elif kind == "summary":
         summary = {key: value for key, value in values.items() if key != "kind"}
         folder.write_text("summary.json", json.dumps(summary, indent=2) + "\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +27,8 @@ class RoundRecord:
     global_loss: float | None = None
     """Held-out loss of the global model, nats per response token."""
     aggregation_gap: float | None = None
+    bytes_by_kind: dict[str, Counter[str]] = field(default_factory=lambda: {"up": Counter(), "down": Counter()})
+    """Bytes of adapters, and what went beside them, sent and used: see ``strategies.diagnostics.bytes_by_kind``."""
 
     def site(self, name: str) -> dict[str, Any]:
         """The site's row, begun when first asked for."""
@@ -52,6 +55,7 @@ class RoundRecord:
             "dropped": self.dropped,
             "bytes_up": self.total("bytes_up"),
             "bytes_down": self.total("bytes_down"),
+            "bytes_by_kind": self.bytes_by_kind,
             "seconds": time.monotonic() - self.started,
         }
         return [row for _, row in sorted(self.sites.items())] + [of_round]

@@ -32,6 +32,7 @@ from server.roster import Roster
 from server.round_record import RoundRecord, sample_sites
 from strategies.adapters import Arrays, check_finite
 from strategies.base import ClientUpdate
+from strategies.diagnostics import bytes_by_kind, round_diagnostics
 from strategies.low_rank import aggregation_gap
 from strategies.screen import screened
 
@@ -129,6 +130,7 @@ class FederatedRounds(FlowerStrategy):
                 self._drop(node, str(error))
             else:
                 updates.append(update)
+                self._round.bytes_by_kind["up"] += bytes_by_kind(update.adapter, update.extras)
                 row = self._round.site(update.site) | {"num_examples": update.num_examples}
                 # A site's metrics must not overwrite what we measured ourselves.
                 self._round.sites[update.site] = {**update.metrics, **row}
@@ -187,12 +189,12 @@ class FederatedRounds(FlowerStrategy):
             place = f"round {self._round.server_round}: strategy={self.config.strategy.name}"
             raise RuntimeError(f"{place} got good replies, but no adapter out of them: {error}") from error
         gap = aggregation_gap([update.adapter for update in updates], [update.num_examples for update in updates])
+        found = round_diagnostics(self.adapter, updates, aggregation, self.personal)
+        own = {name: values for name, values in aggregation.diagnostics.items() if name != "experts"}
+        self.record.diagnostics({"round": self._round.server_round, "aggregation_gap": gap, **own, **found})
         self.adapter, self.state, self.personal = aggregation.adapter, aggregation.state, aggregation.personal
         self._round.aggregation_gap = gap
         self._note_verdicts(aggregation.diagnostics.get("verdicts", {}))
-        tokens = {update.site: update.expert_tokens for update in updates}
-        facts = {"round": self._round.server_round, "aggregation_gap": gap, "expert_tokens": tokens}
-        self.record.diagnostics(self._round.server_round, {**facts, **aggregation.diagnostics})
 
     def _note_verdicts(self, verdicts: Mapping[str, Mapping[str, Any]]) -> None:
         """Put who was judged contaminated into the sites' rows, and say it for people."""
@@ -210,6 +212,8 @@ class FederatedRounds(FlowerStrategy):
         request = replace(self.roster.request, server_round=server_round, evaluate_own=own)
         broadcast = self.strategy.broadcast(self.state) if kind == TRAIN else {}
         adapters = {site: self.personal.get(site, self.adapter) for site in sites}
+        for adapter in adapters.values():
+            self._round.bytes_by_kind["down"] += bytes_by_kind(adapter, broadcast)
         return [
             encode_request(kind, self.roster.nodes[site], request, adapter, broadcast)
             for site, adapter in adapters.items()

@@ -60,6 +60,20 @@ def squared_norm(product: Factors) -> NDArray[np.float64]:
     return np.maximum(inner_product(product, product), 0.0)
 
 
+def gram(products: Factors) -> NDArray[np.float64]:
+    """(..., K, K) ``<B_j A_j, B_k A_k>`` of all pairs of the K products on the first axis.
+
+    One product of all rows of A with each other and one of all columns of B: work of (K R)^2 (I + O).
+    """
+    num_products, *leading, rank, _ = products.A.shape
+    sides = []
+    for factor in (products.A, _transposed(products.B)):
+        rows = np.moveaxis(factor, 0, -3).astype(np.float64).reshape(*leading, num_products * rank, -1)
+        sides.append(rows @ _transposed(rows))
+    blocks = (sides[0] * sides[1]).reshape(*leading, num_products, rank, num_products, rank)
+    return np.asarray(blocks.sum(axis=(-3, -1)))
+
+
 def weighted_sum(terms: Sequence[Factors], weights: Sequence[float] | NDArray[np.floating]) -> Factors:
     """``sum_i w_i B_i A_i`` as one pair of rank sum_i R_i: [w_1 B_1 ... w_K B_K] and [A_1; ...; A_K].
 

@@ -101,7 +101,7 @@ def test_run_folder_holds_everything(fc_moe_run):
     folder = fc_moe_run.folder.path
     present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     assert present >= {
-        "config.yaml", "metrics.jsonl", "summary.json", "diagnostics/round-0001.json", "diagnostics/round-0002.json",
+        "config.yaml", "metrics.jsonl", "summary.json", "diagnostics.jsonl",
         "adapter/adapter_config.json", "adapter/adapter_model.safetensors",
     }  # fmt: skip
     assert {f"private/{site}.safetensors" for site in SITES} <= present
@@ -142,12 +142,34 @@ def test_rows_hold_what_the_run_folder_promises(fc_moe_run):
 
 
 def test_diagnostics_tell_who_conflicted_about_what(fc_moe_run):
-    found = json.loads((fc_moe_run.folder.path / "diagnostics" / "round-0002.json").read_text())
-    assert found["experts"].keys() == found["expert_tokens"]["bank"].keys()
-    for layer in found["experts"].values():
-        assert layer["sites"] == SITES
-        assert np.shape(layer["conflict"]) == np.shape(layer["cosine"]) == np.shape(layer["tokens"]) == (4, 4)
-        assert len(layer["scale"]) == 4
+    first, second = fc_moe_run.folder.diagnostics()
+    assert (first["round"], second["round"]) == (1, 2)
+    assert first["aggregation_gap"] == fc_moe_run.rounds()[1]["aggregation_gap"]
+    assert second["sites"] == SITES
+    for layer in second["layers"].values():
+        rule = layer["rule"]
+        assert np.shape(rule["conflict"]) == np.shape(rule["weight"]) == np.shape(layer["tokens"]) == (4, 4)
+        assert len(layer["scale"]) == len(rule["scale"]) == 4
+
+
+def test_every_strategy_leaves_the_same_diagnostics(fc_moe_run, honest):
+    """Both start from the same adapter and data, so the first round's updates are the same."""
+    first, under_fedavg = fc_moe_run.folder.diagnostics()[0], honest("strategy=fedavg").folder.diagnostics()[0]
+    for name, layer in under_fedavg["layers"].items():
+        of_fc_moe = first["layers"][name]
+        assert "rule" not in layer
+        assert {key: layer[key] for key in ("cosine", "length", "pairs", "kept", "tokens")} == {
+            key: of_fc_moe[key] for key in ("cosine", "length", "pairs", "kept", "tokens")
+        }
+
+
+def test_bytes_by_kind_are_those_of_the_adapters_in_the_messages(fc_moe_run):
+    """What is left of the bytes up are the token counts, and of those down only what names and shapes take."""
+    for row in fc_moe_run.rounds()[1:]:
+        kinds = row["bytes_by_kind"]
+        assert kinds["up"].keys() == kinds["down"].keys() == {"experts", "attention"}
+        assert sum(kinds["down"].values()) == 2 * sum(kinds["up"].values())
+        assert 0 < row["bytes_up"] - sum(kinds["up"].values()) < 0.2 * row["bytes_up"]
 
 
 def test_local_only_sends_no_adapter_in_either_direction(honest):

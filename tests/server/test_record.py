@@ -36,8 +36,9 @@ def copy(tmp_path):
 
 def test_log_rebuilds_the_run_folder_bit_for_bit(fc_moe_run, copy):
     replay(fc_moe_run.log, copy)
-    # Diagnostics and simulated sites' private files stay where they were written.
-    assert files(copy.path) == files(fc_moe_run.folder.path, "diagnostics/", "private/")
+    # Simulated sites' private files stay where they were written.
+    assert files(copy.path) == files(fc_moe_run.folder.path, "private/")
+    assert "diagnostics.jsonl" in files(copy.path)
     assert "adapter/adapter_model.safetensors" in files(copy.path)
 
 
@@ -47,14 +48,14 @@ def test_log_with_other_lines_in_between_and_in_front_rebuilds_the_same(fc_moe_r
         f"INFO :      something else\n\x1b[36m(actor)\x1b[0m {line}\n" for line in fc_moe_run.log.splitlines()
     )
     replay(noisy, copy)
-    assert files(copy.path) == files(fc_moe_run.folder.path, "diagnostics/", "private/")
+    assert files(copy.path) == files(fc_moe_run.folder.path, "private/")
 
 
 def test_log_read_again_from_its_beginning_changes_nothing(fc_moe_run, copy):
     half = fc_moe_run.log[: len(fc_moe_run.log) // 2]
     replay(half[: half.rindex("\n")], copy)
     replay(fc_moe_run.log, copy)
-    assert files(copy.path) == files(fc_moe_run.folder.path, "diagnostics/", "private/")
+    assert files(copy.path) == files(fc_moe_run.folder.path, "private/")
 
 
 def test_large_file_goes_in_pieces_and_comes_back_whole(tmp_path, copy, monkeypatch, capsys):
@@ -155,11 +156,29 @@ def test_rows_go_to_the_folder_the_log_and_the_logger(tmp_path, capsys):
     kept.started("seed: 0\n", {"rounds": 1})
     row = {"type": "round", "round": 1, "loss": math.nan}
     kept.row(row)
-    kept.diagnostics(1, {"scale": np.ones(2)})
+    kept.diagnostics({"scale": np.ones(2)})
     assert kept.folder.rows() == [{"type": "round", "round": 1, "loss": None}]
     assert logged == [row]
-    assert [parse_line(line)["kind"] for line in capsys.readouterr().out.splitlines()] == ["config", "started", "row"]
-    assert files(tmp_path / "run")["diagnostics/round-0001.json"] == b'{"scale": [1.0, 1.0]}'
+    assert [parse_line(line)["kind"] for line in capsys.readouterr().out.splitlines()] == [
+        "config", "started", "row", "diagnostics",
+    ]  # fmt: skip
+    assert kept.folder.diagnostics() == [{"scale": [1.0, 1.0]}]
+
+
+def test_diagnostics_too_long_for_a_log_are_kept_at_the_server(tmp_path, monkeypatch, capsys):
+    kept = RunRecord(RunFolder(tmp_path))
+    monkeypatch.setattr(record, "LOGGED_DIAGNOSTICS_BYTES", 20)
+    kept.diagnostics({"short": 1})
+    kept.diagnostics({"long": list(range(10))})
+    assert [parse_line(line)["kind"] for line in capsys.readouterr().out.splitlines()] == ["diagnostics"]
+    assert len(kept.folder.diagnostics()) == 2
+
+
+@pytest.mark.parametrize("line", ["{", "3", '{"a": 1}}'])
+def test_damaged_line_is_named(tmp_path, line):
+    (tmp_path / "metrics.jsonl").write_text(f'{{"round": 0}}\n{line}\n')
+    with pytest.raises(ValueError, match=r"metrics.jsonl line 2 is damaged"):
+        RunFolder(tmp_path).rows()
 
 
 ADAPTER = {"b": np.float32([[1, 2]]), "a": np.float32([0.0, -0.0])}

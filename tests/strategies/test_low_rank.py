@@ -43,6 +43,21 @@ def test_squared_norm_is_never_negative():
         assert low_rank.squared_norm(cancelled) >= 0
 
 
+@given(seeds, sizes, sizes, sizes, sizes)
+def test_gram_holds_the_inner_products_of_the_dense_products(seed, count, rank, num_in, num_out):
+    rng = np.random.default_rng(seed)
+    products = random_factors(rng, rank, num_in, num_out, (count, 3))
+    flat = dense(products).reshape(count, 3, -1)
+    np.testing.assert_allclose(low_rank.gram(products), np.einsum("jed,ked->ejk", flat, flat), atol=1e-9)
+
+
+def test_gram_of_products_without_other_axes_is_that_of_their_inner_products():
+    products = random_factors(np.random.default_rng(1), 2, 4, 3, (5,))
+    pairs = [[Factors(products.A[i], products.B[i]) for i in range(5)]] * 2
+    expected = [[low_rank.inner_product(left, right) for right in pairs[1]] for left in pairs[0]]
+    np.testing.assert_allclose(low_rank.gram(products), expected, atol=1e-12)
+
+
 @given(seeds, st.integers(1, 4))
 def test_weighted_sum_is_the_sum_of_the_dense_products(seed, num_terms):
     rng = np.random.default_rng(seed)

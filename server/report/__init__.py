@@ -1,0 +1,1 @@
+"""``bouquet report``: run folders in, one self-contained page out."""

@@ -1,0 +1,113 @@
+"""Run folders as a report reads them: whole, old, cut off, damaged, absent."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from server.record import RunFolder
+from server.report import runs
+from server.report.runs import read_runs, thinned
+from tests.server.report.folders import LAYERS, NASTY, write_run
+
+
+def test_run_is_read_whole(tmp_path):
+    (run,) = read_runs([write_run(tmp_path / "fc_moe")])
+    assert run.label == "fc_moe"
+    assert run.missing == []
+    assert run.sites == sorted(["bank", "clinic", NASTY])
+    assert run.blocks() == [*LAYERS, "router"]
+    assert run.of_round("aggregation_gap") == {1: 0.5, 2: 0.5, 3: 0.5}
+    assert run.of_site("clinic", "loss") == {1: 2.5, 2: 2.0, 3: 1.75}
+
+
+def test_folder_of_runs_stands_for_all_of_them_and_each_counts_once(tmp_path):
+    for name in ("b", "a"):
+        write_run(tmp_path / "sweep" / name)
+    found = read_runs([tmp_path / "sweep", tmp_path / "sweep" / "a"])
+    assert [run.label for run in found] == ["a", "b"]
+
+
+def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path):
+    folders = [write_run(tmp_path / parent / "fc_moe") for parent in ("monday", "friday")]
+    assert [run.label for run in read_runs(folders)] == ["monday/fc_moe", "friday/fc_moe"]
+
+
+def test_old_run_says_what_is_missing(tmp_path):
+    folder = write_run(tmp_path / "old")
+    (folder / "diagnostics.jsonl").unlink()
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        row.pop("bytes_by_kind", None)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    told = " / ".join(read_runs([folder])[0].missing)
+    assert "no diagnostics.jsonl" in told
+    assert "not yet counted by kind" in told
+
+
+def test_run_that_was_cut_off_or_failed_says_so(tmp_path):
+    cut, failed = write_run(tmp_path / "cut"), write_run(tmp_path / "failed", status="failed")
+    (cut / "summary.json").unlink()
+    told = [run.missing for run in read_runs([cut, failed])]
+    assert [len(each) for each in told] == [1, 1]
+    assert "has not ended" in told[0][0]
+    assert told[1][0] == "the run failed: clinic went away"
+
+
+def test_rounds_that_the_log_could_not_carry_are_counted(tmp_path):
+    folder = write_run(tmp_path / "remote")
+    path = folder / "diagnostics.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:2]))
+    assert "diagnostics of 1 rounds were too large" in read_runs([folder])[0].missing[0]
+
+
+def test_run_before_its_first_round_has_nothing_to_draw(tmp_path):
+    (run,) = read_runs([write_run(tmp_path / "new", rounds=0)])
+    assert run.missing == ["no round was completed: there is nothing to draw"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("metrics.jsonl", '{"round": 0}\n{"rou', "metrics.jsonl line 2 is damaged"),
+        ("metrics.jsonl", '{"type": "round"}\n', "a line without a round"),
+        ("diagnostics.jsonl", '{"round": 1}\n', "diagnostics.jsonl is damaged, or of another version"),
+        ("summary.json", "{", "summary.json is damaged"),
+    ],
+)
+def test_damaged_file_is_named(tmp_path, name, content, message):
+    folder = write_run(tmp_path / "run")
+    (folder / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        read_runs([folder])
+
+
+def test_folder_without_a_run_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"no run in it \(no metrics.jsonl\)"):
+        read_runs([tmp_path])
+    with pytest.raises(ValueError, match=r"absent: not a folder"):
+        read_runs([tmp_path / "absent"])
+
+
+def test_page_stays_bounded_by_leaving_rounds_out(tmp_path, monkeypatch):
+    folder = write_run(tmp_path / "long", rounds=12)
+    length = (folder / "diagnostics.jsonl").stat().st_size
+    monkeypatch.setattr(runs, "MAX_DIAGNOSTICS_BYTES", length // 3)
+    (run,) = read_runs([folder])
+    assert [line["round"] for line in run.diagnostics] == [3, 6, 9, 12]
+    assert "show 4 of them" in run.missing[0]
+
+
+def test_thinning_keeps_everything_that_fits_and_always_the_last():
+    lines = [{"round": number} for number in range(10)]
+    assert thinned(lines, 10_000) == lines
+    assert thinned(lines, 1) == [{"round": 9}]
+    assert thinned([], 1) == []
+
+
+def test_real_run_is_read_whole(fc_moe_run):
+    (run,) = read_runs([fc_moe_run.folder.path])
+    assert run.missing == []
+    assert run.blocks() == ["model.layers.0.mlp", "attention"]
+    assert RunFolder(fc_moe_run.folder.path).diagnostics() == run.diagnostics
