@@ -57,12 +57,21 @@ def response_nll(adapted: AdaptedModel, batch: Mapping[str, torch.Tensor]) -> tu
         adapted: The model, with an adapter loaded and its mode set.
         batch: What ``collate`` returned.
     """
-    # The model predicts token t + 1 at t. Only the rows that count are widened to float32.
+    logits, targets, _ = response_logits(adapted, batch)
+    return functional.cross_entropy(logits.float(), targets, reduction="sum"), len(targets)
+
+
+def response_logits(
+    adapted: AdaptedModel, batch: Mapping[str, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Logits (tokens, vocabulary) and ids (tokens,) of a batch's response tokens, and (batch, time - 1) where they are.
+
+    Position t is true if token t + 1, which the model predicts there, is of the response.
+    """
     targets = batch["labels"][:, 1:].to(adapted.device)
     counted = targets != IGNORED_LABEL
     inputs = {key: value.to(adapted.device) for key, value in batch.items() if key not in {"labels", "token_mask"}}
     dtype = adapted.base.model.dtype
     with torch.autocast(adapted.device.type, dtype=dtype, enabled=dtype != torch.float32):
         logits = adapted.model(**inputs, use_cache=False).logits[:, :-1]
-    nll = functional.cross_entropy(logits[counted].float(), targets[counted], reduction="sum")
-    return nll, int(counted.sum())
+    return logits[counted], targets[counted], counted

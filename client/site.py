@@ -137,19 +137,18 @@ class Site:
         """Loss on each held-out set of the model in use at this site.
 
         That is the global adapter, completed with the site's own value of whatever is not shared: all of it, under a
-        personal method.
+        personal method. A method may use more than one adapter (``Method.evaluator``).
 
         Raises:
             ValueError: If ``received`` is not the shared part of this model's adapter, the store cannot be used, or a
                 held-out set is empty.
         """
         configure_torch(self.config.train)
-        adapter = self._completed(received, self.store.load())
+        private = self.store.load()
+        adapter = self._completed(received, private)
         adapted, batch_size = self._with_rank_of(adapter), self.config.eval.batch_size
-        return {
-            name: held_out_loss(adapted, adapter, sequences, batch_size)
-            for name, sequences in self._held_out_sequences.items()
-        }
+        loss = self.method.evaluator(adapted, adapter, private, lambda: self._train_sequences, batch_size)
+        return {name: loss(sequences) for name, sequences in self._held_out_sequences.items()}
 
     def _with_rank_of(self, adapter: Arrays) -> AdaptedModel:
         """The model, or the same with room for a personal adapter of a higher rank (CLAIR, refined_rank=exact)."""

@@ -40,14 +40,16 @@ from strategies.fedavg import FedAvg, FedProx
 from strategies.fedmoe import FedMoe
 from strategies.fedopt import FedAdagrad, FedAdam, FedAvgM, FedYogi
 from strategies.local_only import LocalOnly
+from strategies.pfl_moe import PflMoe
 from strategies.scaffold import Scaffold
 
 STRATEGIES: tuple[type[Strategy], ...] = (
     FedAvg, FedProx, FedAvgM, FedAdam, FedAdagrad, FedYogi, Scaffold,
-    FedMoe, FedAlignMoe, FcMoe, FcMoePlus, Clair, LocalOnly, Centralised,
+    FedMoe, FedAlignMoe, FcMoe, FcMoePlus, PflMoe, Clair, LocalOnly, Centralised,
 )  # fmt: skip
 METHODS: tuple[type[MethodConfig], ...] = (
-    schema.SftConfig, schema.ScaffoldConfig, schema.FcMoeConfig, schema.FedAlignMoeConfig, schema.LocalOnlyConfig,
+    schema.SftConfig, schema.ScaffoldConfig, schema.FcMoeConfig, schema.FedAlignMoeConfig, schema.PflMoeConfig,
+    schema.LocalOnlyConfig,
 )  # fmt: skip
 PARTITIONS: tuple[type[PartitionConfig], ...] = (
     schema.Iid, schema.Dirichlet, schema.Pathological, schema.Shard, schema.Natural, schema.Files,

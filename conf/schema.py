@@ -385,6 +385,18 @@ class ScaffoldConfig(MethodConfig):
 
 
 @dataclass(kw_only=True)
+class PflMoeConfig(MethodConfig):
+    """Supervised fine-tuning; a site uses its own model and the global one, mixed (https://arxiv.org/abs/2012.15589)."""
+
+    name: ClassVar[str] = "pfl_moe"
+    gate_examples: int = 64
+    """Training sequences that the gate is fitted to before each evaluation."""
+
+    def __post_init__(self) -> None:
+        require(self.gate_examples >= 1, "method.gate_examples", ">= 1", self.gate_examples)
+
+
+@dataclass(kw_only=True)
 class LocalOnlyConfig(MethodConfig):
     """Each site trains its own adapter and sends none of it."""
 

@@ -6,15 +6,25 @@ from client.methods.base import Method
 from client.methods.fc_moe import FcMoe
 from client.methods.fedalign_moe import FedAlignMoe
 from client.methods.local_only import LocalOnly
+from client.methods.pfl_moe import PflMoe
 from client.methods.scaffold import Scaffold
 from client.methods.sft import Sft
-from conf.schema import FcMoeConfig, FedAlignMoeConfig, LocalOnlyConfig, MethodConfig, ScaffoldConfig, SftConfig
+from conf.schema import (
+    FcMoeConfig,
+    FedAlignMoeConfig,
+    LocalOnlyConfig,
+    MethodConfig,
+    PflMoeConfig,
+    ScaffoldConfig,
+    SftConfig,
+)
 
 METHODS: dict[str, type[Method]] = {
     SftConfig.name: Sft,
     ScaffoldConfig.name: Scaffold,
     FcMoeConfig.name: FcMoe,
     FedAlignMoeConfig.name: FedAlignMoe,
+    PflMoeConfig.name: PflMoe,
     LocalOnlyConfig.name: LocalOnly,
 }
 

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import ClassVar
 
+from client.evaluation import HeldOutLoss, held_out_loss
 from client.local_rule import LocalRule
 from client.model import AdaptedModel
+from client.text import TokenSequence
 from conf.schema import MethodConfig
 from strategies.adapters import Arrays
+
+Evaluator = Callable[[Sequence[TokenSequence]], HeldOutLoss]
+"""Loss on held-out sequences of the model in use at a site."""
 
 
 class Method(ABC):
@@ -51,6 +58,25 @@ class Method(ABC):
             ValueError: If model or ``broadcast`` do not fit the method.
         """
         return LocalRule()
+
+    def evaluator(
+        self,
+        adapted: AdaptedModel,
+        adapter: Arrays,
+        private: Arrays,  # noqa: ARG002
+        training: Callable[[], Sequence[TokenSequence]],  # noqa: ARG002
+        batch_size: int,
+    ) -> Evaluator:
+        """What measures the model in use at this site; by default, that of one adapter.
+
+        Args:
+            adapted: The model.
+            adapter: The global adapter, completed with the site's own value of every array not shared.
+            private: As given to ``start``.
+            training: Gives the site's training data.
+            batch_size: Sequences of a forward pass.
+        """
+        return partial(held_out_loss, adapted, adapter, batch_size=batch_size)
 
     @abstractmethod
     def remember(self, received: Arrays, trained: Arrays) -> Arrays:

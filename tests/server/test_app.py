@@ -56,6 +56,7 @@ def measured(result):
 WITHOUT_FLOWER = [
     "strategy=fc_moe", "strategy=fedyogi train.optimizer_state=keep", ROUTER_LOCAL,
     "strategy=fedmoe model.router=averaged", "strategy=fedalign_moe rounds=3", "strategy=scaffold rounds=3",
+    "strategy=pfl_moe",
 ]  # fmt: skip
 
 

@@ -1,0 +1,65 @@
+"""PFL-MoE at a site: its predictions are a gated mixture of the model it trained and the global one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from client.evaluation import HeldOutLoss
+from client.methods.base import Evaluator, Method
+from client.mixed_prediction import fitted_gate, mixed_loss, predictions
+from client.model import AdaptedModel
+from client.private import under
+from client.text import TokenSequence
+from conf.schema import MethodConfig, PflMoeConfig
+from strategies.adapters import Arrays
+
+_LOCAL = "pfl_moe/local/"
+
+
+class PflMoe(Method):
+    """Mixture of a site's own model and the global one, as two experts (Guo et al. 2021, https://arxiv.org/abs/2012.15589).
+
+    The local expert is the adapter as the site last trained it from the global one (the paper's PFL-FT); the gate
+    reads the global model's last hidden state (its PFL-MFE, of extracted features). Experts and gate are not trained
+    together: before each evaluation the gate is fitted to the site's training data, with both models as they are then.
+    The local expert has seen these data, so the gate trusts it more than new text would warrant. Nothing but the
+    adapter is sent, as in FedAvg.
+    """
+
+    def __init__(self, config: MethodConfig) -> None:
+        """Take the settings under ``method.``."""
+        assert isinstance(config, PflMoeConfig)
+        self.config = config
+
+    def shares(self, name: str) -> bool:  # noqa: ARG002
+        """Everything trained is sent."""
+        return True
+
+    def start(self, received: Arrays, private: Arrays) -> Arrays:  # noqa: ARG002
+        """What was received."""
+        return received
+
+    def remember(self, received: Arrays, trained: Arrays) -> Arrays:  # noqa: ARG002
+        """The adapter as it was trained here: the local expert."""
+        return {_LOCAL + name: array for name, array in trained.items()}
+
+    def evaluator(
+        self,
+        adapted: AdaptedModel,
+        adapter: Arrays,
+        private: Arrays,
+        training: Callable[[], Sequence[TokenSequence]],
+        batch_size: int,
+    ) -> Evaluator:
+        """Loss of the mixture; before the site has trained, of the global model."""
+        local = under(_LOCAL, private)
+        if not local:
+            return super().evaluator(adapted, adapter, private, training, batch_size)
+        chosen = training()[: self.config.gate_examples]
+        gate = fitted_gate(predictions(adapted, local, adapter, chosen, batch_size))
+
+        def loss(sequences: Sequence[TokenSequence]) -> HeldOutLoss:
+            num_examples = sum(len(sequence.lengths) for sequence in sequences)
+            return mixed_loss(gate, predictions(adapted, local, adapter, sequences, batch_size), num_examples)
+
+        return loss
