@@ -22,17 +22,17 @@ pytestmark = [pytest.mark.simulation, pytest.mark.timeout(600)]
 
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory):
-    """The command of ``make run``, shorter."""
+    """The command of ``make run``, shorter, and SCAFFOLD, which sends arrays beside the adapter both ways."""
     folder = tmp_path_factory.mktemp("sweep")
-    return bouquet("run", "-m", "strategy=fc_moe,fedavg,local_only", *SMALL, cwd=folder, timeout=500)
+    return bouquet("run", "-m", "strategy=fc_moe,fedavg,local_only,scaffold", *SMALL, cwd=folder, timeout=500)
 
 
 def test_sweep_ends_with_a_table_and_the_comparison_folder(sweep):
     assert sweep.returncode == 0, sweep.stdout + sweep.stderr
     folder = run_folder(sweep.stdout)
-    assert sorted(path.name for path in folder.iterdir()) == ["fc_moe", "fedavg", "local_only"]
+    assert sorted(path.name for path in folder.iterdir()) == ["fc_moe", "fedavg", "local_only", "scaffold"]
     table = sweep.stdout[sweep.stdout.index("held-out loss") :]
-    for name in ("fc_moe", "fedavg", "local_only"):
+    for name in ("fc_moe", "fedavg", "local_only", "scaffold"):
         assert f"{summary(folder / name)['global_loss']:.4f}" in table
 
 
@@ -55,6 +55,16 @@ def test_local_only_sends_nothing(sweep):
     result = summary(run_folder(sweep.stdout) / "local_only")
     assert result["bytes_up"] == result["bytes_down"] == 0
     assert result["global_loss"] is not None
+
+
+def test_control_variates_travel_beside_the_adapter(sweep):
+    """Twice the bytes up; down, only training takes them along, and evaluation gets the adapter alone."""
+    plain, corrected = (summary(run_folder(sweep.stdout) / name) for name in ("fedavg", "scaffold"))
+    assert corrected["status"] == "completed"
+    assert corrected["bytes_up"] / plain["bytes_up"] == pytest.approx(2, rel=0.02)
+    assert corrected["bytes_down"] / plain["bytes_down"] == pytest.approx(1.5, rel=0.02)
+    start, *_, last = rows(run_folder(sweep.stdout) / "scaffold", "round")
+    assert last["global_loss"] < start["global_loss"]
 
 
 def test_adapter_loads_in_stock_peft(sweep):
