@@ -6,7 +6,8 @@
   const readout = document.getElementById("readout");
   const MAX_COLUMNS_WITH_TEXT = 16;
   const state = { round: page.rounds.at(-1), block: page.blocks[0], expert: null };
-  let pointed = null;
+  let pointed = null; // block and expert under the mouse: shown until it leaves
+  let told = null; // the cell that the line of text is about
 
   const fixed = (value, decimals) => {
     const text = value.toFixed(decimals);
@@ -173,6 +174,7 @@
   const draw = () => {
     articles.forEach(drawRun);
     figures.forEach(drawChart);
+    readout.textContent = told ? describe(told) : "";
   };
 
   function chooseRound(index) {
@@ -234,8 +236,8 @@
     cell.tabIndex = 0;
     Object.assign(state, placeOf(cell) ?? {});
     pointed = null;
+    told = cell;
     draw();
-    readout.textContent = describe(cell);
   }
 
   function watch(table) {
@@ -250,12 +252,12 @@
       const cell = event.pointerType === "mouse" ? cellOf(event) : null;
       if (!cell) return;
       pointed = placeOf(cell);
+      told = cell;
       draw();
-      readout.textContent = describe(cell);
     });
     table.addEventListener("pointerleave", () => {
       pointed = null;
-      readout.textContent = "";
+      told = document.activeElement.closest("table.cells tbody td, table.cells tbody th");
       draw();
     });
   }

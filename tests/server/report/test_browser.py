@@ -120,6 +120,18 @@ def test_keyboard_reaches_an_expert_and_its_pairs_appear(browse, runs):
     assert f"{lines[0]['layers'][LAYER]['num_tokens'][1]} tokens" in readout
 
 
+def test_line_of_text_follows_the_round(browse, runs):
+    script = """
+    document.querySelector("table.cells tbody td").focus();
+    const slider = document.getElementById("round");
+    slider.value = 0;
+    slider.dispatchEvent(new Event("input"));
+    return document.getElementById("readout").textContent;
+    """
+    tokens = runs[0].diagnostics[0]["layers"]["model.layers.0.mlp"]["num_tokens"][0]
+    assert browse(script).endswith(f", {tokens} tokens")
+
+
 def test_pointing_previews_an_expert_and_leaving_returns(browse):
     script = """
     const cell = document.querySelector("table.cells").tBodies[0].rows[1].cells[3];
