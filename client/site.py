@@ -144,12 +144,20 @@ class Site:
                 held-out set is empty.
         """
         configure_torch(self.config.train)
-        adapter = self._completed(received, self.store.load())
+        adapter = self.adapter_in_use(received)
         adapted, batch_size = self._with_rank_of(adapter), self.config.eval.batch_size
         return {
             name: held_out_loss(adapted, adapter, sequences, batch_size)
             for name, sequences in self._held_out_sequences.items()
         }
+
+    def adapter_in_use(self, received: Arrays) -> Arrays:
+        """The global adapter, completed with the site's own value of whatever is not shared.
+
+        Raises:
+            ValueError: If ``received`` is not the shared part of this model's adapter, or the store cannot be used.
+        """
+        return self._completed(received, self.store.load())
 
     def _with_rank_of(self, adapter: Arrays) -> AdaptedModel:
         """The model, or the same with room for a personal adapter of a higher rank (CLAIR, refined_rank=exact)."""
