@@ -45,7 +45,8 @@ class Aggregation:
     personal: Mapping[str, Arrays] = field(default_factory=dict)
     """Site -> its own adapter, for methods that answer each site differently."""
     diagnostics: Mapping[str, Any] = field(default_factory=dict)
-    """Conflicts, verdicts, gaps: JSON values, written to the run folder."""
+    """Conflicts, verdicts, gaps: JSON values, written to the run folder. What ``experts`` says of a layer, lists by
+    [site][expert] or [expert], becomes its ``rule`` there, beside what ``strategies.diagnostics`` says for all."""
 
 
 @dataclass(kw_only=True)
