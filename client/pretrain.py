@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
-    """How ``tiny_moe`` is pre-trained."""
+    """How a small model is pre-trained; the defaults are those of ``tiny_moe``."""
 
     steps: int = 4000
     batch_size: int = 32
@@ -66,7 +66,7 @@ def pretrain_tiny_moe(
     tokenizer = byte_tokenizer()
     model = OlmoeForCausalLM(_tiny_moe_config(tokenizer))
     started = time.monotonic()
-    _train(model, tokenizer, config)
+    train_whole_model(model, _sequences(tokenizer, config.steps * config.batch_size, config.seed), config)
     seconds = time.monotonic() - started
     model.half()  # type: ignore[no-untyped-call]
     model.save_pretrained(folder)
@@ -112,16 +112,16 @@ def _batches(sequences: Sequence[TokenSequence], config: PretrainConfig) -> Iter
         yield by_length[index * config.batch_size : (index + 1) * config.batch_size]
 
 
-def _train(model: OlmoeForCausalLM, tokenizer: PreTrainedTokenizerBase, config: PretrainConfig) -> None:
+def train_whole_model(model: OlmoeForCausalLM, sequences: Sequence[TokenSequence], config: PretrainConfig) -> None:
+    """One pass over ``config.steps * config.batch_size`` sequences, of all weights, in place."""
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=config.weight_decay
     )
-    sequences = _sequences(tokenizer, config.steps * config.batch_size, config.seed)
     model.train()
     for step, batch in enumerate(_batches(sequences, config)):
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * _schedule(step / config.steps)
-        tensors = collate(batch, tokenizer.pad_token_id)
+        tensors = collate(batch, model.config.pad_token_id)
         loss, balance = _losses(model, tensors, config.prompt_weight)
         optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss + config.balance_weight * balance)

@@ -150,6 +150,14 @@ class Site:
         loss = self.method.evaluator(adapted, adapter, private, lambda: self._train_sequences, batch_size)
         return {name: loss(sequences) for name, sequences in self._held_out_sequences.items()}
 
+    def adapter_in_use(self, received: Arrays) -> Arrays:
+        """The global adapter, completed with the site's own value of whatever is not shared.
+
+        Raises:
+            ValueError: If ``received`` is not the shared part of this model's adapter, or the store cannot be used.
+        """
+        return self._completed(received, self.store.load())
+
     def _with_rank_of(self, adapter: Arrays) -> AdaptedModel:
         """The model, or the same with room for a personal adapter of a higher rank (CLAIR, refined_rank=exact)."""
         lora = self.config.lora

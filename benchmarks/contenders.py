@@ -1,0 +1,140 @@
+"""The methods that the benchmark compares: each a few settings, and what is tuned for it.
+
+A new method is a new entry: any settings of ``conf/schema.py``, and the knobs that are its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+Settings = tuple[str, ...]
+"""Overrides, key=value."""
+PASSES = 2
+"""How often all knobs are gone through at most."""
+
+
+@dataclass(frozen=True)
+class Knob:
+    """A setting that is tuned: uphill from ``start``, one value at a time, until both neighbours are worse."""
+
+    key: str
+    values: tuple[float, ...]
+    start: float
+
+
+def _learning_rate(start: float) -> Knob:
+    return Knob("train.learning_rate", (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2), start)
+
+
+LEARNING_RATE = {"lora": _learning_rate(4e-3), "full": _learning_rate(2e-3)}
+"""Tuned for every method, by how experts are trained."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A method under comparison."""
+
+    title: str
+    settings: Settings
+    knobs: tuple[Knob, ...] = ()
+    """Its own, beside the learning rate."""
+    follows: str | None = None
+    """Name of the contender whose tuned values it takes: an ablation changes nothing else."""
+
+
+_STEP = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0)
+
+CONTENDERS: dict[str, Contender] = {
+    "fedavg": Contender("FedAvg", ("strategy=fedavg",)),
+    "noise": Contender(
+        "FedAvg, step x 1.001 (noise)",
+        ("strategy=fedavgm", "strategy.momentum=0", "strategy.learning_rate=1.001"),
+        follows="fedavg",
+    ),
+    "fedavg_step": Contender(
+        "FedAvg, tuned server step",
+        ("strategy=fedavgm", "strategy.momentum=0"),
+        (Knob("strategy.learning_rate", _STEP, 1.0),),
+    ),
+    "fedprox": Contender("FedProx", ("strategy=fedprox",), (Knob("train.proximal_mu", (1e-3, 1e-2, 1e-1, 1.0), 1e-2),)),
+    "fedadam": Contender(
+        "FedAdam", ("strategy=fedadam",), (Knob("strategy.learning_rate", (2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2), 1e-2),)
+    ),
+    "fc_moe": Contender(
+        "FC-MoE as printed", ("strategy=fc_moe",), (Knob("method.retention.strength", (0.1, 0.3, 0.5, 0.8), 0.5),)
+    ),
+    "fc_moe_no_projection": Contender(
+        "- consensus projection", ("strategy=fc_moe", "strategy.conflict.against=off"), follows="fc_moe"
+    ),
+    "fc_moe_no_retention": Contender(
+        "- local retention", ("strategy=fc_moe", "method.retention.kind=off"), follows="fc_moe"
+    ),
+    "fc_moe_no_importance": Contender(
+        "- importance weighting", ("strategy=fc_moe", "strategy.importance=uniform"), follows="fc_moe"
+    ),
+    "local_only": Contender("local only (bound)", ("strategy=local_only",)),
+    "centralised": Contender("centralised (bound)", ("strategy=centralised",)),
+}
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How far a contender's tuning is."""
+
+    settings: Settings
+    """The best so far; the end if nothing is missing."""
+    missing: tuple[Settings, ...]
+    """Settings whose scores are needed to go on."""
+
+
+def tuned(
+    name: str,
+    experts: str,
+    score: Callable[[Settings], float | None],
+    contenders: Mapping[str, Contender] = CONTENDERS,
+) -> Tuning:
+    """Coordinate search: learning rate first, then each knob of the method, and all again with those values.
+
+    Args:
+        name: Of the contender; one that follows another gets its own settings with the other's tuned values.
+        experts: ``lora`` or ``full``.
+        score: Of settings on validation data, higher is better; None if not known yet.
+        contenders: All of them.
+    """
+    leader = contenders[contenders[name].follows or name]
+    knobs = (LEARNING_RATE[experts], *leader.knobs)
+    values = {knob.key: knob.start for knob in knobs}
+    for _ in range(PASSES):
+        before = dict(values)
+        for knob in knobs:
+            missing = _climb(knob, values, lambda trial: score(_settings(leader, trial)))
+            if missing:
+                return Tuning(_settings(leader, values), tuple(_settings(leader, trial) for trial in missing))
+        if values == before:
+            break
+    return Tuning(_settings(contenders[name], values), ())
+
+
+def _climb(
+    knob: Knob, values: dict[str, float], score: Callable[[Mapping[str, float]], float | None]
+) -> list[dict[str, float]]:
+    """Move ``values[knob.key]`` to where both neighbours are no better; values whose score is needed for that."""
+    while True:
+        place = knob.values.index(values[knob.key])
+        near = [knob.values[place], *knob.values[max(0, place - 1) : place], *knob.values[place + 1 : place + 2]]
+        trials = [values | {knob.key: value} for value in near]
+        scores = [score(trial) for trial in trials]
+        missing = [trial for trial, found in zip(trials, scores, strict=True) if found is None]
+        if missing:
+            return missing
+        best = near[int(np.argmax(np.array(scores, np.float64)))]  # the first of equals: where it stands
+        if best == values[knob.key]:
+            return []
+        values[knob.key] = best
+
+
+def _settings(contender: Contender, values: Mapping[str, float]) -> Settings:
+    return (*contender.settings, *(f"{key}={value:g}" for key, value in sorted(values.items())))

@@ -1,0 +1,159 @@
+"""From the cells of ``benchmarks.fc_moe`` to its tables: means, intervals, differences paired by seed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from benchmarks.contenders import CONTENDERS, Settings
+
+Row = Mapping[str, Any]
+
+LAST = 5
+"""Rounds at the end whose mean is what counts."""
+BASELINE = "fedavg"
+
+# 0.975 quantile of Student's t for 1, 2, ... degrees of freedom.
+_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
+
+# FC-MoE, Table II: test and local accuracy at alpha 0.1 with Switch-base-16, AG News and MMLU.
+_PRINTED = {
+    "fc_moe_no_projection": (".7849 / .5574", ".3306 / .2992"),
+    "fc_moe_no_retention": (".8068 / .6108", ".3478 / .3225"),
+    "fc_moe_no_importance": (".8264 / .6459", ".3616 / .3428"),
+    "fc_moe": (".8359 / .6732", ".3764 / .3559"),
+}
+_TITLES = {"fc_moe": "full"}
+
+
+@dataclass(frozen=True)
+class Tested:
+    """A contender on the test data."""
+
+    settings: Settings
+    rows: Mapping[int, Row]
+    """Seed -> its row, as far as there are any."""
+
+
+def last_rounds(curve: Sequence[float]) -> float:
+    """Mean of the last rounds of a curve."""
+    return float(np.mean(curve[-LAST:]))
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and half the width of its 95 % interval (Student's t); the latter NaN for a single value."""
+    count = len(values)
+    half = _T[min(count - 1, len(_T)) - 1] * np.std(values, ddof=1) / np.sqrt(count) if count > 1 else np.nan
+    return float(np.mean(values)), float(half)
+
+
+def rounds_to(curve: Sequence[float], target: float, *, higher: bool) -> int | None:
+    """First round, from 1, at which the curve is as good as ``target``; None if it never is."""
+    reached = [value >= target if higher else value <= target for value in curve]
+    return reached.index(True) + 1 if any(reached) else None
+
+
+def markdown(title: str, tested: Mapping[str, Tested], seeds: Sequence[int]) -> str:
+    """The comparison and the ablation, below each other."""
+    return f"{comparison(title, tested, seeds)}\n\n{ablation(tested)}"
+
+
+def comparison(title: str, tested: Mapping[str, Tested], seeds: Sequence[int]) -> str:
+    """A line for each contender, with ``missing`` where it has not been run."""
+    done = [row for result in tested.values() for row in result.rows.values() if "failed" not in row]
+    by_accuracy = any(row["accuracy"] for row in done)
+    measure = "accuracy, %" if by_accuracy else "loss, nats"
+    columns = [
+        "method", f"test {measure}", "- FedAvg", "last round", "loss",
+        "on sites' own data: mean / worst / spread", "rounds to FedAvg's end", "MB", "expert norm", "tuned",
+    ]  # fmt: skip
+    lines = [[*columns], ["---"] * len(columns)]
+    baseline = tested[BASELINE].rows
+    for name, result in tested.items():
+        cells = _cells(result, baseline, by_accuracy) if result.rows else ["missing"] * (len(columns) - 1)
+        count = f" ({len(result.rows)} of {len(seeds)} seeds)" if 0 < len(result.rows) < len(seeds) else ""
+        lines.append([CONTENDERS[name].title + count, *cells])
+    return f"{title}, {len(seeds)} seeds\n\n" + "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def ablation(tested: Mapping[str, Tested]) -> str:
+    """The paper's Table II: here and as printed, global / on the sites' own data."""
+    lines = [
+        ["variant", "here: test / local", "printed, AG News", "printed, MMLU"],
+        ["---"] * 4,
+    ]
+    for name, (ag_news, mmlu) in _PRINTED.items():
+        rows = _good(tested[name].rows)
+        ours = "missing"
+        if rows and all(row["accuracy"] for row in rows.values()):
+            test = np.mean([last_rounds(row["accuracy"]) for row in rows.values()])
+            local = np.mean([np.mean(list(row["sites"].values())) for row in rows.values()])
+            ours = f"{test:.4f} / {local:.4f}"
+        lines.append([_TITLES.get(name, CONTENDERS[name].title), ours, ag_news, mmlu])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _cells(result: Tested, baseline: Mapping[int, Row], by_accuracy: bool) -> list[str]:
+    rows = _good(result.rows)
+    if not rows:
+        return ["diverged"] + [""] * 7 + [_tuned(result.settings)]
+    curve = "accuracy" if by_accuracy else "loss"
+    scale, digits = (100, 1) if by_accuracy else (1, 3)
+    values = {seed: scale * last_rounds(row[curve]) for seed, row in rows.items()}
+    base = {seed: scale * last_rounds(row[curve]) for seed, row in _good(baseline).items()}
+    differences = [value - base[seed] for seed, value in values.items() if seed in base]
+    final = np.mean([scale * row[curve][-1] for row in rows.values()])
+    failed = len(result.rows) - len(rows)
+    return [
+        _with_interval(list(values.values()), digits) + (f" ({failed} diverged)" if failed else ""),
+        _with_interval(differences, digits, sign="+") if differences and rows is not baseline else "",
+        f"{final:.{digits}f}",
+        f"{np.mean([last_rounds(row['loss']) for row in rows.values()]):.3f}",
+        _on_sites(rows, by_accuracy, scale, digits),
+        _rounds(rows, _good(baseline), curve, higher=by_accuracy),
+        f"{np.mean([row['bytes'] for row in rows.values()]) / 1e6:.1f}",
+        f"x {np.mean([row['expert_norm'][1] / row['expert_norm'][0] for row in rows.values()]):.2f}",
+        _tuned(result.settings),
+    ]
+
+
+def _good(rows: Mapping[int, Row]) -> dict[int, Row]:
+    return {seed: row for seed, row in rows.items() if "failed" not in row}
+
+
+def _with_interval(values: Sequence[float], digits: int, sign: str = "") -> str:
+    mean, half = interval(values)
+    return f"{mean:{sign}.{digits}f} ± {half:.{digits}f}"
+
+
+def _on_sites(rows: Mapping[int, Row], by_accuracy: bool, scale: float, digits: int) -> str:
+    """Mean, worst and standard deviation over the sites, each averaged over the seeds."""
+    sites = [scale * np.array(list(row["sites"].values())) for row in rows.values()]
+    worst = [values.min() if by_accuracy else values.max() for values in sites]
+    measured = ([values.mean() for values in sites], worst, [values.std() for values in sites])
+    return " / ".join(f"{np.mean(found):.{digits}f}" for found in measured)
+
+
+def _rounds(rows: Mapping[int, Row], baseline: Mapping[int, Row], curve: str, *, higher: bool) -> str:
+    """Mean over the seeds that get there, and how many do."""
+    needed = [
+        rounds_to(row[curve], last_rounds(baseline[seed][curve]), higher=higher)
+        for seed, row in rows.items()
+        if seed in baseline
+    ]
+    reached = [count for count in needed if count is not None]
+    if not reached:
+        return f"never (0 of {len(needed)})"
+    return f"{np.mean(reached):.1f}" + (f" ({len(reached)} of {len(needed)})" if len(reached) < len(needed) else "")
+
+
+def _tuned(settings: Settings) -> str:
+    """The tuned values, without group choices."""
+    own = [word for word in settings if word.partition("=")[0] in _TUNED]
+    return ", ".join(word.replace("train.learning_rate", "lr").removeprefix("strategy.") for word in own)
+
+
+_TUNED = {"train.learning_rate"} | {knob.key for contender in CONTENDERS.values() for knob in contender.knobs}

@@ -1,0 +1,195 @@
+"""What the benchmark of FC-MoE fine-tunes on: data of a seed, its division over sites, rounds, words that are scored.
+
+A workload's data of a seed are a file with the columns text, label, group (what sites differ in) and split (train,
+validation, test), so that ``bouquet run`` with the same settings does the same. Nothing is chosen by the test split.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import numpy as np
+
+from benchmarks.word_base import table, word_base
+from client.bases import cache_root
+from conf.seeds import generator_for
+
+Rows = dict[str, list[dict[str, str]]]
+"""Split -> rows."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One task of the benchmark."""
+
+    name: str
+    title: str
+    rounds: int
+    settings: tuple[str, ...]
+    """Of every run, beside method, model and data file."""
+    labels: tuple[str, ...] = ()
+    """Words of which the model chooses one; empty: judged by its loss."""
+    rows: Callable[[Path, int], Rows] | None = None
+    """From the folder of data sets and a seed; None: the embedded default, new text with every seed."""
+
+    def overrides(self, data: Path, seed: int, split: str) -> list[str]:
+        """Settings of a run that is judged on ``split``; model and data are built if the cache lacks them."""
+        own = [*self.settings, f"rounds={self.rounds}", f"seed={seed}", "device=cpu"]
+        if self.rows is None:
+            return own
+        base = word_base(data, [label for workload in WORKLOADS.values() for label in workload.labels])
+        return [
+            *own, f"model.name={base}", "model.source=hub", f"data.path={self.file(data, seed)}",
+            "data.prompt_column=text", "data.context_column=null", "data.response_column=label",
+            "data.template=plain", "data.split_column=split", f"data.held_out_split={split}",
+        ]  # fmt: skip
+
+    def file(self, data: Path, seed: int) -> Path:
+        """This seed's data, written if the cache lacks them."""
+        assert self.rows is not None
+        path = cache_root() / "benchmarks" / f"{self.name}-{seed}.parquet"
+        if not path.exists():
+            splits = self.rows(data, seed)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            scratch = path.with_name(f".{path.stem}-{os.getpid()}.parquet")
+            joined = [{**row, "split": split} for split, rows in splits.items() for row in rows]
+            datasets.Dataset.from_list(joined).to_parquet(str(scratch))
+            scratch.replace(path)
+        return path
+
+
+def _drawn(rows: Sequence[dict[str, str]], count: int, seed: int, purpose: str) -> list[dict[str, str]]:
+    """``count`` of the rows, the same number of each ``group`` as far as it goes."""
+    order = generator_for(seed, "benchmark data", purpose).permutation(len(rows))
+    by_group: dict[str, list[dict[str, str]]] = {}
+    for index in order:
+        by_group.setdefault(rows[index]["group"], []).append(rows[index])
+    share = count // len(by_group)
+    return [row for _, group in sorted(by_group.items()) for row in group[:share]]
+
+
+def _cut(rows: Sequence[dict[str, str]], sizes: Mapping[str, int], seed: int) -> Rows:
+    """Disjoint splits of one pool of rows."""
+    chosen = _drawn(rows, sum(sizes.values()), seed, "pool")
+    order = generator_for(seed, "benchmark data", "cut").permutation(len(chosen))
+    ends = np.cumsum(list(sizes.values()))
+    parts = np.split(order, ends[:-1])
+    return {split: [chosen[index] for index in part] for split, part in zip(sizes, parts, strict=True)}
+
+
+CLINC_WORDS = {
+    "auto_and_commute": "car",
+    "banking": "bank",
+    "credit_cards": "card",
+    "home": "home",
+    "kitchen_and_dining": "food",
+    "meta": "language",
+    "small_talk": "you",
+    "travel": "travel",
+    "utility": "time",
+    "work": "work",
+}
+"""Domain of CLINC150 -> the common word that stands for it."""
+
+
+def _clinc(data: Path, seed: int) -> Rows:
+    found: Rows = {"train": [], "val": [], "test": []}
+    for row in table(data, "intents_clinc_banking"):
+        if row["dataset"] == "clinc150" and row["domain"] != "oos":
+            label = CLINC_WORDS[row["domain"]]
+            found[row["split"]].append({"text": row["text"], "label": label, "group": label})
+    sizes = {"train": ("train", 1500), "validation": ("val", 1000), "test": ("test", 1000)}
+    return {split: _drawn(found[name], count, seed, split) for split, (name, count) in sizes.items()}
+
+
+AG_NEWS_WORDS = {"World": "world", "Sports": "sports", "Business": "business", "Sci/Tech": "technology"}
+"""Topic of AG News -> the word that stands for it."""
+
+
+def _ag_news(data: Path, seed: int) -> Rows:
+    rows = [
+        {"text": f"{row['title']} {row['text']}", "label": word, "group": word}
+        for row in table(data, "agnews_test")
+        for word in (AG_NEWS_WORDS[row["label"]],)
+    ]
+    return _cut(rows, {"train": 2000, "validation": 1000, "test": 1000}, seed)
+
+
+LETTERS = ("a", "b", "c", "d")
+
+
+def _mcq(data: Path, seed: int) -> Rows:
+    rows = []
+    for row in table(data, "eval_mcq"):
+        if row["dataset"] == "mmlu" and row["split"] == "test":
+            choices = " ".join(f"{letter}: {text}" for letter, text in zip(LETTERS, row["choices"], strict=True))
+            answer = LETTERS[int(row["answer"])]
+            rows.append({"text": f"{row['question']} {choices}", "label": answer, "group": row["subject"]})
+    return _cut(rows, {"train": 2850, "validation": 1000, "test": 1000}, seed)
+
+
+def _dolly(data: Path, seed: int) -> Rows:
+    rows = [
+        {"text": row["instruction"], "label": row["response"], "group": row["category"]}
+        for row in table(data, "dolly15k")
+    ]
+    return _cut(rows, {"train": 3000, "validation": 800, "test": 800}, seed)
+
+
+def _dirichlet(alpha: float, num_sites: int = 10) -> tuple[str, ...]:
+    # As many rows as give every site some of each split.
+    return (
+        "partition=dirichlet", "partition.column=group", f"partition.num_sites={num_sites}",
+        f"partition.alpha={alpha}", "partition.min_examples=50",
+    )  # fmt: skip
+
+
+_TRAINING = ("lora.rank=4", "lora.alpha=8", "train.batch_size=16", "train.num_threads=1")
+
+WORKLOADS: dict[str, Workload] = {
+    workload.name: workload
+    for workload in (
+        Workload(
+            "clinc",
+            "CLINC150 domains, 10 sites, Dirichlet 0.1, 1,500 examples, 15 rounds",
+            15,
+            (*_TRAINING, *_dirichlet(0.1), "data.max_length=40"),
+            tuple(CLINC_WORDS.values()),
+            _clinc,
+        ),
+        Workload(
+            "ag_news",
+            "AG News topics, 10 sites, Dirichlet 0.1, 2,000 examples, 25 rounds",
+            25,
+            (*_TRAINING, *_dirichlet(0.1), "data.max_length=48"),
+            tuple(AG_NEWS_WORDS.values()),
+            _ag_news,
+        ),
+        Workload(
+            "mcq",
+            "MMLU, 10 sites, Dirichlet 0.1 over subjects, 2,850 examples, 25 rounds",
+            25,
+            (*_TRAINING, *_dirichlet(0.1), "data.max_length=96"),
+            LETTERS,
+            _mcq,
+        ),
+        Workload(
+            "dolly",
+            "Dolly by category, 8 sites, 3,000 examples, 15 rounds",
+            15,
+            (*_TRAINING, "partition=natural", "partition.column=group", "data.max_length=96"),
+            (),
+            _dolly,
+        ),
+        Workload(
+            "embedded",
+            "the embedded default, 4 sites, 1,200 examples, 10 rounds",
+            10,
+            ("lora.rank=8", "train.batch_size=16", "train.num_threads=1"),
+        ),
+    )
+}

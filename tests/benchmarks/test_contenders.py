@@ -1,0 +1,74 @@
+"""Tuning: which runs are asked for, and what is chosen."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from benchmarks.contenders import CONTENDERS, LEARNING_RATE, Contender, Knob, tuned
+from conf.compose import load_config
+
+STEP = Knob("strategy.learning_rate", (0.5, 1.0, 1.5, 2.0, 3.0), 1.0)
+METHODS = {
+    "plain": Contender("plain", ("strategy=fedavg",)),
+    "step": Contender("step", ("strategy=fedavgm",), (STEP,)),
+    "ablation": Contender("ablation", ("strategy=fedavgm", "strategy.momentum=0"), follows="step"),
+}
+
+
+def search(name, truth, methods=METHODS):
+    """Tune against a function of (learning rate, step); every score that is asked for, and the end."""
+    known = {}
+    while True:
+        tuning = tuned(name, "lora", known.get, methods)
+        if not tuning.missing:
+            return known, tuning
+        for settings in tuning.missing:
+            assert settings not in known, "asked twice"
+            values = dict(word.split("=") for word in settings)
+            rate = float(values["train.learning_rate"])
+            known[settings] = truth(rate, float(values.get("strategy.learning_rate", 1)))
+
+
+def test_a_peak_away_from_the_start_is_climbed_and_its_far_side_is_not_visited():
+    known, tuning = search("plain", lambda rate, step: -abs(math.log(rate / 1e-3)))
+    assert tuning.settings == ("strategy=fedavg", "train.learning_rate=0.001")
+    assert {settings[1].split("=")[1] for settings in known} == {"0.004", "0.002", "0.008", "0.001", "0.0005"}
+
+
+def test_learning_rate_is_looked_at_again_with_the_knob_that_was_chosen():
+    """rate x step = 8e-3 is best, and of those the larger step: (4e-3, 2), then (2.7e-3 -> 2e-3 or 4e-3, 3)."""
+    _, tuning = search("step", lambda rate, step: -abs(math.log(rate * step / 6e-3)) + 0.01 * step)
+    assert tuning.settings == ("strategy=fedavgm", "strategy.learning_rate=1.5", "train.learning_rate=0.004")
+
+
+def test_equal_scores_move_nothing():
+    _, tuning = search("step", lambda rate, step: 1.0)
+    start = next(knob.start for knob in (LEARNING_RATE["lora"],))
+    assert tuning.settings[1:] == ("strategy.learning_rate=1", f"train.learning_rate={start:g}")
+
+
+def test_diverged_runs_are_never_chosen():
+    _, tuning = search("plain", lambda rate, step: -math.inf if rate > 2e-3 else -rate)
+    assert tuning.settings[1] == "train.learning_rate=0.0005"
+
+
+def test_who_follows_gets_the_leaders_values_under_its_own_settings_and_asks_for_no_run_of_its_own():
+    known, tuning = search("ablation", lambda rate, step: -abs(step - 2))
+    leader = search("step", lambda rate, step: -abs(step - 2))[1]
+    assert tuning.settings == ("strategy=fedavgm", "strategy.momentum=0", *leader.settings[1:])
+    assert all("strategy.momentum=0" not in settings for settings in known)
+
+
+@pytest.mark.parametrize("name", CONTENDERS)
+def test_settings_of_every_contender_are_valid_wherever_its_knobs_stand(name):
+    contender = CONTENDERS[name]
+    leader = CONTENDERS[contender.follows or name]
+    for knob in (LEARNING_RATE["full"], *leader.knobs):
+        assert list(knob.values) == sorted(knob.values)
+        assert knob.start in knob.values
+    lowest = [f"{knob.key}={knob.values[0]:g}" for knob in leader.knobs]
+    highest = [f"{knob.key}={knob.values[-1]:g}" for knob in leader.knobs]
+    for values in (lowest, highest):
+        load_config([*contender.settings, *values, "model.experts=lora"])

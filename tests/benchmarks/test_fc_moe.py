@@ -1,0 +1,135 @@
+"""The study of FC-MoE: what is computed, what a restart skips, what the tables say."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from benchmarks import fc_moe
+from benchmarks.contenders import CONTENDERS
+from benchmarks.fc_moe import Cell, Study, run_cell
+from benchmarks.fc_moe_tables import Tested, comparison, interval, rounds_to
+from benchmarks.workloads import WORKLOADS, Workload
+
+
+def row(seed, accuracy, **changes):
+    curve = [accuracy] * 6
+    facts = {"accuracy": curve, "loss": [1 - accuracy] * 6, "sites": {"a": accuracy, "b": accuracy / 2}}
+    return (
+        facts | {"seed": seed, "bytes": 2e6, "expert_norm": [2.0, 3.0], "settings": ["train.learning_rate=1"]} | changes
+    )
+
+
+def cells_of(table, title):
+    line = next(line for line in table.splitlines() if line.startswith(f"| {title}"))
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_interval_is_students():
+    """Three values 1, 2, 3: standard deviation 1, t(2 degrees) 4.303, so 2 +- 4.303 / sqrt(3)."""
+    mean, half = interval([1.0, 2.0, 3.0])
+    assert mean == 2.0
+    assert half == pytest.approx(4.303 / math.sqrt(3))
+    assert math.isnan(interval([1.0])[1])
+
+
+def test_interval_covers_the_mean_as_often_as_it_says():
+    samples = np.random.default_rng(0).normal(size=(4000, 5))
+    covered = [abs(mean) <= half for mean, half in map(interval, samples)]
+    assert np.mean(covered) == pytest.approx(0.95, abs=0.01)
+
+
+def test_rounds_to_counts_from_one():
+    assert rounds_to([0.1, 0.5, 0.4, 0.6], 0.5, higher=True) == 2
+    assert rounds_to([3.0, 2.0], 2.5, higher=False) == 2
+    assert rounds_to([0.1], 0.5, higher=True) is None
+
+
+def test_table_pairs_by_seed_and_says_what_is_missing():
+    """Differences 0.2 and 0.0 of seeds 1 and 2: mean 10 points, though the means over all seeds differ by 0.15."""
+    tested = {name: Tested((), {}) for name in CONTENDERS}
+    tested["fedavg"] = Tested(("train.learning_rate=1",), {0: row(0, 0.6), 1: row(1, 0.4), 2: row(2, 0.5)})
+    tested["fc_moe"] = Tested((), {1: row(1, 0.6), 2: row(2, 0.5)})
+    tested["fedprox"] = Tested((), {0: {"failed": "round 2: loss is nan"}})
+    table = comparison("title", tested, [0, 1, 2])
+    fedavg, ours = cells_of(table, "FedAvg |"), cells_of(table, "FC-MoE as printed")
+    assert fedavg[1].startswith("50.0 ±")
+    assert fedavg[-1] == "lr=1"
+    assert ours[0] == "FC-MoE as printed (2 of 3 seeds)"
+    assert ours[2].startswith("+10.0 ±")
+    assert ours[5] == "41.2 / 27.5 / 13.8"
+    assert ours[6:9] == ["1.0", "2.0", "x 1.50"]
+    assert cells_of(table, "FedProx")[1] == "diverged"
+    assert cells_of(table, "FedAdam")[1] == "missing"
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """The embedded default, a round of one step."""
+    settings = ("data.num_examples=24", "eval.max_examples=2", "train.max_steps=1", "train.batch_size=1", "lora.rank=1")
+    workload = Workload("tiny", "tiny", 1, settings)
+    monkeypatch.setitem(WORKLOADS, "tiny", workload)
+    return workload
+
+
+def test_a_cell_is_measured_after_every_round(tiny, tmp_path):
+    found = run_cell(Cell("tiny", "lora", ("strategy=fedavg", "train.learning_rate=0.01"), 0, "test"), tmp_path)
+    assert len(found["loss"]) == 1
+    assert found["accuracy"] is None
+    assert sorted(found["sites"]) == ["bank", "clinic", "court", "workshop"]
+    assert found["bytes"] > 0
+    assert found["expert_norm"][1] > found["expert_norm"][0] > 0
+    assert Cell.of(json.loads(json.dumps(found))) == Cell.of(found)
+
+
+def test_a_run_that_diverges_is_a_row_that_says_so(tiny, tmp_path):
+    words = ("strategy=fedavg", "train.learning_rate=1e30", "train.max_grad_norm=1e30", "train.max_steps=3")
+    found = run_cell(Cell("tiny", "lora", words, 0, "test"), tmp_path)
+    assert found["failed"].startswith("round 1: ")
+
+
+def test_a_restart_goes_on_from_the_cells_that_are_there(monkeypatch, tmp_path):
+    """The second command computes nothing; with one line less it computes that cell, and the file is the same."""
+    computed = []
+
+    def run(cell, data):
+        computed.append(cell)
+        rate = float(dict(word.split("=") for word in cell.settings)["train.learning_rate"])
+        return row(cell.seed, 1 / (1 + abs(math.log(rate / 4e-3))), workload="clinc", experts="lora",
+                   settings=list(cell.settings), split=cell.split)  # fmt: skip
+
+    monkeypatch.setattr(fc_moe, "run_cell", run)
+    monkeypatch.setattr(fc_moe, "HERE", tmp_path)
+    words = ["fc_moe", "--strategies", "fedavg", "noise", "--seeds", "5", "6"]
+    monkeypatch.setattr("sys.argv", words)
+    fc_moe.main()
+    assert len(computed) == 3 * 2 + 2 + 2
+    assert {cell.seed for cell in computed if cell.split == "test"} == {5, 6}
+    assert {cell.seed for cell in computed if cell.split == "validation"} == {100, 101}
+    path = tmp_path / "results" / "fc_moe_clinc_lora.jsonl"
+    before = path.read_text()
+    assert "FedAvg, step x 1.001" in json.loads(path.with_suffix(".json").read_text())["markdown"]
+    computed.clear()
+    fc_moe.main()
+    assert computed == []
+    path.write_text(before[: before.rstrip().rindex("\n") + 1])
+    fc_moe.main()
+    assert len(computed) == 1
+    assert path.read_text() == before
+
+
+def test_no_run_begins_after_the_time_is_up(monkeypatch, tmp_path):
+    monkeypatch.setattr(fc_moe, "HERE", tmp_path)
+    monkeypatch.setattr("sys.argv", ["fc_moe", "--budget-minutes", "0"])
+    fc_moe.main()
+    table = json.loads((tmp_path / "results" / "fc_moe_clinc_lora.json").read_text())["markdown"]
+    assert cells_of(table, "FedAvg |")[1] == "missing"
+
+
+def test_tuning_never_sees_test_data():
+    study = Study("clinc", "lora", [0], [100])
+    assert {cell.split for cell in study.needed("fedavg")} == {"validation"}
+    assert {cell.seed for cell in study.needed("fedavg")} == {100}

@@ -1,0 +1,65 @@
+"""Runs without Flower."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from benchmarks.federation import Federation, simulated
+from conf.compose import load_config
+from server.record import adapter_sha256
+from strategies.adapters import weighted_mean
+from tests.client.tiny_models import save_tiny_base
+from tests.server.commands import SMALL, bouquet, run_folder, summary
+
+
+def settings(folder, *words):
+    base = save_tiny_base(folder / "base", "olmoe")
+    return [
+        *SMALL, "data.num_examples=40", "train.batch_size=2", "train.max_steps=1", "lora.rank=2",
+        f"model.name={base.name}", "model.source=hub", "data.template=plain", *words,
+    ]  # fmt: skip
+
+
+def test_a_round_of_fedavg_is_the_mean_of_what_the_sites_trained(tmp_path):
+    federation = simulated(load_config(settings(tmp_path, "strategy=fedavg")), tmp_path / "private")
+    before = federation.adapter
+    sites = {name: site.train(1, before) for name, site in federation.sites.items()}
+    updates = federation.play()
+    assert [update.site for update in updates] == sorted(sites)
+    mean = weighted_mean([update.adapter for update in sites.values()], [u.num_examples for u in sites.values()])
+    for name, array in mean.items():
+        np.testing.assert_array_equal(federation.adapter[name], array)
+    one = sum(array.nbytes for array in before.values())
+    assert federation.bytes_up == federation.bytes_down == len(sites) * one
+
+
+def test_rounds_end_where_the_settings_say_and_go_on_from_each_other(tmp_path):
+    config = load_config(settings(tmp_path, "strategy=fc_moe", "rounds=3"))
+    in_pieces, at_once = (simulated(config, tmp_path / name) for name in ("pieces", "once"))
+    in_pieces.play()
+    first = in_pieces.adapter
+    assert len(list(in_pieces.rounds())) == 2
+    assert len(list(at_once.rounds())) == 3
+    assert adapter_sha256(in_pieces.adapter) == adapter_sha256(at_once.adapter) != adapter_sha256(first)
+
+
+def test_a_site_that_shares_nothing_leaves_the_whole_adapter_as_it_began(tmp_path):
+    config = load_config(settings(tmp_path, "strategy=local_only"))
+    federation: Federation = simulated(config, tmp_path / "private")
+    federation.play()
+    assert federation.adapter == {}
+    assert federation.bytes_up == 0
+    assert adapter_sha256(federation.whole_adapter()) == adapter_sha256(federation.adapted.initial_adapter(0))
+
+
+@pytest.mark.simulation
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("strategy", ["fc_moe", "fedadam"])
+def test_it_ends_with_the_adapter_of_a_run_in_flower(tmp_path, strategy):
+    words = settings(tmp_path, f"strategy={strategy}", "federation.fraction=0.75", "train.learning_rate=1e-2")
+    run = bouquet("run", *words, f"output={tmp_path / 'run'}", cwd=tmp_path)
+    assert run.returncode == 0, run.stdout + run.stderr
+    federation = simulated(load_config(words), tmp_path / "private")
+    assert len(list(federation.rounds())) == 2
+    assert adapter_sha256(federation.whole_adapter()) == summary(run_folder(run.stdout))["adapter_sha256"]
