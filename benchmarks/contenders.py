@@ -55,16 +55,15 @@ CONTENDERS: dict[str, Contender] = {
         follows="fedavg",
     ),
     "fedavg_step": Contender(
-        "FedAvg, tuned server step",
-        ("strategy=fedavgm", "strategy.momentum=0"),
-        (Knob("strategy.learning_rate", _STEP, 1.0),),
-    ),
-    "fedprox": Contender("FedProx", ("strategy=fedprox",), (Knob("train.proximal_mu", (1e-3, 1e-2, 1e-1, 1.0), 1e-2),)),
-    "fedadam": Contender(
-        "FedAdam", ("strategy=fedadam",), (Knob("strategy.learning_rate", (2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2), 1e-2),)
+        "FedAvg, tuned step on experts", ("strategy=fedavg",), (Knob("strategy.expert_step", _STEP, 1.0),)
     ),
     "fc_moe": Contender(
         "FC-MoE as printed", ("strategy=fc_moe",), (Knob("method.retention.strength", (0.1, 0.3, 0.5, 0.8), 0.5),)
+    ),
+    "fc_moe_plus": Contender(
+        "FC-MoE plus",
+        ("strategy=fc_moe_plus",),
+        (Knob("strategy.step", _STEP, 2.0), Knob("strategy.flatten", (0.0, 0.5, 1.0), 1.0)),
     ),
     "fc_moe_no_projection": Contender(
         "- consensus projection", ("strategy=fc_moe", "strategy.conflict.against=off"), follows="fc_moe"
@@ -75,6 +74,12 @@ CONTENDERS: dict[str, Contender] = {
     "fc_moe_no_importance": Contender(
         "- importance weighting", ("strategy=fc_moe", "strategy.importance=uniform"), follows="fc_moe"
     ),
+    "fedprox": Contender("FedProx", ("strategy=fedprox",), (Knob("train.proximal_mu", (1e-3, 1e-2, 1e-1, 1.0), 1e-2),)),
+    "fedadam": Contender(
+        "FedAdam", ("strategy=fedadam",), (Knob("strategy.learning_rate", (2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2), 1e-2),)
+    ),
+    "fedavg_uniform": Contender("FedAvg, sites alike", ("strategy=fedavg", "strategy.weights=uniform")),
+    "fedavg_tokens": Contender("FedAvg, experts by tokens", ("strategy=fedavg", "strategy.weights=tokens")),
     "local_only": Contender("local only (bound)", ("strategy=local_only",)),
     "centralised": Contender("centralised (bound)", ("strategy=centralised",)),
 }

@@ -67,13 +67,13 @@ def comparison(title: str, tested: Mapping[str, Tested], seeds: Sequence[int]) -
     by_accuracy = any(row["accuracy"] for row in done)
     measure = "accuracy, %" if by_accuracy else "loss, nats"
     columns = [
-        "method", f"test {measure}", "- FedAvg", "last round", "loss",
+        "method", f"test {measure}", "minus FedAvg", "last round", "loss",
         "on sites' own data: mean / worst / spread", "rounds to FedAvg's end", "MB", "expert norm", "tuned",
     ]  # fmt: skip
     lines = [[*columns], ["---"] * len(columns)]
     baseline = tested[BASELINE].rows
     for name, result in tested.items():
-        cells = _cells(result, baseline, by_accuracy) if result.rows else ["missing"] * (len(columns) - 1)
+        cells = _cells(result, baseline, by_accuracy) if result.rows else ["missing", *[""] * (len(columns) - 2)]
         count = f" ({len(result.rows)} of {len(seeds)} seeds)" if 0 < len(result.rows) < len(seeds) else ""
         lines.append([CONTENDERS[name].title + count, *cells])
     return f"{title}, {len(seeds)} seeds\n\n" + "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
@@ -109,7 +109,7 @@ def _cells(result: Tested, baseline: Mapping[int, Row], by_accuracy: bool) -> li
     failed = len(result.rows) - len(rows)
     return [
         _with_interval(list(values.values()), digits) + (f" ({failed} diverged)" if failed else ""),
-        _with_interval(differences, digits, sign="+") if differences and rows is not baseline else "",
+        _with_interval(differences, digits, sign="+") if differences and result.rows is not baseline else "",
         f"{final:.{digits}f}",
         f"{np.mean([last_rounds(row['loss']) for row in rows.values()]):.3f}",
         _on_sites(rows, by_accuracy, scale, digits),

@@ -27,7 +27,7 @@ from conf.schema import DataConfig, Template, Truncation
 from conf.seeds import generator_for
 
 NUM_WORDS = 4000
-PRETRAINING = PretrainConfig(steps=2500, prompt_weight=0.3)
+PRETRAINING = PretrainConfig(steps=1500, prompt_weight=0.3)
 MAX_LENGTH = 64
 
 _WORD = r"\n|\w+|[^\w\s]"

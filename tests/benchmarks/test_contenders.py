@@ -38,9 +38,9 @@ def test_a_peak_away_from_the_start_is_climbed_and_its_far_side_is_not_visited()
 
 
 def test_learning_rate_is_looked_at_again_with_the_knob_that_was_chosen():
-    """rate x step = 8e-3 is best, and of those the larger step: (4e-3, 2), then (2.7e-3 -> 2e-3 or 4e-3, 3)."""
-    _, tuning = search("step", lambda rate, step: -abs(math.log(rate * step / 6e-3)) + 0.01 * step)
-    assert tuning.settings == ("strategy=fedavgm", "strategy.learning_rate=1.5", "train.learning_rate=0.004")
+    """A step of 2 is best and rate x step = 8e-3: at a step of 1 the rate is 8e-3, and then twice too large."""
+    _, tuning = search("step", lambda rate, step: -2 * abs(math.log(step / 2)) - abs(math.log(rate * step / 8e-3)))
+    assert tuning.settings == ("strategy=fedavgm", "strategy.learning_rate=2", "train.learning_rate=0.004")
 
 
 def test_equal_scores_move_nothing():
