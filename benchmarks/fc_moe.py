@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.contenders import CONTENDERS, Settings, tuned
-from benchmarks.fc_moe_tables import LAST, Row, Tested, last_rounds, markdown
+from benchmarks.fc_moe_tables import LAST, Outcome, Row, last_rounds, markdown
 from benchmarks.federation import simulated
 from benchmarks.measures import Judge, expert_norm
 from benchmarks.render import HERE, write_results
@@ -112,12 +112,12 @@ class Study:
         known = [score for score in scores if score is not None]
         return float(np.mean(known)) if len(known) == len(scores) else None
 
-    def tested(self, name: str) -> Tested:
+    def tested(self, name: str) -> Outcome:
         """What is known of a contender on the test data; nothing while it is being tuned."""
         tuning = tuned(name, self.experts, self.validation_score)
         cells = [Cell(self.workload, self.experts, tuning.settings, seed, "test") for seed in self.seeds]
         rows = {cell.seed: self.rows[cell] for cell in cells if not tuning.missing and cell in self.rows}
-        return Tested(tuning.settings, rows)
+        return Outcome(tuning.settings, rows)
 
     def report(self) -> dict[str, Any]:
         """The results file: settings of the study, and its tables as Markdown."""
@@ -176,6 +176,7 @@ def main() -> None:
     results = HERE / "results" / f"fc_moe_{given.workload}_{given.experts}.json"
     study = Study(given.workload, given.experts, given.seeds, given.tuning_seeds)
     cells = results.with_suffix(".jsonl")
+    cells.parent.mkdir(exist_ok=True)
     for line in cells.read_text().splitlines() if cells.exists() else ():
         study.add(json.loads(line))
     for name in given.strategies:

@@ -30,7 +30,7 @@ _TITLES = {"fc_moe": "full"}
 
 
 @dataclass(frozen=True)
-class Tested:
+class Outcome:
     """A contender on the test data."""
 
     settings: Settings
@@ -56,12 +56,12 @@ def rounds_to(curve: Sequence[float], target: float, *, higher: bool) -> int | N
     return reached.index(True) + 1 if any(reached) else None
 
 
-def markdown(title: str, tested: Mapping[str, Tested], seeds: Sequence[int]) -> str:
+def markdown(title: str, tested: Mapping[str, Outcome], seeds: Sequence[int]) -> str:
     """The comparison and the ablation, below each other."""
     return f"{comparison(title, tested, seeds)}\n\n{ablation(tested)}"
 
 
-def comparison(title: str, tested: Mapping[str, Tested], seeds: Sequence[int]) -> str:
+def comparison(title: str, tested: Mapping[str, Outcome], seeds: Sequence[int]) -> str:
     """A line for each contender, with ``missing`` where it has not been run."""
     done = [row for result in tested.values() for row in result.rows.values() if "failed" not in row]
     by_accuracy = any(row["accuracy"] for row in done)
@@ -79,7 +79,7 @@ def comparison(title: str, tested: Mapping[str, Tested], seeds: Sequence[int]) -
     return f"{title}, {len(seeds)} seeds\n\n" + "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def ablation(tested: Mapping[str, Tested]) -> str:
+def ablation(tested: Mapping[str, Outcome]) -> str:
     """The paper's Table II: here and as printed, global / on the sites' own data."""
     lines = [
         ["variant", "here: test / local", "printed, AG News", "printed, MMLU"],
@@ -96,7 +96,7 @@ def ablation(tested: Mapping[str, Tested]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def _cells(result: Tested, baseline: Mapping[int, Row], by_accuracy: bool) -> list[str]:
+def _cells(result: Outcome, baseline: Mapping[int, Row], by_accuracy: bool) -> list[str]:
     rows = _good(result.rows)
     if not rows:
         return ["diverged"] + [""] * 7 + [_tuned(result.settings)]

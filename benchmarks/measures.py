@@ -20,7 +20,7 @@ from conf.schema import Config
 from strategies.adapters import Arrays
 from strategies.experts import by_layer, norms
 
-BATCH = 128
+BATCH = 256
 
 
 @dataclass(frozen=True, kw_only=True)

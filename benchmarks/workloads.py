@@ -102,7 +102,7 @@ def _clinc(data: Path, seed: int) -> Rows:
         if row["dataset"] == "clinc150" and row["domain"] != "oos":
             label = CLINC_WORDS[row["domain"]]
             found[row["split"]].append({"text": row["text"], "label": label, "group": label})
-    sizes = {"train": ("train", 1500), "validation": ("val", 1000), "test": ("test", 1000)}
+    sizes = {"train": ("train", 1000), "validation": ("val", 500), "test": ("test", 500)}
     return {split: _drawn(found[name], count, seed, split) for split, (name, count) in sizes.items()}
 
 
@@ -116,7 +116,7 @@ def _ag_news(data: Path, seed: int) -> Rows:
         for row in table(data, "agnews_test")
         for word in (AG_NEWS_WORDS[row["label"]],)
     ]
-    return _cut(rows, {"train": 2000, "validation": 1000, "test": 1000}, seed)
+    return _cut(rows, {"train": 1000, "validation": 500, "test": 500}, seed)
 
 
 LETTERS = ("a", "b", "c", "d")
@@ -144,18 +144,18 @@ def _dirichlet(alpha: float, num_sites: int = 10) -> tuple[str, ...]:
     # As many rows as give every site some of each split.
     return (
         "partition=dirichlet", "partition.column=group", f"partition.num_sites={num_sites}",
-        f"partition.alpha={alpha}", "partition.min_examples=50",
+        f"partition.alpha={alpha}", "partition.min_examples=40",
     )  # fmt: skip
 
 
-_TRAINING = ("lora.rank=4", "lora.alpha=8", "train.batch_size=16", "train.num_threads=1")
+_TRAINING = ("lora.rank=4", "lora.alpha=8", "train.batch_size=32", "train.num_threads=1")
 
 WORKLOADS: dict[str, Workload] = {
     workload.name: workload
     for workload in (
         Workload(
             "clinc",
-            "CLINC150 domains, 10 sites, Dirichlet 0.1, 1,500 examples, 15 rounds",
+            "CLINC150 domains, 10 sites, Dirichlet 0.1, 1,000 examples, 15 rounds",
             15,
             (*_TRAINING, *_dirichlet(0.1), "data.max_length=40"),
             tuple(CLINC_WORDS.values()),
@@ -163,7 +163,7 @@ WORKLOADS: dict[str, Workload] = {
         ),
         Workload(
             "ag_news",
-            "AG News topics, 10 sites, Dirichlet 0.1, 2,000 examples, 25 rounds",
+            "AG News topics, 10 sites, Dirichlet 0.1, 1,000 examples, 25 rounds",
             25,
             (*_TRAINING, *_dirichlet(0.1), "data.max_length=48"),
             tuple(AG_NEWS_WORDS.values()),
@@ -189,7 +189,7 @@ WORKLOADS: dict[str, Workload] = {
             "embedded",
             "the embedded default, 4 sites, 1,200 examples, 10 rounds",
             10,
-            ("lora.rank=8", "train.batch_size=16", "train.num_threads=1"),
+            _TRAINING,
         ),
     )
 }

@@ -11,7 +11,7 @@ import pytest
 from benchmarks import fc_moe
 from benchmarks.contenders import CONTENDERS
 from benchmarks.fc_moe import Cell, Study, run_cell
-from benchmarks.fc_moe_tables import Tested, comparison, interval, rounds_to
+from benchmarks.fc_moe_tables import Outcome, comparison, interval, rounds_to
 from benchmarks.workloads import WORKLOADS, Workload
 
 
@@ -50,10 +50,10 @@ def test_rounds_to_counts_from_one():
 
 def test_table_pairs_by_seed_and_says_what_is_missing():
     """Differences 0.2 and 0.0 of seeds 1 and 2: mean 10 points, though the means over all seeds differ by 0.15."""
-    tested = {name: Tested((), {}) for name in CONTENDERS}
-    tested["fedavg"] = Tested(("train.learning_rate=1",), {0: row(0, 0.6), 1: row(1, 0.4), 2: row(2, 0.5)})
-    tested["fc_moe"] = Tested((), {1: row(1, 0.6), 2: row(2, 0.5)})
-    tested["fedprox"] = Tested((), {0: {"failed": "round 2: loss is nan"}})
+    tested = {name: Outcome((), {}) for name in CONTENDERS}
+    tested["fedavg"] = Outcome(("train.learning_rate=1",), {0: row(0, 0.6), 1: row(1, 0.4), 2: row(2, 0.5)})
+    tested["fc_moe"] = Outcome((), {1: row(1, 0.6), 2: row(2, 0.5)})
+    tested["fedprox"] = Outcome((), {0: {"failed": "round 2: loss is nan"}})
     table = comparison("title", tested, [0, 1, 2])
     fedavg, ours = cells_of(table, "FedAvg |"), cells_of(table, "FC-MoE as printed")
     assert fedavg[1].startswith("50.0 ±")
