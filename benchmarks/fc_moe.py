@@ -26,7 +26,7 @@ import numpy as np
 from benchmarks.contenders import CONTENDERS, Settings, tuned
 from benchmarks.fc_moe_tables import LAST, Outcome, Row, last_rounds, markdown
 from benchmarks.federation import simulated
-from benchmarks.measures import Judge, expert_norm
+from benchmarks.measures import Judge, Score, expert_norm
 from benchmarks.render import HERE, write_results
 from benchmarks.workloads import WORKLOADS
 from client.assemble import held_out_sets
@@ -59,7 +59,7 @@ def run_cell(cell: Cell, data: Path) -> dict[str, Any]:
     config = load_config(words)
     started = time.perf_counter()
     row: dict[str, Any] = asdict(cell)
-    scores = []
+    scores: list[Score] = []
     with tempfile.TemporaryDirectory() as private:
         federation = simulated(config, Path(private))
         judge = Judge(federation.adapted, config, held_out_sets(config), workload.labels)
@@ -156,8 +156,9 @@ def finished(cells: Iterable[Cell], data: Path, jobs: int, deadline: float) -> I
             done, running = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
                 yield future.result()
-                if time.monotonic() < deadline and (cell := next(waiting, None)) is not None:
-                    running.add(pool.submit(run_cell, cell, data))
+                following = next(waiting, None) if time.monotonic() < deadline else None
+                if following is not None:
+                    running.add(pool.submit(run_cell, following, data))
 
 
 def main() -> None:

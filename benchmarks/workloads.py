@@ -6,6 +6,7 @@ validation, test), so that ``bouquet run`` with the same settings does the same.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 
-from benchmarks.word_base import table, word_base
+from benchmarks.word_base import WORD, table, word_base
 from client.bases import cache_root
 from conf.seeds import generator_for
 
@@ -49,9 +50,10 @@ class Workload:
         ]  # fmt: skip
 
     def file(self, data: Path, seed: int) -> Path:
-        """This seed's data, written if the cache lacks them."""
+        """This seed's data as this file makes them, written if the cache lacks them."""
         assert self.rows is not None
-        path = cache_root() / "benchmarks" / f"{self.name}-{seed}.parquet"
+        version = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
+        path = cache_root() / "benchmarks" / version / f"{self.name}-{seed}.parquet"
         if not path.exists():
             splits = self.rows(data, seed)
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -98,10 +100,10 @@ CLINC_WORDS = {
 
 def _clinc(data: Path, seed: int) -> Rows:
     found: Rows = {"train": [], "val": [], "test": []}
-    for row in table(data, "intents_clinc_banking"):
+    for row in table(data, "intents_clinc_banking", "dataset", "split", "text", "domain"):
         if row["dataset"] == "clinc150" and row["domain"] != "oos":
             label = CLINC_WORDS[row["domain"]]
-            found[row["split"]].append({"text": row["text"], "label": label, "group": label})
+            found[row["split"]].append({"text": f"{WORD} {row['text']}", "label": label, "group": label})
     sizes = {"train": ("train", 1000), "validation": ("val", 500), "test": ("test", 500)}
     return {split: _drawn(found[name], count, seed, split) for split, (name, count) in sizes.items()}
 
@@ -112,8 +114,8 @@ AG_NEWS_WORDS = {"World": "world", "Sports": "sports", "Business": "business", "
 
 def _ag_news(data: Path, seed: int) -> Rows:
     rows = [
-        {"text": f"{row['title']} {row['text']}", "label": word, "group": word}
-        for row in table(data, "agnews_test")
+        {"text": f"{WORD} {row['title']} {row['text']}", "label": word, "group": word}
+        for row in table(data, "agnews_test", "title", "text", "label")
         for word in (AG_NEWS_WORDS[row["label"]],)
     ]
     return _cut(rows, {"train": 1000, "validation": 500, "test": 500}, seed)
@@ -124,18 +126,18 @@ LETTERS = ("a", "b", "c", "d")
 
 def _mcq(data: Path, seed: int) -> Rows:
     rows = []
-    for row in table(data, "eval_mcq"):
+    for row in table(data, "eval_mcq", "dataset", "split", "subject", "question", "choices", "answer"):
         if row["dataset"] == "mmlu" and row["split"] == "test":
             choices = " ".join(f"{letter}: {text}" for letter, text in zip(LETTERS, row["choices"], strict=True))
             answer = LETTERS[int(row["answer"])]
-            rows.append({"text": f"{row['question']} {choices}", "label": answer, "group": row["subject"]})
+            rows.append({"text": f"{WORD} {row['question']} {choices}", "label": answer, "group": row["subject"]})
     return _cut(rows, {"train": 2850, "validation": 1000, "test": 1000}, seed)
 
 
 def _dolly(data: Path, seed: int) -> Rows:
     rows = [
         {"text": row["instruction"], "label": row["response"], "group": row["category"]}
-        for row in table(data, "dolly15k")
+        for row in table(data, "dolly15k", "instruction", "response", "category")
     ]
     return _cut(rows, {"train": 3000, "validation": 800, "test": 800}, seed)
 

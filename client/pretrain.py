@@ -117,11 +117,13 @@ def train_whole_model(model: OlmoeForCausalLM, sequences: Sequence[TokenSequence
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=config.weight_decay
     )
+    pad_token_id = model.config.pad_token_id
+    assert pad_token_id is not None
     model.train()
     for step, batch in enumerate(_batches(sequences, config)):
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * _schedule(step / config.steps)
-        tensors = collate(batch, model.config.pad_token_id)
+        tensors = collate(batch, pad_token_id)
         loss, balance = _losses(model, tensors, config.prompt_weight)
         optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss + config.balance_weight * balance)
