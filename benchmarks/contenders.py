@@ -80,6 +80,13 @@ CONTENDERS: dict[str, Contender] = {
     ),
     "fedavg_uniform": Contender("FedAvg, sites alike", ("strategy=fedavg", "strategy.weights=uniform")),
     "fedavg_tokens": Contender("FedAvg, experts by tokens", ("strategy=fedavg", "strategy.weights=tokens")),
+    "fedmoe": Contender("FedMoE (sites that used the expert)", ("strategy=fedmoe",)),
+    "fedalign_moe": Contender(
+        "FedAlign-MoE (routers trained, local)",
+        ("strategy=fedalign_moe",),
+        (Knob("method.strength", (0.01, 0.1, 1.0), 0.1),),
+    ),
+    "scaffold": Contender("SCAFFOLD", ("strategy=scaffold",)),
     "local_only": Contender("local only (bound)", ("strategy=local_only",)),
     "centralised": Contender("centralised (bound)", ("strategy=centralised",)),
 }

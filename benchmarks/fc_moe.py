@@ -77,6 +77,7 @@ def run_cell(cell: Cell, data: Path) -> dict[str, Any]:
         },
         "bytes": federation.bytes_up + federation.bytes_down,
         "expert_norm": [round(before, 4), round(after, 4)],
+        "base_sha256": federation.adapted.base.identity.sha256,
         "seconds": round(time.perf_counter() - started, 1),
     }
 

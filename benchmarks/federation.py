@@ -40,7 +40,7 @@ class Federation:
         self.personal: Mapping[str, Arrays] = {}
         self.server_round = 0
         self.bytes_down = self.bytes_up = 0
-        """Bytes of all arrays of adapters so far, without names and headers."""
+        """Bytes of adapters and what goes beside them so far: values alone, no names or headers."""
 
     def received(self, site: str) -> Arrays:
         """What the server would send the site now."""
@@ -53,7 +53,8 @@ class Federation:
             ValueError: If training fails at a site, or its update would be refused.
         """
         asked = sample_sites(sorted(self.sites), self.config, server_round)
-        updates = [self.sites[name].train(server_round, self.received(name)) for name in asked]
+        broadcast = self.strategy.broadcast(self.state)
+        updates = [self.sites[name].train(server_round, self.received(name), broadcast) for name in asked]
         for update in updates:
             self.strategy.check_update(self.adapter, update)
         return updates
@@ -65,8 +66,9 @@ class Federation:
             ValueError: As ``train``, or if the next adapter is not finite.
         """
         updates = self.train(self.server_round + 1)
-        self.bytes_down += sum(_num_bytes(self.received(update.site)) for update in updates)
-        self.bytes_up += sum(_num_bytes(update.adapter) for update in updates)
+        broadcast = self.strategy.broadcast(self.state)
+        self.bytes_down += sum(_num_bytes(self.received(update.site)) + _num_bytes(broadcast) for update in updates)
+        self.bytes_up += sum(_num_bytes(update.adapter) + _num_bytes(update.extras) for update in updates)
         aggregation = self.strategy.aggregate(self.adapter, self.state, updates)
         check_finite(aggregation.adapter)
         self.adapter, self.state, self.personal = aggregation.adapter, aggregation.state, aggregation.personal
