@@ -75,6 +75,7 @@ def tiny(monkeypatch):
     return workload
 
 
+@pytest.mark.slow
 def test_a_cell_is_measured_after_every_round(tiny, tmp_path):
     found = run_cell(Cell("tiny", "lora", ("strategy=fedavg", "train.learning_rate=0.01"), 0, "test"), tmp_path)
     assert len(found["loss"]) == 1
@@ -85,6 +86,7 @@ def test_a_cell_is_measured_after_every_round(tiny, tmp_path):
     assert Cell.of(json.loads(json.dumps(found))) == Cell.of(found)
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_is_a_row_that_says_so(tiny, tmp_path):
     words = ("strategy=fedavg", "train.learning_rate=1e30", "train.max_grad_norm=1e30", "train.max_steps=3")
     found = run_cell(Cell("tiny", "lora", words, 0, "test"), tmp_path)
