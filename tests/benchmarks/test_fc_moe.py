@@ -101,7 +101,7 @@ def test_a_restart_goes_on_from_the_cells_that_are_there(monkeypatch, tmp_path):
         computed.append(cell)
         rate = float(dict(word.split("=") for word in cell.settings)["train.learning_rate"])
         return row(cell.seed, 1 / (1 + abs(math.log(rate / 4e-3))), workload="clinc", experts="lora",
-                   settings=list(cell.settings), split=cell.split)  # fmt: skip
+                   settings=list(cell.settings), split=cell.split, version=cell.version)  # fmt: skip
 
     monkeypatch.setattr(fc_moe, "run_cell", run)
     monkeypatch.setattr(fc_moe, "HERE", tmp_path)
@@ -117,6 +117,10 @@ def test_a_restart_goes_on_from_the_cells_that_are_there(monkeypatch, tmp_path):
     computed.clear()
     fc_moe.main()
     assert computed == []
+    path.write_text(before.replace(fc_moe.VERSION, "other"))
+    fc_moe.main()
+    assert len(computed) == 3 * 2 + 2 + 2
+    computed.clear()
     path.write_text(before[: before.rstrip().rindex("\n") + 1])
     fc_moe.main()
     assert len(computed) == 1
