@@ -28,7 +28,7 @@ from benchmarks.fc_moe_tables import LAST, Outcome, Row, last_rounds, markdown
 from benchmarks.federation import simulated
 from benchmarks.measures import Judge, Score, expert_norm
 from benchmarks.render import HERE, write_results
-from benchmarks.workloads import WORKLOADS
+from benchmarks.workloads import VERSION, WORKLOADS
 from client.assemble import held_out_sets
 from conf.compose import load_config
 
@@ -45,11 +45,13 @@ class Cell:
     seed: int
     split: str
     """What it is judged on: validation or test."""
+    version: str = VERSION
+    """Of workloads and base model."""
 
     @classmethod
     def of(cls, row: Row) -> Cell:
         """The cell of a stored row."""
-        return cls(row["workload"], row["experts"], tuple(row["settings"]), row["seed"], row["split"])
+        return cls(row["workload"], row["experts"], tuple(row["settings"]), row["seed"], row["split"], row["version"])
 
 
 def run_cell(cell: Cell, data: Path) -> dict[str, Any]:

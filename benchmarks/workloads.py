@@ -16,8 +16,12 @@ import datasets
 import numpy as np
 
 from benchmarks.word_base import WORD, table, word_base
+from benchmarks.word_base import __file__ as word_base_file
 from client.bases import cache_root
 from conf.seeds import generator_for
+
+VERSION = hashlib.sha256(b"".join(Path(file).read_bytes() for file in (__file__, word_base_file))).hexdigest()[:8]
+"""Of the workloads and their base model: changes with what they are made by, and results of another are not used."""
 
 Rows = dict[str, list[dict[str, str]]]
 """Split -> rows."""
@@ -52,8 +56,7 @@ class Workload:
     def file(self, data: Path, seed: int) -> Path:
         """This seed's data as this file makes them, written if the cache lacks them."""
         assert self.rows is not None
-        version = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
-        path = cache_root() / "benchmarks" / version / f"{self.name}-{seed}.parquet"
+        path = cache_root() / "benchmarks" / VERSION / f"{self.name}-{seed}.parquet"
         if not path.exists():
             splits = self.rows(data, seed)
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -75,6 +75,7 @@ def tiny(monkeypatch):
     return workload
 
 
+@pytest.mark.slow
 def test_a_cell_is_measured_after_every_round(tiny, tmp_path):
     found = run_cell(Cell("tiny", "lora", ("strategy=fedavg", "train.learning_rate=0.01"), 0, "test"), tmp_path)
     assert len(found["loss"]) == 1
@@ -85,6 +86,7 @@ def test_a_cell_is_measured_after_every_round(tiny, tmp_path):
     assert Cell.of(json.loads(json.dumps(found))) == Cell.of(found)
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_is_a_row_that_says_so(tiny, tmp_path):
     words = ("strategy=fedavg", "train.learning_rate=1e30", "train.max_grad_norm=1e30", "train.max_steps=3")
     found = run_cell(Cell("tiny", "lora", words, 0, "test"), tmp_path)
@@ -99,7 +101,7 @@ def test_a_restart_goes_on_from_the_cells_that_are_there(monkeypatch, tmp_path):
         computed.append(cell)
         rate = float(dict(word.split("=") for word in cell.settings)["train.learning_rate"])
         return row(cell.seed, 1 / (1 + abs(math.log(rate / 4e-3))), workload="clinc", experts="lora",
-                   settings=list(cell.settings), split=cell.split)  # fmt: skip
+                   settings=list(cell.settings), split=cell.split, version=cell.version)  # fmt: skip
 
     monkeypatch.setattr(fc_moe, "run_cell", run)
     monkeypatch.setattr(fc_moe, "HERE", tmp_path)
@@ -115,6 +117,10 @@ def test_a_restart_goes_on_from_the_cells_that_are_there(monkeypatch, tmp_path):
     computed.clear()
     fc_moe.main()
     assert computed == []
+    path.write_text(before.replace(fc_moe.VERSION, "other"))
+    fc_moe.main()
+    assert len(computed) == 3 * 2 + 2 + 2
+    computed.clear()
     path.write_text(before[: before.rstrip().rindex("\n") + 1])
     fc_moe.main()
     assert len(computed) == 1
