@@ -35,6 +35,7 @@ from strategies.conflicts import ConflictConfig, Granularity, Space
 from strategies.fc_moe import FcMoe
 from strategies.fc_moe_plus import FcMoePlus
 from strategies.fedavg import FedAvg, Weights
+from strategies.fedmoe import FedMoe
 from strategies.fedopt import FedAdam, FedAvgM
 
 FLOWER = "Flower's FedAvg"
@@ -44,6 +45,7 @@ STRATEGIES: dict[str, Strategy] = {
     "fedavg, expert_step=2": FedAvg(expert_step=2.0),
     "fedavgm": FedAvgM(),
     "fedadam": FedAdam(),
+    "fedmoe": FedMoe(),
     "fc_moe": FcMoe(),
     "fc_moe, by matrix": FcMoe(conflict=ConflictConfig(granularity=Granularity.matrix)),
     "fc_moe, by row": FcMoe(conflict=ConflictConfig(granularity=Granularity.row)),
