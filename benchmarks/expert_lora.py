@@ -302,7 +302,7 @@ def main() -> None:
     print(rows(results))
     if words.json is not None:
         words.json.parent.mkdir(parents=True, exist_ok=True)
-        words.json.write_text(json.dumps(results, indent=1) + "\n")
+        words.json.write_text(json.dumps(results | {"markdown": rows(results)}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -46,6 +47,12 @@ class Pairs:
         experts_E = torch.arange(num_experts, device=slot_S.device)
         ends_E = torch.searchsorted(expert_S, experts_E, right=True, out_int32=True)
         return cls(slot_S // chosen_NK.shape[1], slot_S, expert_S, place_S.view_as(chosen_NK), ends_E)
+
+    @cached_property
+    def spans(self) -> list[tuple[int, int]]:
+        """First and end of each expert's pairs; a GPU would have to be waited for."""
+        ends = self.ends_E.tolist()
+        return list(zip([0, *ends[:-1]], ends, strict=True))
 
     def tokens_per_expert(self) -> Tensor:
         """(E,) int32."""
@@ -185,7 +192,7 @@ def _project(  # noqa: PLR0917
     if A_ERI is None or B_EOR is None:
         return y_SO, None
     x_SR = grouped_mm(x_SI, A_ERI.mT, pairs.ends_E) * projection.scale
-    y_SO += grouped_mm(x_SR, B_EOR.mT, pairs.ends_E)
+    _add_grouped_mm(y_SO, x_SR, B_EOR.mT, pairs)
     return y_SO, x_SR
 
 
@@ -207,10 +214,20 @@ def _project_backward(  # noqa: PLR0917
         return grad_x_SI, None, None
     grad_SR = grouped_mm(grad_SO, B_EOR, ends_E) * projection.scale
     if grad_x_SI is not None:
-        grad_x_SI += grouped_mm(grad_SR, A_ERI, ends_E)
+        _add_grouped_mm(grad_x_SI, grad_SR, A_ERI, pairs)
     grad_A_ERI = grouped_mm(grad_SR.t(), x_SI, ends_E)
     grad_B_EOR = grouped_mm(grad_SO.t(), x_SR, ends_E)
     return grad_x_SI, grad_A_ERI, grad_B_EOR
+
+
+def _add_grouped_mm(total_SO: Tensor, left_SI: Tensor, right_EIO: Tensor, pairs: Pairs) -> None:
+    """Add each pair's product with its expert's matrix to ``total_SO``, in place."""
+    if total_SO.device.type == "cpu" and not torch.is_grad_enabled():
+        # Straight into the rows: a product in memory of its own and its addition take several times as long.
+        for (first, end), right_IO in zip(pairs.spans, right_EIO, strict=True):
+            total_SO[first:end].addmm_(left_SI[first:end], right_IO)
+        return
+    total_SO += grouped_mm(left_SI, right_EIO, pairs.ends_E)
 
 
 def is_quantized(weight: Tensor) -> bool:

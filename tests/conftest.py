@@ -7,6 +7,8 @@ import os
 import shutil
 import tempfile
 
+import hypothesis
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -17,3 +19,6 @@ if "BOUQUET_CACHE" not in os.environ:
 # Short, for the paths of sockets.
 os.environ["XDG_RUNTIME_DIR"] = tempfile.mkdtemp(prefix="bouquet-test-")
 atexit.register(shutil.rmtree, os.environ["XDG_RUNTIME_DIR"], ignore_errors=True)
+# An example may take as long as a busy machine needs.
+hypothesis.settings.register_profile("shared-machine", deadline=None)
+hypothesis.settings.load_profile("shared-machine")
