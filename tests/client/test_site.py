@@ -21,6 +21,7 @@ from conf.schema import (
     LocalOnlyConfig,
     LoraConfig,
     OptimizerState,
+    PflMoeConfig,
     RetentionConfig,
     RetentionKind,
     RouterTraining,
@@ -136,6 +137,7 @@ def fc_moe(kind=RetentionKind.orthogonal):
         (fc_moe(RetentionKind.paper), RouterTraining.frozen, OptimizerState.reset),
         (fc_moe(RetentionKind.orthogonal), RouterTraining.local, OptimizerState.keep),
         (LocalOnlyConfig(), RouterTraining.averaged, OptimizerState.keep),
+        (PflMoeConfig(), RouterTraining.local, OptimizerState.reset),
     ],
 )
 def test_a_restarted_site_goes_on_as_if_it_had_never_stopped(base_config, tmp_path, method, router, optimizer_state):
@@ -155,7 +157,7 @@ def test_a_restarted_site_goes_on_as_if_it_had_never_stopped(base_config, tmp_pa
     assert make_site(config, tmp_path / "restarted").evaluate(received) == site.evaluate(received)
 
 
-@pytest.mark.parametrize("method", [SftConfig(), fc_moe(), LocalOnlyConfig()])
+@pytest.mark.parametrize("method", [SftConfig(), fc_moe(), PflMoeConfig(), LocalOnlyConfig()])
 def test_nothing_private_is_in_the_update(base_config, tmp_path, method):
     """Router kept local, moments kept, retention on: the update holds the shared arrays by name and no other."""
     config = settings_for(base_config, method, RouterTraining.local, optimizer_state=OptimizerState.keep)
