@@ -97,9 +97,9 @@ def test_imports_point_one_way(package):
         assert ours <= IMPORTS[package], f"{path} imports {ours - IMPORTS[package]}"
 
 
-def test_strategies_need_only_numpy():
+def test_strategies_need_only_numpy_and_its_threads():
     for path in source_files("strategies"):
-        foreign = imported_packages(path) - sys.stdlib_module_names - {"strategies", "numpy"}
+        foreign = imported_packages(path) - sys.stdlib_module_names - {"strategies", "numpy", "threadpoolctl"}
         assert not foreign, f"{path} imports {foreign}"
 
 
