@@ -222,7 +222,7 @@ def _project_backward(  # noqa: PLR0917
 
 def _add_grouped_mm(total_SO: Tensor, left_SI: Tensor, right_EIO: Tensor, pairs: Pairs) -> None:
     """Add each pair's product with its expert's matrix to ``total_SO``, in place."""
-    if total_SO.device.type == "cpu" and not torch.is_grad_enabled():
+    if total_SO.device.type == "cpu" and total_SO.dtype is torch.float32 and not torch.is_grad_enabled():
         # Straight into the rows: a product in memory of its own and its addition take several times as long.
         for (first, end), right_IO in zip(pairs.spans, right_EIO, strict=True):
             total_SO[first:end].addmm_(left_SI[first:end], right_IO)
