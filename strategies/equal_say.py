@@ -12,6 +12,9 @@ from numpy.typing import NDArray
 
 from strategies import experts
 
+# Unit vectors that cancel leave a squared length of this or less by rounding: it points nowhere.
+_NOTHING = 1e-13
+
 
 @dataclass(frozen=True, kw_only=True)
 class EqualSay:
@@ -59,7 +62,8 @@ def equal_say(
     cosines_ECC = gram_ECC * inverse_EC[:, :, None] * inverse_EC[:, None, :]
     share_EC = experts.shares(_says(cosines_ECC, has_say_EC, ridge).T).T
     dot_EC = np.einsum("ecd,ed->ec", cosines_ECC, share_EC)
-    mean_E = np.sqrt(np.maximum(np.einsum("ec,ec->e", share_EC, dot_EC), 0.0))
+    squared_E = np.einsum("ec,ec->e", share_EC, dot_EC)
+    mean_E = np.sqrt(np.where(squared_E > _NOTHING, squared_E, 0.0))
     by_examples_EC = experts.shares(np.where(has_say_EC, examples_CE.T, 0.0).T).T
     typical_E = (by_examples_EC * length_EC).sum(axis=-1)
     factor_E = np.minimum(step, _divided(1.0, mean_E, otherwise=step)) * typical_E
