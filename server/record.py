@@ -2,7 +2,7 @@
 
 The ServerApp writes both. Under ``federation=remote`` the folder lies at the SuperLink; whoever follows
 the log rebuilds it from the lines: ``metrics.jsonl``, ``summary.json``, ``config.yaml`` and, up to
-``LOGGED_DIAGNOSTICS_BYTES`` a round and ``LOGGED_ADAPTER_BYTES``, ``diagnostics.jsonl`` and ``adapter/``.
+``LOGGED_DIAGNOSTICS_BYTES`` a round and ``LOGGED_ADAPTER_BYTES``, ``diagnostics/rounds.jsonl`` and ``adapter/``.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ class RunFolder:
         self._append("metrics.jsonl", row)
 
     def append_diagnostics(self, values: Mapping[str, Any]) -> int:
-        """Add a line to ``diagnostics.jsonl``; how long it is."""
-        return self._append("diagnostics.jsonl", values)
+        """Add a line to ``diagnostics/rounds.jsonl``; how long it is."""
+        return self._append("diagnostics/rounds.jsonl", values)
 
     def rows(self) -> list[dict[str, Any]]:
         """All lines of ``metrics.jsonl``.
@@ -91,15 +91,17 @@ class RunFolder:
         return self._lines("metrics.jsonl")
 
     def diagnostics(self) -> list[dict[str, Any]]:
-        """All lines of ``diagnostics.jsonl``: one a round, none if the run kept none.
+        """All lines of ``diagnostics/rounds.jsonl``: one a round, none if the run kept none.
 
         Raises:
             ValueError: If a line is not JSON.
         """
-        return self._lines("diagnostics.jsonl")
+        return self._lines("diagnostics/rounds.jsonl")
 
     def _append(self, name: str, values: Mapping[str, Any]) -> int:
-        with (self.path / name).open("a") as file:
+        path = self.path / name
+        path.parent.mkdir(exist_ok=True)
+        with path.open("a") as file:
             return file.write(to_json(values) + "\n")
 
     def _lines(self, name: str) -> list[dict[str, Any]]:
@@ -221,7 +223,7 @@ def apply_line(values: Mapping[str, Any], folder: RunFolder) -> None:
         folder.path.mkdir(parents=True, exist_ok=True)
         folder.write_text("config.yaml", str(values["yaml"]))
         folder.write_text("metrics.jsonl", "")  # the log is read from its beginning
-        (folder.path / "diagnostics.jsonl").unlink(missing_ok=True)
+        (folder.path / "diagnostics/rounds.jsonl").unlink(missing_ok=True)
     elif kind == "row":
         folder.append_row({key: value for key, value in values.items() if key != "kind"})
     elif kind == "diagnostics":

@@ -28,7 +28,7 @@ class Run:
     rows: Sequence[Mapping[str, Any]]
     """Lines of ``metrics.jsonl``."""
     diagnostics: Sequence[Mapping[str, Any]]
-    """Lines of ``diagnostics.jsonl``, one a round."""
+    """Lines of ``diagnostics/rounds.jsonl``, one a round."""
     missing: Sequence[str]
     """What the page cannot show of this run, and why."""
 
@@ -108,7 +108,7 @@ def _read(path: Path, label: str) -> Run:
         raise ValueError(f"{path}/summary.json is damaged: {error}") from error
     lines = folder.diagnostics()
     if any(not {"round", "sites", "layers", "kinds"} <= line.keys() for line in lines):
-        raise ValueError(f"{path}/diagnostics.jsonl is damaged, or of another version of Bouquet")
+        raise ValueError(f"{path}/diagnostics/rounds.jsonl is damaged, or of another version of Bouquet")
     kept = thinned(lines, MAX_DIAGNOSTICS_BYTES)
     config = path / "config.yaml"
     missing = list(_missing(rows, summary, lines, kept))
@@ -136,7 +136,7 @@ def _missing(
     if not rounds:
         yield "no round was completed: there is nothing to draw"
     elif not lines:
-        yield f"no diagnostics.jsonl: the run is of an earlier version of Bouquet, so there are no {_MAPS}"
+        yield f"no diagnostics/rounds.jsonl: the run is of an earlier version of Bouquet, so there are no {_MAPS}"
     elif len(kept) < len(lines):
         yield f"diagnostics of {len(lines)} rounds are too large for one page: {_MAPS} show {len(kept)} of them"
     elif len(lines) < len(rounds):

@@ -102,7 +102,7 @@ def test_run_folder_holds_everything(fc_moe_run):
     folder = fc_moe_run.folder.path
     present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     assert present >= {
-        "config.yaml", "metrics.jsonl", "summary.json", "diagnostics.jsonl",
+        "config.yaml", "metrics.jsonl", "summary.json", "diagnostics/rounds.jsonl",
         "adapter/adapter_config.json", "adapter/adapter_model.safetensors",
     }  # fmt: skip
     assert {f"private/{site}.safetensors" for site in SITES} <= present

@@ -38,7 +38,7 @@ def test_log_rebuilds_the_run_folder_bit_for_bit(fc_moe_run, copy):
     replay(fc_moe_run.log, copy)
     # Simulated sites' private files stay where they were written.
     assert files(copy.path) == files(fc_moe_run.folder.path, "private/")
-    assert "diagnostics.jsonl" in files(copy.path)
+    assert "diagnostics/rounds.jsonl" in files(copy.path)
     assert "adapter/adapter_model.safetensors" in files(copy.path)
 
 

@@ -45,7 +45,7 @@ def test_run_folder_holds_everything(sweep):
     assert all(loads == 1 for loads in result["base_model_loads"].values())
     assert len(rows(folder, "site")) == 2 * 4
     assert [row["round"] for row in rows(folder, "round")] == [0, 1, 2]
-    lines = [json.loads(line) for line in (folder / "diagnostics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (folder / "diagnostics/rounds.jsonl").read_text().splitlines()]
     assert [line["round"] for line in lines] == [1, 2]
     assert all("rule" in layer for layer in lines[1]["layers"].values())
     assert "strategy:" in (folder / "config.yaml").read_text()

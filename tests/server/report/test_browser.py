@@ -175,5 +175,5 @@ def test_page_fits_its_window_and_loads_nothing(browse, width):
 
 def test_page_of_a_run_without_diagnostics_fails_nowhere(browse, tmp_path):
     folder = write_run(tmp_path / "old")
-    (folder / "diagnostics.jsonl").unlink()
+    (folder / "diagnostics/rounds.jsonl").unlink()
     assert browse("return failed;", page=render(read_runs([folder]))) == []

@@ -149,7 +149,7 @@ def test_blocks_have_short_names(block, name):
 def test_incomplete_runs_still_give_a_page(tmp_path, change):
     folder = write_run(tmp_path / "run", rounds=0 if change == "no round" else 2)
     for name in {
-        "no diagnostics": ["diagnostics.jsonl"],
+        "no diagnostics": ["diagnostics/rounds.jsonl"],
         "no summary": ["summary.json"],
         "no config": ["config.yaml"],
     }.get(change, []):

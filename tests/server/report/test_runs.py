@@ -36,13 +36,13 @@ def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path):
 
 def test_old_run_says_what_is_missing(tmp_path):
     folder = write_run(tmp_path / "old")
-    (folder / "diagnostics.jsonl").unlink()
+    (folder / "diagnostics/rounds.jsonl").unlink()
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for row in rows:
         row.pop("bytes_by_kind", None)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     told = " / ".join(read_runs([folder])[0].missing)
-    assert "no diagnostics.jsonl" in told
+    assert "no diagnostics/rounds.jsonl" in told
     assert "not yet counted by kind" in told
 
 
@@ -57,7 +57,7 @@ def test_run_that_was_cut_off_or_failed_says_so(tmp_path):
 
 def test_rounds_that_the_log_could_not_carry_are_counted(tmp_path):
     folder = write_run(tmp_path / "remote")
-    path = folder / "diagnostics.jsonl"
+    path = folder / "diagnostics/rounds.jsonl"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:2]))
     assert "diagnostics of 1 rounds were too large" in read_runs([folder])[0].missing[0]
 
@@ -72,7 +72,7 @@ def test_run_before_its_first_round_has_nothing_to_draw(tmp_path):
     [
         ("metrics.jsonl", '{"round": 0}\n{"rou', "metrics.jsonl line 2 is damaged"),
         ("metrics.jsonl", '{"type": "round"}\n', "a line without a round"),
-        ("diagnostics.jsonl", '{"round": 1}\n', "diagnostics.jsonl is damaged, or of another version"),
+        ("diagnostics/rounds.jsonl", '{"round": 1}\n', "diagnostics/rounds.jsonl is damaged, or of another version"),
         ("summary.json", "{", "summary.json is damaged"),
     ],
 )
@@ -92,7 +92,7 @@ def test_folder_without_a_run_is_named(tmp_path):
 
 def test_page_stays_bounded_by_leaving_rounds_out(tmp_path, monkeypatch):
     folder = write_run(tmp_path / "long", rounds=12)
-    length = (folder / "diagnostics.jsonl").stat().st_size
+    length = (folder / "diagnostics/rounds.jsonl").stat().st_size
     monkeypatch.setattr(runs, "MAX_DIAGNOSTICS_BYTES", length // 3)
     (run,) = read_runs([folder])
     assert [line["round"] for line in run.diagnostics] == [3, 6, 9, 12]
