@@ -146,7 +146,7 @@ def peft_config(model: PreTrainedModel, config: ModelConfig, lora: LoraConfig) -
 
     Raises:
         ValueError: If ``model.experts``, ``model.router`` and ``lora.attention`` do not fit the model, or
-            leave nothing to train.
+            leave no weight that gets LoRA.
     """
     layers = moe_layers(model)
     _check_settings(model, config, layers)
@@ -156,8 +156,8 @@ def peft_config(model: PreTrainedModel, config: ModelConfig, lora: LoraConfig) -
     if config.router is not RouterTraining.frozen:
         replaced += [layer.router for layer in layers.values() if layer.router is not None]
     adapted = fused if config.experts is ExpertTraining.lora else []
-    if not (attention or adapted or replaced):
-        raise ValueError("nothing is trained: set lora.attention=true, model.experts=lora or model.router=averaged")
+    if not (attention or adapted):
+        raise ValueError("no weight gets LoRA, without which PEFT makes no adapter: set lora.attention=true")
     return peft.LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.rank,

@@ -117,9 +117,11 @@ def _check_training(config: Config) -> None:
     data = config.data
     if data.split_column is not None and data.train_split == data.held_out_split:
         raise ValueError(f"data.train_split and data.held_out_split are both {data.train_split!r}: they must differ")
-    frozen = config.model.experts is ExpertTraining.frozen
-    if frozen and not config.lora.attention and config.model.router is RouterTraining.frozen:
-        raise ValueError("model.experts=frozen, model.router=frozen and lora.attention=false leave nothing to train")
+    if config.model.experts is not ExpertTraining.lora and not config.lora.attention:
+        raise ValueError(
+            f"model.experts={config.model.experts.value} with lora.attention=false leaves no weight with LoRA, without "
+            "which PEFT makes no adapter: set lora.attention=true or model.experts=lora"
+        )
     if config.model.experts is ExpertTraining.full and config.model.quantization is not Quantization.none:
         raise ValueError("model.experts=full trains the experts' weights: it needs model.quantization=none")
     if config.model.source is ModelSource.package and config.model.name != "tiny_moe":

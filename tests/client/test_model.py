@@ -287,9 +287,10 @@ def test_settings_that_do_not_fit_the_model_are_refused(family: str, settings: d
         adapt(family, **settings)
 
 
-def test_training_nothing_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"nothing is trained: set lora\.attention=true"):
-        adapt("olmoe", LoraConfig(attention=False), experts=ExpertTraining.frozen)
+@pytest.mark.parametrize("experts", [ExpertTraining.frozen, ExpertTraining.full])
+def test_training_without_any_lora_is_refused(experts: ExpertTraining) -> None:
+    with pytest.raises(ValueError, match=r"no weight gets LoRA.*set lora\.attention=true"):
+        adapt("olmoe", LoraConfig(attention=False), experts=experts)
 
 
 def test_experts_of_an_unknown_form_are_refused_unless_frozen() -> None:

@@ -73,12 +73,16 @@ CONTRADICTIONS = {
         {"partition": Iid(num_sites=8), "federation": FederationConfig(min_sites=3, fraction=0.25)},
         r"federation.fraction=0.25 of 8 sites asks 2 a round, below federation.min_sites=3",
     ),
-    "nothing to train": (
+    "routers without LoRA": (
         {
-            "model": ModelConfig(experts=ExpertTraining.frozen, router=RouterTraining.frozen),
+            "model": ModelConfig(experts=ExpertTraining.frozen, router=RouterTraining.averaged),
             "lora": LoraConfig(attention=False),
         },
-        r"model.experts=frozen, model.router=frozen and lora.attention=false leave nothing to train",
+        r"model.experts=frozen with lora.attention=false leaves no weight with LoRA",
+    ),
+    "whole experts without LoRA": (
+        {"model": ModelConfig(experts=ExpertTraining.full), "lora": LoraConfig(attention=False)},
+        r"model.experts=full with lora.attention=false leaves no weight with LoRA",
     ),
     "package without that model": (
         {"model": ModelConfig(name="huge_moe")},
@@ -100,10 +104,7 @@ ALLOWED = {
     "columns at real sites": {"data": DataConfig(path="a.csv"), "federation": REMOTE},
     "ablation without retention": {"strategy": FcMoe()},
     "retention under plain averaging": {"method": FcMoeConfig()},
-    "router alone": {
-        "model": ModelConfig(experts=ExpertTraining.frozen, router=RouterTraining.averaged),
-        "lora": LoraConfig(attention=False),
-    },
+    "attention alone": {"model": ModelConfig(experts=ExpertTraining.frozen)},
 }
 
 
