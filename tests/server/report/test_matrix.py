@@ -28,7 +28,9 @@ def evaluated(folder, shift=0.0):
     measured = {
         "bank": Measured(
             scores=(
-                scored("global", "bank", 2.0, 0.5), scored("personal", "bank", 1.0, 0.75), scored("personal", NASTY, 4.0),
+                scored("global", "bank", 2.0, 0.5),
+                scored("personal", "bank", 1.0, 0.75),
+                scored("personal", NASTY, 4.0),
             ),
             cost=cost,
         ),
