@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
+from benchmarks.cells import Outcome, Row
 from benchmarks.contenders import CONTENDERS, Settings
 from server.intervals import with_interval
-
-Row = Mapping[str, Any]
 
 LAST = 5
 """Rounds at the end whose mean is what counts."""
@@ -25,15 +22,6 @@ _PRINTED = {
     "fc_moe": (".8359 / .6732", ".3764 / .3559"),
 }
 _TITLES = {"fc_moe": "full"}
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """A contender on the test data."""
-
-    settings: Settings
-    rows: Mapping[int, Row]
-    """Seed -> its row, as far as there are any."""
 
 
 def last_rounds(curve: Sequence[float]) -> float:

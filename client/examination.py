@@ -15,9 +15,9 @@ import numpy as np
 
 from client.choices import Question, accuracy, questions_of
 from client.evaluation import held_out_loss
-from client.generation import greedy, rouge_l
+from client.generation import Generator, greedy, rouge_l
 from client.measured import BASE, GLOBAL, PERSONAL, Measured, RelativeCost, Score, Scored
-from client.methods.base import Evaluator, Generator, Method
+from client.methods.base import Evaluator, Method
 from client.model import AdaptedModel
 from client.relative_cost import relative_cost
 from client.text import Example, encode, encode_prompts

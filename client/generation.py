@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from rouge_score.rouge_scorer import RougeScorer
@@ -37,9 +38,10 @@ def greedy(
         processor: What changes the next token's log-probabilities before the choice; None: nothing.
     """
     adapted.load_adapter(adapter)
-    adapted.model.eval()
+    network: Any = adapted.model
+    network.eval()
     tokenizer, dtype = adapted.tokenizer, adapted.base.model.dtype
-    config = GenerationConfig(
+    config = GenerationConfig(  # type: ignore[no-untyped-call]
         do_sample=False,
         num_beams=1,
         repetition_penalty=1.0,
@@ -54,7 +56,7 @@ def greedy(
         chosen = by_length[first : first + batch_size]
         batch = left_padded([prompts[index] for index in chosen], tokenizer.pad_token_id, adapted.device)
         with torch.no_grad(), torch.autocast(adapted.device.type, dtype=dtype, enabled=dtype != torch.float32):
-            tokens_BT = adapted.model.generate(**batch, generation_config=config, logits_processor=processors)
+            tokens_BT = network.generate(**batch, generation_config=config, logits_processor=processors)
         new_BT = tokens_BT[:, batch["input_ids"].shape[1] :].tolist()
         for index, new in zip(chosen, new_BT, strict=True):
             answers[index] = new[: new.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in new else new

@@ -130,7 +130,8 @@ class MixedTokens(LogitsProcessor, AbstractContextManager["MixedTokens"]):
         self._local = local
         self._shared = shared
         self._gate = gate
-        self._hidden_BD = self._mask_BT = torch.empty(0)
+        self._hidden_BD = torch.empty(0)
+        self._mask_BT: Tensor | None = None
 
     def __enter__(self) -> MixedTokens:
         network: Any = self._adapted.model.get_base_model()
@@ -147,7 +148,7 @@ class MixedTokens(LogitsProcessor, AbstractContextManager["MixedTokens"]):
             handle.remove()
 
     def _watch_inputs(self, module: nn.Module, inputs: object, named: dict[str, Any]) -> None:  # noqa: ARG002
-        self._mask_BT = named["attention_mask"]
+        self._mask_BT = named.get("attention_mask")  # transformers leaves it out where nothing is padded
 
     def _watch_end(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:  # noqa: ARG002
         self._hidden_BD = inputs[0][:, -1].float()
@@ -155,7 +156,7 @@ class MixedTokens(LogitsProcessor, AbstractContextManager["MixedTokens"]):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """(B, V) log-probabilities of the token after ``input_ids`` (B, time), which are padded on the left."""
         logit_B1 = self._gate(self._hidden_BD).unsqueeze(1)
-        mask_BT = self._mask_BT
+        mask_BT = torch.ones_like(input_ids) if self._mask_BT is None else self._mask_BT
         self._adapted.load_adapter(self._local)
         with torch.no_grad():
             output = self._adapted.model(

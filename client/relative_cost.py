@@ -45,12 +45,18 @@ def _grouped_mm_flops(left: Sequence[int], right: Sequence[int], *_: Any, **__: 
     return 2 * left[0] * left[1] * right[2]
 
 
+def _added_product_flops(total: Sequence[int], left: Sequence[int], right: Sequence[int], **_: Any) -> int:
+    """Of (S, I) times (I, O), added in place."""
+    return 2 * total[0] * left[1] * right[1]
+
+
 def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any) -> int:
-    return int(sdpa_flop_count(query, key, value))
+    return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
 
 
 _FORMULAS: dict[Any, Callable[..., int]] = {
     torch.ops.aten._grouped_mm: _grouped_mm_flops,
+    torch.ops.aten.addmm_: _added_product_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
 }
 """Operations that torch's counter does not know."""
@@ -65,5 +71,5 @@ def _seconds(evaluation: Evaluation, sequences: Sequence[TokenSequence]) -> floa
 
 
 def _synchronize() -> None:
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_available():
         torch.cuda.synchronize()

@@ -170,8 +170,8 @@ class FederatedRounds(FlowerStrategy):
             if measured is not None:
                 self.measured[sender.site] = measured
             losses |= answer
-        for name, measured in losses.items():
-            self._round.site(name)["loss"] = self.losses[name] = measured.loss
+        for name, found in losses.items():
+            self._round.site(name)["loss"] = self.losses[name] = found.loss
         if pooled:
             self._round.global_loss = float(np.mean(pooled))
         elif self._round.global_loss is None and losses:

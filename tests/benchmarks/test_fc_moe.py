@@ -8,9 +8,10 @@ import math
 import pytest
 
 from benchmarks import fc_moe
+from benchmarks.cells import Outcome
 from benchmarks.contenders import CONTENDERS
-from benchmarks.fc_moe import Cell, Study, run_cell
-from benchmarks.fc_moe_tables import Outcome, comparison, rounds_to
+from benchmarks.fc_moe import Cell, run_cell, study_of
+from benchmarks.fc_moe_tables import comparison, rounds_to
 from benchmarks.workloads import WORKLOADS, Workload
 
 
@@ -121,6 +122,6 @@ def test_no_run_begins_after_the_time_is_up(monkeypatch, tmp_path):
 
 
 def test_tuning_never_sees_test_data():
-    study = Study("clinc", "lora", [0], [100])
+    study = study_of("clinc", "lora", [0], [100])
     assert {cell.split for cell in study.needed("fedavg")} == {"validation"}
     assert {cell.seed for cell in study.needed("fedavg")} == {100}

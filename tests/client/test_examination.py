@@ -16,6 +16,8 @@ from conf.schema import EvalConfig, LocalOnlyConfig, PflMoeConfig, RouterTrainin
 from tests.client.test_site import HELD_OUT, TRAIN, first_global, make_site, noisy, settings_for
 from tests.client.tiny_models import save_tiny_base
 
+pytestmark = pytest.mark.slow
+
 ELSEWHERE = [Example("Name a fish.", "", "eel"), Example("Name a bird.", "", "owl")]
 OTHERS = {
     "there": EvalSet(ELSEWHERE),

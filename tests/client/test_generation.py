@@ -13,7 +13,7 @@ from tests.client.tiny_models import save_tiny_base
 PROMPTS = [[257, 5, 9, 80], [257, 7], [257, 1, 2, 3, 4, 5, 6, 7, 8], [257, 200, 100], [257, 44, 44, 44]]
 
 
-@pytest.fixture(scope="module", params=["olmoe", "gpt_oss"])
+@pytest.fixture(scope="module", params=["olmoe", pytest.param("gpt_oss", marks=pytest.mark.slow)])
 def adapted(request, tmp_path_factory):
     # With dropout, so that training mode would show.
     config = save_tiny_base(tmp_path_factory.mktemp("base"), request.param, attention_dropout=0.5)
@@ -32,18 +32,23 @@ def likeliest(adapted, adapter, prompt, count):
 
 def test_answers_are_the_likeliest_tokens_whatever_the_batch(adapted):
     adapter = noisy(adapted.initial_adapter(0), deviation=0.3)
-    expected = [likeliest(adapted, adapter, prompt, 6) for prompt in PROMPTS]
+    expected = [likeliest(adapted, adapter, prompt, 4) for prompt in PROMPTS]
     adapted.load_adapter(adapted.initial_adapter(0))
     adapted.model.train()
-    for batch_size in (1, 2, 8):
-        assert greedy(adapted, adapter, PROMPTS, 6, batch_size=batch_size) == expected
+    for batch_size in (2, 8):
+        assert greedy(adapted, adapter, PROMPTS, 4, batch_size=batch_size) == expected
 
 
-def test_answer_ends_before_the_end_of_sequence(adapted, monkeypatch):
-    adapter = adapted.initial_adapter(0)
-    expected = likeliest(adapted, adapter, PROMPTS[0], 6)
-    monkeypatch.setattr(adapted.tokenizer, "eos_token_id", expected[3])
-    assert greedy(adapted, adapter, PROMPTS[:1], 6, batch_size=1) == [expected[: expected.index(expected[3])]]
+def test_answer_ends_before_the_end_of_sequence(adapted):
+    adapter, tokenizer = noisy(adapted.initial_adapter(0), deviation=0.3), adapted.tokenizer
+    expected, kept = likeliest(adapted, adapter, PROMPTS[0], 6), tokenizer.eos_token
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(expected[3])
+    try:
+        answers = greedy(adapted, adapter, PROMPTS[:2], 6, batch_size=2)
+    finally:
+        tokenizer.eos_token = kept
+    assert answers[0] == expected[: expected.index(expected[3])]
+    assert expected[3] not in answers[1]
 
 
 def naive_f_measure(answer, reference):

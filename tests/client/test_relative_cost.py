@@ -17,7 +17,7 @@ from tests.client.tiny_models import NUM_EXPERTS, NUM_LAYERS, TOP_K, save_tiny_b
 @pytest.fixture(scope="module")
 def adapted(tmp_path_factory):
     config = save_tiny_base(tmp_path_factory.mktemp("base"), "olmoe")
-    return AdaptedModel(load_base(config, torch.device("cpu")), config, LoraConfig(rank=2))
+    return AdaptedModel(load_base(config, torch.device("cpu")), config, LoraConfig(rank=4))
 
 
 @pytest.fixture
@@ -28,7 +28,8 @@ def plain(adapted):
 def test_operations_are_two_for_each_weight_that_a_token_meets(adapted, plain):
     """2 a weight and token, of experts those of the top k; attention 4 x width a layer and pair of tokens.
 
-    One sequence, so nothing is padded. The embedding is looked up; norms are no products.
+    One sequence, and a rank that fits the grouped products, so nothing is padded. The embedding is looked up; norms
+    are no products.
     """
     length = 12
     sequence = TokenSequence([*range(length)], [-100] * 6 + [*range(6, length)], [length])

@@ -143,7 +143,7 @@ def test_clair_sends_the_global_adapter_with_each_sites_own(honest):
     result = honest(f"strategy=clair {MATRIX}")
     assert result.error is None
     found = matrix_of(result)
-    assert {of for model, of, _ in found if model == "personal"} <= set(SITES)
+    assert {(of, on) for model, of, on in found if model == "personal"} == {(of, on) for of in SITES for on in SITES}
     for site, loss in naive_losses(result, {}).items():
         assert found["base", None, site] == pytest.approx(loss, rel=1e-5)
 
