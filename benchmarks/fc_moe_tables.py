@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
+from benchmarks.cells import Outcome, Row
 from benchmarks.contenders import CONTENDERS, Settings
-
-Row = Mapping[str, Any]
+from server.intervals import with_interval
 
 LAST = 5
 """Rounds at the end whose mean is what counts."""
 BASELINE = "fedavg"
-
-# 0.975 quantile of Student's t for 1, 2, ... degrees of freedom.
-_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 
 # FC-MoE, Table II: test and local accuracy at alpha 0.1 with Switch-base-16, AG News and MMLU.
 _PRINTED = {
@@ -29,25 +24,9 @@ _PRINTED = {
 _TITLES = {"fc_moe": "full"}
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """A contender on the test data."""
-
-    settings: Settings
-    rows: Mapping[int, Row]
-    """Seed -> its row, as far as there are any."""
-
-
 def last_rounds(curve: Sequence[float]) -> float:
     """Mean of the last rounds of a curve."""
     return float(np.mean(curve[-LAST:]))
-
-
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and half the width of its 95 % interval (Student's t); the latter NaN for a single value."""
-    count = len(values)
-    half = _T[min(count - 1, len(_T)) - 1] * np.std(values, ddof=1) / np.sqrt(count) if count > 1 else np.nan
-    return float(np.mean(values)), float(half)
 
 
 def rounds_to(curve: Sequence[float], target: float, *, higher: bool) -> int | None:
@@ -108,8 +87,8 @@ def _cells(result: Outcome, baseline: Mapping[int, Row], by_accuracy: bool) -> l
     final = np.mean([scale * row[curve][-1] for row in rows.values()])
     failed = len(result.rows) - len(rows)
     return [
-        _with_interval(list(values.values()), digits) + (f" ({failed} diverged)" if failed else ""),
-        _with_interval(differences, digits, sign="+") if differences and result.rows is not baseline else "",
+        with_interval(list(values.values()), digits) + (f" ({failed} diverged)" if failed else ""),
+        with_interval(differences, digits, sign="+") if differences and result.rows is not baseline else "",
         f"{final:.{digits}f}",
         f"{np.mean([last_rounds(row['loss']) for row in rows.values()]):.3f}",
         _on_sites(rows, by_accuracy, scale, digits),
@@ -122,11 +101,6 @@ def _cells(result: Outcome, baseline: Mapping[int, Row], by_accuracy: bool) -> l
 
 def _good(rows: Mapping[int, Row]) -> dict[int, Row]:
     return {seed: row for seed, row in rows.items() if "failed" not in row}
-
-
-def _with_interval(values: Sequence[float], digits: int, sign: str = "") -> str:
-    mean, half = interval(values)
-    return f"{mean:{sign}.{digits}f} ± {half:.{digits}f}"
 
 
 def _on_sites(rows: Mapping[int, Row], by_accuracy: bool, scale: float, digits: int) -> str:

@@ -19,6 +19,7 @@ from client.assemble import real_site, simulated_site
 from client.bases import materialise
 from client.call import Call
 from client.data import site_names
+from client.examination import examine
 from client.failures import reason_of
 from client.messages import EVALUATE, JOIN, TRAIN, Asked, Joined, Request, Sender
 from client.model import base_model_loads
@@ -85,7 +86,9 @@ def _reply(site: Site, asked: Asked, message: Message, call: Call) -> Message:
     if kind == TRAIN:
         return messages.encode_update(_sender_of(site, request), _train(site, asked, message, call), message)
     if kind == EVALUATE:
-        return messages.encode_losses(_sender_of(site, request), site.evaluate(asked.adapter), message)
+        losses = site.evaluate(asked.adapter)
+        measured = examine(site, asked.adapter, asked.broadcast or asked.adapter) if request.matrix else None
+        return messages.encode_losses(_sender_of(site, request), losses, message, measured)
     if kind == JOIN:
         joined = Joined(num_examples=site.num_examples, base_sha256=site.adapted.base.identity.sha256)
         return messages.encode_joined(_sender_of(site, request), joined, message)

@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 
 from client.data import CENTRALISED, SiteData, own_site, simulated_sites
+from client.examination import EvalSet, held_out_set
+from client.general_sets import general_sets
 from client.model import AdaptedModel, adapted_model
 from client.private import PrivateStore
 from client.runtime import configure_torch, resolve_device
@@ -35,7 +37,7 @@ def simulated_site(config: Config, name: str, private_folder: Path) -> Site:
     if config.method.name == "local_only":
         # Nobody has a global model then: the run's global loss is that of the sites' own models on everyone's data.
         held_out[POOLED] = pooled_held_out(config)
-    return _site(config, name, data.train, held_out, private_folder)
+    return _site(config, name, data.train, held_out, private_folder, other_sets=_other_sets(config, name))
 
 
 def real_site(config: Config, name: str, path: str, private_folder: Path) -> Site:
@@ -51,6 +53,14 @@ def real_site(config: Config, name: str, path: str, private_folder: Path) -> Sit
         log.error("the data of site %s cannot be used: %s", name, error)  # noqa: TRY400 - the caller logs the trace
         raise ValueError(f"the data of site {name!r} cannot be used; the reason is in the site's log") from error
     return _site(config, name, data.train, {name: _limited(config, data)}, private_folder)
+
+
+def _other_sets(config: Config, name: str) -> dict[str, EvalSet]:
+    """What a simulated site's own model is tested on besides the site's data: everyone else's, and general sets."""
+    if not config.eval.matrix:
+        return {}
+    others = {on: held_out_set(examples, config) for on, examples in held_out_sets(config).items() if on != name}
+    return others | general_sets(config)
 
 
 def held_out_sets(config: Config) -> dict[str, list[Example]]:
@@ -87,10 +97,12 @@ def _site(
     train_examples: Sequence[Example],
     held_out: Mapping[str, Sequence[Example]],
     private_folder: Path,
+    *,
+    other_sets: Mapping[str, EvalSet] | None = None,
 ) -> Site:
     adapted = model_for(config)
     store = PrivateStore(private_folder, name, adapted.base.identity.sha256)
-    return Site(name, train_examples, held_out, adapted=adapted, config=config, store=store)
+    return Site(name, train_examples, held_out, adapted=adapted, config=config, store=store, other_sets=other_sets)
 
 
 def _limited(config: Config, data: SiteData) -> list[Example]:

@@ -113,21 +113,45 @@ def own_site(config: Config, site: str, path: str) -> SiteData:
         raise ValueError(
             f"site must consist of letters, digits, '.', '_' and '-', and start with none of '.-': {site!r}"
         )
-    rows = _limited(_usable_rows(_read_file(Path(path).expanduser(), "data"), path, config.data, None), config, site)
+    rows = _limited(_usable_rows(read_table(Path(path).expanduser(), "data"), path, config.data, None), config, site)
     if len(rows) < MIN_ROWS:
         raise ValueError(f"site {site!r} needs at least {MIN_ROWS} usable rows, but {path} has {len(rows)}")
     return _split(site, rows, config)
 
 
-def held_out_file(config: Config, path: str) -> list[Example]:
-    """All examples of a file, in its order; neither ``data.filter`` nor a split applies.
+def held_out_file(config: Config, path: str, setting: str = "eval.path") -> list[Example]:
+    """All examples of a file that ``setting`` names, in its order; neither ``data.filter`` nor a split applies.
 
     Raises:
         ValueError: If it cannot be read, lacks a column, or has no usable row.
     """
     every_row = dataclasses.replace(config.data, filter={}, split_column=None)
-    table = _read_file(Path(path).expanduser(), "eval.path")
+    table = read_table(Path(path).expanduser(), setting)
     return [row.example for row in _usable_rows(table, path, every_row, None)]
+
+
+def read_table(path: Path, setting: str) -> datasets.Dataset:
+    """A table, held in memory.
+
+    Raises:
+        ValueError: Naming ``setting``, if there is no such file or it is not what its suffix says.
+    """
+    file_format = _FORMATS.get(path.suffix.lower())
+    if file_format is None:
+        raise ValueError(f"{setting}={path} must end in one of {sorted(_FORMATS)}")
+    if not path.is_file() or path.stat().st_size == 0:
+        raise ValueError(f"{setting}={path}: {'the file is empty' if path.is_file() else 'there is no such file'}")
+    datasets.disable_progress_bars()
+    try:
+        # A site's data must not stay behind in the cache that every user of this machine shares.
+        with tempfile.TemporaryDirectory() as cache:
+            options = _as_text(path) if file_format == "csv" else {}
+            return datasets.load_dataset(
+                file_format, data_files=str(path), split="train", cache_dir=cache, keep_in_memory=True, **options
+            )
+    except (OSError, ValueError, StopIteration, datasets.exceptions.DatasetsError) as error:
+        cause = str(error.__cause__ or error) or "no rows"
+        raise ValueError(f"{setting}={path} could not be read as {file_format}: {cause}") from error
 
 
 def _sites_of_files(config: Config) -> dict[str, SiteData]:
@@ -185,7 +209,7 @@ def _source(data: DataConfig, seed: int) -> datasets.Dataset:
     if place.is_dir() or glob.has_magic(data.path):
         raise ValueError(f"data.path={data.path} names several files: set partition=files, or name one of them")
     if place.is_file() or place.suffix.lower() in _FORMATS:
-        return _read_file(place, "data.path")
+        return read_table(place, "data.path")
     datasets.disable_progress_bars()
     try:
         return datasets.load_dataset(data.path, split="train")
@@ -193,30 +217,6 @@ def _source(data: DataConfig, seed: int) -> datasets.Dataset:
         raise ValueError(
             f"data.path={data.path} is no file here, and could not be loaded from the hub: {error}"
         ) from error
-
-
-def _read_file(path: Path, setting: str) -> datasets.Dataset:
-    """A table, held in memory.
-
-    Raises:
-        ValueError: Naming ``setting``, if there is no such file or it is not what its suffix says.
-    """
-    file_format = _FORMATS.get(path.suffix.lower())
-    if file_format is None:
-        raise ValueError(f"{setting}={path} must end in one of {sorted(_FORMATS)}")
-    if not path.is_file() or path.stat().st_size == 0:
-        raise ValueError(f"{setting}={path}: {'the file is empty' if path.is_file() else 'there is no such file'}")
-    datasets.disable_progress_bars()
-    try:
-        # A site's data must not stay behind in the cache that every user of this machine shares.
-        with tempfile.TemporaryDirectory() as cache:
-            options = _as_text(path) if file_format == "csv" else {}
-            return datasets.load_dataset(
-                file_format, data_files=str(path), split="train", cache_dir=cache, keep_in_memory=True, **options
-            )
-    except (OSError, ValueError, StopIteration, datasets.exceptions.DatasetsError) as error:
-        cause = str(error.__cause__ or error) or "no rows"
-        raise ValueError(f"{setting}={path} could not be read as {file_format}: {cause}") from error
 
 
 def _as_text(path: Path) -> dict[str, Any]:

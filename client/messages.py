@@ -5,7 +5,8 @@ Three exchanges, each one request and one reply:
 * join: who is there, with which base model, settings and how much data;
 * train: the global adapter out and what the strategy broadcasts, the shared part of the site's adapter and the method's
   extras back;
-* evaluate: the global adapter out, losses on held-out data back.
+* evaluate: the global adapter out, losses on held-out data back; with ``Request.matrix`` the site's part of the
+  evaluation matrix too, for which a site that gets an adapter of its own is sent the global one as ``broadcast``.
 
 A reply that was not made by this file under the same settings is refused by ``decode_*``. The types
 encoded here have no field for anything private.
@@ -27,6 +28,7 @@ from flwr.proto.message_pb2 import Message as ProtoMessage
 from google.protobuf.message import EncodeError
 from numpy.typing import DTypeLike, NDArray
 
+from client.measured import Measured
 from strategies.adapters import Arrays
 from strategies.base import ClientUpdate
 
@@ -55,6 +57,8 @@ class Request:
     """The sender's settings; a site that composed others refuses."""
     evaluate_own: bool = False
     """Whether to measure the locally trained adapter too."""
+    matrix: bool = False
+    """Whether to test all models on all sets with the evaluation."""
     private_root: str = ""
     """Folder of the simulated sites' private stores; a real site uses its own and ignores this."""
 
@@ -133,9 +137,14 @@ def encode_update(sender: Sender, update: ClientUpdate, request: Message) -> Mes
     return _reply(sender, facts, arrays, request)
 
 
-def encode_losses(sender: Sender, losses: Mapping[str, HeldOutLoss], request: Message) -> Message:
-    """Reply to an evaluate message: held-out set (named after the site that owns it) -> loss."""
-    return _reply(sender, {"losses": {name: asdict(loss) for name, loss in losses.items()}}, {}, request)
+def encode_losses(
+    sender: Sender, losses: Mapping[str, HeldOutLoss], request: Message, measured: Measured | None = None
+) -> Message:
+    """Reply to an evaluate message: held-out set (named after the site that owns it) -> loss; the matrix if asked."""
+    facts: dict[str, Any] = {"losses": {name: asdict(loss) for name, loss in losses.items()}}
+    if measured is not None:
+        facts["matrix"] = measured.to_json()
+    return _reply(sender, facts, {}, request)
 
 
 def encode_failure(sender: Sender, reason: str, request: Message) -> Message:
@@ -195,6 +204,17 @@ def decode_losses(reply: Message) -> tuple[Sender, dict[str, HeldOutLoss]]:
             counts = f"{loss.num_examples} examples, {loss.num_tokens} tokens"
             raise ValueError(f"held-out loss on {name} is that of {counts}; at least 1 of each is needed")
     return sender, losses
+
+
+def decode_measured(reply: Message) -> Measured | None:
+    """A site's part of the evaluation matrix out of its answer to an evaluate message; None if it sent none.
+
+    Raises:
+        ValueError: If the reply is foreign, malformed or a failure, or a number is none or out of range.
+    """
+    with _malformed():
+        values = _open(reply)[1].get("matrix")
+        return None if values is None else Measured.from_json(values)
 
 
 def payload_bytes(message: Message) -> int:

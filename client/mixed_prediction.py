@@ -1,17 +1,20 @@
 """Two models' predictions, mixed token by token by a gate: p(token) = g p_local(token) + (1 - g) p_global(token).
 
-Shape suffixes: T response tokens, D model width, V vocabulary.
+Shape suffixes: T response tokens, D model width, V vocabulary, B sequences of a batch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import LogitsProcessor
 
 from client.evaluation import HeldOutLoss, response_logits
 from client.model import AdaptedModel
@@ -52,11 +55,12 @@ class Gate(nn.Module):
 
     def nll(self, predictions: Predictions) -> Tensor:
         """(T,) negative log-likelihood of each token under the mixture, nats."""
-        logit_T = self(predictions.hidden_TD)
-        return -torch.logaddexp(
-            functional.logsigmoid(logit_T) + predictions.log_local_T,
-            functional.logsigmoid(-logit_T) + predictions.log_global_T,
-        )
+        return -log_mixture(self(predictions.hidden_TD), predictions.log_local_T, predictions.log_global_T)
+
+
+def log_mixture(logit: Tensor, log_local: Tensor, log_global: Tensor) -> Tensor:
+    """ln(g p_local + (1 - g) p_global) with g = sigmoid(logit); the three are broadcast."""
+    return torch.logaddexp(functional.logsigmoid(logit) + log_local, functional.logsigmoid(-logit) + log_global)
 
 
 def fitted_gate(predictions: Predictions) -> Gate:
@@ -112,3 +116,55 @@ def _log_probabilities(
     finally:
         handle.remove()
     return torch.cat(log_p), torch.cat(hidden)
+
+
+class MixedTokens(LogitsProcessor, AbstractContextManager["MixedTokens"]):
+    """Puts the mixture's log-probabilities in place of the global model's, while that generates.
+
+    The local model reads the whole text anew for every token, since both share one network: slow, but without a second
+    cache. To be used as a context, which watches what the global model reads and the hidden states that it ends in.
+    """
+
+    def __init__(self, adapted: AdaptedModel, local: Arrays, shared: Arrays, gate: Gate) -> None:
+        self._adapted = adapted
+        self._local = local
+        self._shared = shared
+        self._gate = gate
+        self._hidden_BD = torch.empty(0)
+        self._mask_BT: Tensor | None = None
+
+    def __enter__(self) -> MixedTokens:
+        network: Any = self._adapted.model.get_base_model()
+        self._handles = [
+            network.register_forward_pre_hook(self._watch_inputs, with_kwargs=True),
+            network.get_output_embeddings().register_forward_pre_hook(self._watch_end),
+        ]
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _watch_inputs(self, module: nn.Module, inputs: object, named: dict[str, Any]) -> None:  # noqa: ARG002
+        self._mask_BT = named.get("attention_mask")  # transformers leaves it out where nothing is padded
+
+    def _watch_end(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:  # noqa: ARG002
+        self._hidden_BD = inputs[0][:, -1].float()
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """(B, V) log-probabilities of the token after ``input_ids`` (B, time), which are padded on the left."""
+        logit_B1 = self._gate(self._hidden_BD).unsqueeze(1)
+        mask_BT = torch.ones_like(input_ids) if self._mask_BT is None else self._mask_BT
+        self._adapted.load_adapter(self._local)
+        with torch.no_grad():
+            output = self._adapted.model(
+                input_ids=input_ids,
+                attention_mask=mask_BT,
+                position_ids=(mask_BT.cumsum(dim=1) - 1).clamp(min=0),
+                use_cache=False,
+            )
+        self._adapted.load_adapter(self._shared)
+        log_local_BV = output.logits[:, -1].float().log_softmax(dim=-1)
+        return log_mixture(logit_B1, log_local_BV, scores.float().log_softmax(dim=-1))

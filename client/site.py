@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from functools import cached_property
+from functools import cache, cached_property
 
 from client.evaluation import HeldOutLoss, held_out_loss
+from client.examination import EvalSet, ModelInUse, held_out_set
 from client.methods import method_for
 from client.model import AdaptedModel, adapted_model
 from client.private import PrivateStore, under
@@ -54,6 +55,7 @@ class Site:
         adapted: AdaptedModel,
         config: Config,
         store: PrivateStore,
+        other_sets: Mapping[str, EvalSet] | None = None,
     ) -> None:
         """Keep what the site works with; texts are encoded when they are first needed.
 
@@ -65,6 +67,7 @@ class Site:
             adapted: The model, with an adapter of any value.
             config: The run's settings.
             store: The site's private store in this run.
+            other_sets: Sets besides, for the evaluation matrix (``client.examination``); only in simulation.
         """
         self.name = name
         self.adapted = adapted
@@ -73,6 +76,8 @@ class Site:
         self.method = method_for(config.method)
         self._train_examples = train_examples
         self._held_out_examples = held_out
+        self.own_sets = {on: held_out_set(examples, config) for on, examples in held_out.items() if on != POOLED}
+        self.other_sets = other_sets or {}
 
     @property
     def num_examples(self) -> int:
@@ -143,12 +148,22 @@ class Site:
             ValueError: If ``received`` is not the shared part of this model's adapter, the store cannot be used, or a
                 held-out set is empty.
         """
+        loss = self.in_use(received).loss
+        return {name: loss(sequences) for name, sequences in self._held_out_sequences.items()}
+
+    def in_use(self, received: Arrays) -> ModelInUse:
+        """The model in use at this site, as ``evaluate`` measures it.
+
+        Raises:
+            ValueError: If ``received`` is not the shared part of this model's adapter, or the store cannot be used.
+        """
         configure_torch(self.config.train)
         private = self.store.load()
         adapter = self._completed(received, private)
-        adapted, batch_size = self._with_rank_of(adapter), self.config.eval.batch_size
-        loss = self.method.evaluator(adapted, adapter, private, lambda: self._train_sequences, batch_size)
-        return {name: loss(sequences) for name, sequences in self._held_out_sequences.items()}
+        using = (
+            self._with_rank_of(adapter), adapter, private, lambda: self._train_sequences, self.config.eval.batch_size
+        )  # fmt: skip
+        return ModelInUse(self.method.evaluator(*using), cache(lambda: self.method.generator(*using)))
 
     def adapter_in_use(self, received: Arrays) -> Arrays:
         """The global adapter, completed with the site's own value of whatever is not shared.

@@ -17,7 +17,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTok
 from client.templates import Example, alpaca_prompt, chat_message, plain_prompt
 from conf.schema import DataConfig, Template, Truncation
 
-__all__ = ["IGNORED_LABEL", "Example", "TokenSequence", "byte_tokenizer", "check_packing", "collate", "encode"]
+__all__ = [
+    "IGNORED_LABEL", "Example", "TokenSequence", "byte_tokenizer", "check_packing", "collate", "encode",
+    "encode_prompts",
+]  # fmt: skip
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +78,21 @@ def encode(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, data
             sequences.append(_sequence(*fitted))
     _report_dropped(len(examples) - len(sequences), len(examples), data)
     return _pack(sequences, data.max_length) if data.packing else sequences
+
+
+def encode_prompts(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, data: DataConfig
+) -> list[list[int]]:
+    """Tokens of each example up to where its response starts, as ``encode`` has them; at most ``data.max_length``.
+
+    Of a longer prompt the beginning is cut, whatever ``data.truncation`` says: an answer needs its end.
+
+    Raises:
+        ValueError: If ``data.template=chat`` and the tokenizer has no chat template.
+    """
+    prefix = _beginning(tokenizer, data.template)
+    limit = data.max_length - len(prefix)
+    return [prefix + prompt[-limit:] for prompt in _prompt_ids(examples, tokenizer, data.template)]
 
 
 def collate(sequences: Sequence[TokenSequence], pad_token_id: int) -> dict[str, torch.Tensor]:

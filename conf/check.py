@@ -28,6 +28,7 @@ def check_config(config: Config) -> None:
     _check_federation(config)
     _check_training(config)
     _check_filter(config)
+    _check_choices(config)
     if config.rounds < 1:
         raise ValueError(f"rounds must be >= 1, got {config.rounds}")
     if config.seed < 0:
@@ -133,3 +134,9 @@ def _check_filter(config: Config) -> None:
         values = wanted if isinstance(wanted, list) else [wanted]
         if not all(isinstance(value, str | int | float) for value in values):
             raise ValueError(f"data.filter.{column} must be a value or a list of values, got {wanted!r}")
+
+
+def _check_choices(config: Config) -> None:
+    choices = config.eval.choices
+    if choices.names and choices.name_column is None:
+        raise ValueError(f"eval.choices.names={choices.names} needs eval.choices.name_column, the column of the names")

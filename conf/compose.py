@@ -56,7 +56,8 @@ PARTITIONS: tuple[type[PartitionConfig], ...] = (
 )  # fmt: skip
 
 NOT_HASHED = (
-    "data.path", "eval.path", "model.wheel_dir", "model.upcycle.text", "federation", "worker", "output", "device",
+    "data.path", "eval.path", "eval.general_path", "eval.choices.path", "model.wheel_dir", "model.upcycle.text",
+    "federation", "worker", "output", "device",
 )  # fmt: skip
 """Settings that may differ between the two ends of a message: paths, places and processes."""
 

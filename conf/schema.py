@@ -453,6 +453,33 @@ class TrainConfig:
 
 
 @dataclass(kw_only=True)
+class ChoicesConfig:
+    """Multiple-choice questions on what a model should still know: a table, read where the global model is tested."""
+
+    path: str | None = None
+    """A .parquet, .jsonl, .json or .csv file; null: no such questions."""
+    prompt_column: str = "question"
+    options_column: str = "choices"
+    """Column of lists of texts."""
+    answer_column: str = "answer"
+    """Column of the right option's place in the list, from 0."""
+    name_column: str | None = None
+    """Column whose values divide the table into sets; null: it is one set, ``*choices*``."""
+    names: list[str] = field(default_factory=list)
+    """The values of ``name_column`` that are used; empty: all."""
+    max_questions: int | None = 200
+    """Questions used of each set, the first of a seeded shuffle; null: all."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.max_questions is None or self.max_questions >= 1,
+            "eval.choices.max_questions",
+            "null or >= 1",
+            self.max_questions,
+        )
+
+
+@dataclass(kw_only=True)
 class EvalConfig:
     """Evaluation on held-out data."""
 
@@ -463,8 +490,24 @@ class EvalConfig:
     max_examples: int | None = None
     """Held-out examples used per site, the first of a seeded shuffle; null: all."""
     batch_size: int = 16
+    matrix: bool = False
+    """After the last round, test base, global and personal models on every site's held-out data and on general sets;
+    kept in evaluation.json."""
+    num_answers: int = 16
+    """Examples of each set that a model of the matrix answers in words, for ROUGE-L; 0: none."""
+    max_new_tokens: int = 64
+    """Tokens of such an answer, at most."""
+    options: list[str] = field(default_factory=list)
+    """All that a response may be: the matrix then has the accuracy of choosing among it; empty: anything."""
+    general_path: str | None = None
+    """A file of general examples, in the columns of ``data``, that tells what a model has forgotten; null: none."""
+    choices: ChoicesConfig = field(default_factory=ChoicesConfig)
 
     def __post_init__(self) -> None:
+        require(self.num_answers >= 0, "eval.num_answers", ">= 0", self.num_answers)
+        require(self.max_new_tokens >= 1, "eval.max_new_tokens", ">= 1", self.max_new_tokens)
+        require(len(self.options) != 1, "eval.options", "empty or at least two texts", self.options)
+        require(all(self.options), "eval.options", "texts that are not empty", self.options)
         require(self.every >= 1, "eval.every", ">= 1", self.every)
         require(
             self.max_examples is None or self.max_examples >= 1, "eval.max_examples", "null or >= 1", self.max_examples

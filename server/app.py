@@ -25,6 +25,7 @@ from client.text import encode
 from conf.check import check_num_sites, needed_sites
 from conf.compose import load_config, settings_hash, to_yaml
 from conf.schema import Config, Mode
+from server.evaluation import put_together, scored_at_server
 from server.loggers import open_logger
 from server.record import RunFolder, RunRecord, adapter_sha256, default_name
 from server.register import registered_sites
@@ -78,6 +79,7 @@ class Run:
 
     def __post_init__(self) -> None:
         self._started = time.monotonic()
+        self._summary: dict[str, Any] = {}
 
     def prepare(self, grid: Grid, overrides: str) -> None:
         """Load the model, and wait for the sites.
@@ -114,6 +116,23 @@ class Run:
         initial = shared_arrays(self.adapted.initial_adapter(self.config.seed), self.config)
         timeout = self.config.federation.round_timeout_seconds
         self.rounds.start(grid, to_record(initial), self.config.rounds, timeout)
+        if self.config.eval.matrix:
+            self.evaluate()
+
+    def evaluate(self) -> None:
+        """Put together the evaluation matrix: what the sites told, and what is tested here.
+
+        Raises:
+            ValueError: If a general set cannot be read.
+        """
+        rounds, adapted = self.rounds, self.adapted
+        assert rounds is not None
+        assert adapted is not None
+        adapter = None if self.config.method.name == "local_only" else rounds.adapter
+        here = scored_at_server(self.config, adapted, adapter)
+        evaluation = put_together(rounds.measured, here, rounds.expert_tokens)
+        self.record.evaluation(evaluation)
+        self._summary = evaluation["summary"]
 
     def end(self, error: str | None) -> None:
         """Save the adapter of the last completed round and write the summary; ``error`` is None if all went well."""
@@ -143,6 +162,8 @@ class Run:
             adapted.save_peft(adapter, self.record.folder.path / "adapter")
             results["adapter_sha256"] = adapter_sha256(adapter)
         here = {f"{platform.node()}:{os.getpid()} (server)": base_model_loads()}
+        if self._summary:
+            results["evaluation"] = self._summary
         return results | {
             "rounds": rounds.rounds_done,
             "global_loss": rounds.last_global_loss,

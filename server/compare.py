@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from server.compare_matrix import matrix_tables
 from server.record import RunFolder
 from server.view import number, size
 
@@ -23,11 +24,11 @@ def compare(
     folders: RunFolders,
     html: Annotated[Path | None, typer.Option(help="Write the page of `bouquet report` to this file too.")] = None,
 ) -> None:
-    """Show several runs side by side."""
+    """Show several runs side by side, and their evaluation matrices; runs that differ in the seed alone together."""
     runs = [run for folder in folders for run in _runs_in(folder)]
     if not runs:
         raise ValueError(f"no run folder (one with a summary.json) in {', '.join(map(str, folders))}")
-    _console().print(comparison(runs))
+    _console().print(comparison(runs), *matrix_tables(runs))
     if html is not None:
         _write_page(folders, html)
 

@@ -22,6 +22,7 @@ from conf.check import check_num_sites
 from conf.compose import expand_sweep, load_config, swept_keys
 from conf.schema import Config, Files, Mode, ModelSource
 from server.compare import compare, comparison, report
+from server.compare_matrix import matrix_tables
 from server.doctor import doctor
 from server.flower import Connection, local_superlink, remote_superlink
 from server.follow import Outcome, follow
@@ -85,7 +86,8 @@ def run(
         errors.print("interrupted; the run was stopped")
         raise SystemExit(INTERRUPTED) from None
     if multirun:
-        console.print(comparison([job.output for job in jobs]))
+        outputs = [job.output for job in jobs]
+        console.print(comparison(outputs), *matrix_tables(outputs))
     console.print(escape(str(folder)), soft_wrap=True)
     if not all(ended):
         raise SystemExit(FAILED)
@@ -263,6 +265,8 @@ def _local_paths(config: Config) -> dict[str, str]:
     paths = {
         "data.path": config.data.path,
         "eval.path": config.eval.path,
+        "eval.general_path": config.eval.general_path,
+        "eval.choices.path": config.eval.choices.path,
         "model.wheel_dir": model.wheel_dir,
         "model.upcycle.text": model.upcycle.text,
         "model.name": model.name if model.source is ModelSource.hub and Path(model.name).is_dir() else None,

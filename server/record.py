@@ -2,7 +2,8 @@
 
 The ServerApp writes both. Under ``federation=remote`` the folder lies at the SuperLink; whoever follows
 the log rebuilds it from the lines: ``metrics.jsonl``, ``summary.json``, ``config.yaml`` and, up to
-``LOGGED_DIAGNOSTICS_BYTES`` a round and ``LOGGED_ADAPTER_BYTES``, ``diagnostics/rounds.jsonl`` and ``adapter/``.
+``LOGGED_DIAGNOSTICS_BYTES`` a round and ``LOGGED_ADAPTER_BYTES``, ``diagnostics/rounds.jsonl`` and ``adapter/``; and
+``evaluation.json``.
 """
 
 from __future__ import annotations
@@ -98,6 +99,11 @@ class RunFolder:
         """
         return self._lines("diagnostics/rounds.jsonl")
 
+    def evaluation(self) -> dict[str, Any] | None:
+        """``evaluation.json``; None if the run has none."""
+        path = self.path / "evaluation.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
     def _append(self, name: str, values: Mapping[str, Any]) -> int:
         path = self.path / name
         path.parent.mkdir(exist_ok=True)
@@ -119,6 +125,13 @@ class RunFolder:
         """``summary.json``; None if the run has not ended."""
         path = self.path / "summary.json"
         return json.loads(path.read_text()) if path.exists() else None
+
+
+def evaluation_json(values: Mapping[str, Any]) -> str:
+    """``evaluation.json``, a line for each test."""
+    rows = ",\n  ".join(to_json(row) for row in values["scores"])
+    rest = {key: value for key, value in values.items() if key != "scores"}
+    return f'{json.dumps(_jsonable(rest), indent=1)[:-2]},\n "scores": [\n  {rows}\n ]\n}}\n'
 
 
 class RunRecord:
@@ -150,6 +163,11 @@ class RunRecord:
         """What a round did to every expert: see ``strategies.diagnostics``, and what the strategy itself found."""
         if self.folder.append_diagnostics(values) <= LOGGED_DIAGNOSTICS_BYTES:
             emit("diagnostics", values)
+
+    def evaluation(self, values: Mapping[str, Any]) -> None:
+        """The evaluation matrix: see ``server.evaluation``."""
+        self.folder.write_text("evaluation.json", evaluation_json(values))
+        emit("evaluation", {"evaluation": values})
 
     def ended(self, summary: Mapping[str, Any]) -> None:
         """The run ends, completed or failed."""
@@ -228,6 +246,8 @@ def apply_line(values: Mapping[str, Any], folder: RunFolder) -> None:
         folder.append_row({key: value for key, value in values.items() if key != "kind"})
     elif kind == "diagnostics":
         folder.append_diagnostics({key: value for key, value in values.items() if key != "kind"})
+    elif kind == "evaluation":
+        folder.write_text("evaluation.json", evaluation_json(values["evaluation"]))
     elif kind == "summary":
         summary = {key: value for key, value in values.items() if key != "kind"}
         folder.write_text("summary.json", json.dumps(summary, indent=2) + "\n")

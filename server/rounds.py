@@ -13,10 +13,12 @@ from flwr.serverapp.strategy import Result
 from flwr.serverapp.strategy import Strategy as FlowerStrategy
 
 from client.evaluation import HeldOutLoss
+from client.measured import Measured
 from client.messages import (
     EVALUATE,
     TRAIN,
     decode_losses,
+    decode_measured,
     decode_update,
     encode_request,
     payload_bytes,
@@ -25,7 +27,7 @@ from client.messages import (
 )
 from client.site import POOLED
 from conf.check import needed_sites
-from conf.schema import Config
+from conf.schema import Config, Mode
 from server.exchange import Exchange, send
 from server.record import RunRecord
 from server.roster import Roster
@@ -41,7 +43,8 @@ class FederatedRounds(FlowerStrategy):
     """Runs any of our strategies inside Flower, and judges every reply by itself.
 
     After ``start``: ``adapter`` is the global adapter, ``losses`` each site's last held-out loss,
-    ``last_global_loss`` that of the global model, ``rounds_done`` the rounds completed.
+    ``last_global_loss`` that of the global model, ``rounds_done`` the rounds completed, ``measured`` what the sites
+    tell for the evaluation matrix, ``expert_tokens`` the last round's tokens by layer and site.
     """
 
     def __init__(
@@ -67,6 +70,8 @@ class FederatedRounds(FlowerStrategy):
         self.losses: dict[str, float] = {}
         self.last_global_loss: float | None = None
         self.bytes_up = self.bytes_down = self.rounds_done = 0
+        self.measured: dict[str, Measured] = {}
+        self.expert_tokens: dict[str, Arrays] = {}
         self._round = RoundRecord(0)
         self._exchange: Exchange | None = None
 
@@ -153,16 +158,20 @@ class FederatedRounds(FlowerStrategy):
         for node, reply in self._received(replies):
             try:
                 sender, answer = decode_losses(reply)
+                measured = decode_measured(reply)
                 self.roster.check_sender(node, sender)
                 self._check_measured(sender.site, answer)
+                self._check_scored(sender.site, measured)
             except ValueError as error:
                 self._drop(node, f"evaluation: {error}")
                 continue
             if POOLED in answer:
                 pooled.append(answer.pop(POOLED).loss)
+            if measured is not None:
+                self.measured[sender.site] = measured
             losses |= answer
-        for name, measured in losses.items():
-            self._round.site(name)["loss"] = self.losses[name] = measured.loss
+        for name, found in losses.items():
+            self._round.site(name)["loss"] = self.losses[name] = found.loss
         if pooled:
             self._round.global_loss = float(np.mean(pooled))
         elif self._round.global_loss is None and losses:
@@ -181,6 +190,12 @@ class FederatedRounds(FlowerStrategy):
         if self.config.strategy.name != "centralised" and not answer.keys() <= own:
             raise ValueError(f"losses on the data of others: {sorted(answer.keys() - own)[:4]}")
 
+    def _check_scored(self, site: str, measured: Measured | None) -> None:
+        """Raise ``ValueError`` if a real site speaks of sets that it cannot have."""
+        sets = set() if measured is None else {each.on for each in measured.scores}
+        if self.config.federation.mode is Mode.remote and not sets <= {site}:
+            raise ValueError(f"scores on the data of others: {sorted(sets - {site})[:4]}")
+
     def _aggregate(self, updates: list[ClientUpdate]) -> None:
         try:
             aggregation = self.strategy.aggregate(self.adapter, self.state, updates)
@@ -193,6 +208,7 @@ class FederatedRounds(FlowerStrategy):
         own = {name: values for name, values in aggregation.diagnostics.items() if name != "experts"}
         self.record.diagnostics({"round": self._round.server_round, "aggregation_gap": gap, **own, **found})
         self.adapter, self.state, self.personal = aggregation.adapter, aggregation.state, aggregation.personal
+        self.expert_tokens = {update.site: update.expert_tokens for update in updates}
         self._round.aggregation_gap = gap
         self._note_verdicts(aggregation.diagnostics.get("verdicts", {}))
 
@@ -209,15 +225,16 @@ class FederatedRounds(FlowerStrategy):
     def _requests(self, kind: str, sites: Iterable[str]) -> list[Message]:
         server_round = self._round.server_round
         own = self._evaluation_due(server_round)
-        request = replace(self.roster.request, server_round=server_round, evaluate_own=own)
-        broadcast = self.strategy.broadcast(self.state) if kind == TRAIN else {}
-        adapters = {site: self.personal.get(site, self.adapter) for site in sites}
-        for adapter in adapters.values():
+        matrix = kind == EVALUATE and self.config.eval.matrix and server_round == self.config.rounds
+        request = replace(self.roster.request, server_round=server_round, evaluate_own=own, matrix=matrix)
+        common = self.strategy.broadcast(self.state) if kind == TRAIN else {}
+        requests = []
+        for site in sites:
+            adapter = self.personal.get(site, self.adapter)
+            broadcast = self.adapter if matrix and site in self.personal else common
             self._round.bytes_by_kind["down"] += bytes_by_kind(adapter, broadcast)
-        return [
-            encode_request(kind, self.roster.nodes[site], request, adapter, broadcast)
-            for site, adapter in adapters.items()
-        ]
+            requests.append(encode_request(kind, self.roster.nodes[site], request, adapter, broadcast))
+        return requests
 
     def _send(self, grid: Grid, requests: Iterable[Message], timeout: float) -> Exchange:
         asked = list(requests)

@@ -8,6 +8,7 @@ from functools import partial
 from typing import ClassVar
 
 from client.evaluation import HeldOutLoss, held_out_loss
+from client.generation import Generator, greedy
 from client.local_rule import LocalRule
 from client.model import AdaptedModel
 from client.text import TokenSequence
@@ -77,6 +78,17 @@ class Method(ABC):
             batch_size: Sequences of a forward pass.
         """
         return partial(held_out_loss, adapted, adapter, batch_size=batch_size)
+
+    def generator(
+        self,
+        adapted: AdaptedModel,
+        adapter: Arrays,
+        private: Arrays,  # noqa: ARG002
+        training: Callable[[], Sequence[TokenSequence]],  # noqa: ARG002
+        batch_size: int,
+    ) -> Generator:
+        """What the model in use at this site answers in words; all as for ``evaluator``, whose model it must be."""
+        return partial(greedy, adapted, adapter, batch_size=batch_size)
 
     @abstractmethod
     def remember(self, received: Arrays, trained: Arrays) -> Arrays:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from client.evaluation import HeldOutLoss
+from client.generation import Generator, greedy
 from client.methods.base import Evaluator, Method
-from client.mixed_prediction import fitted_gate, mixed_loss, predictions
+from client.mixed_prediction import Gate, MixedTokens, fitted_gate, mixed_loss, predictions
 from client.model import AdaptedModel
 from client.private import under
 from client.text import TokenSequence
@@ -55,11 +56,35 @@ class PflMoe(Method):
         local = under(_LOCAL, private)
         if not local:
             return super().evaluator(adapted, adapter, private, training, batch_size)
-        chosen = training()[: self.config.gate_examples]
-        gate = fitted_gate(predictions(adapted, local, adapter, chosen, batch_size))
+        gate = self._gate(adapted, local, adapter, training(), batch_size)
 
         def loss(sequences: Sequence[TokenSequence]) -> HeldOutLoss:
             num_examples = sum(len(sequence.lengths) for sequence in sequences)
             return mixed_loss(gate, predictions(adapted, local, adapter, sequences, batch_size), num_examples)
 
         return loss
+
+    def generator(
+        self,
+        adapted: AdaptedModel,
+        adapter: Arrays,
+        private: Arrays,
+        training: Callable[[], Sequence[TokenSequence]],
+        batch_size: int,
+    ) -> Generator:
+        """Answers of the mixture; before the site has trained, of the global model."""
+        local = under(_LOCAL, private)
+        if not local:
+            return super().generator(adapted, adapter, private, training, batch_size)
+        gate = self._gate(adapted, local, adapter, training(), batch_size)
+
+        def answers(prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
+            with MixedTokens(adapted, local, adapter, gate) as processor:
+                return greedy(adapted, adapter, prompts, max_new_tokens, batch_size=batch_size, processor=processor)
+
+        return answers
+
+    def _gate(
+        self, adapted: AdaptedModel, local: Arrays, shared: Arrays, training: Sequence[TokenSequence], batch_size: int
+    ) -> Gate:
+        return fitted_gate(predictions(adapted, local, shared, training[: self.config.gate_examples], batch_size))

@@ -11,6 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from server.report.charts import LARGE, PANEL, Chart, Series, bounds_of, line_chart
 from server.report.experts import ExpertsView, experts_view, lines_of, scales, short_name
+from server.report.matrix import matrix_views
 from server.report.runs import Run, read_runs
 from server.view import number, size
 
@@ -85,6 +86,7 @@ def contents(runs: Sequence[Run]) -> dict[str, Any]:
         "panels": panels,
         "gap": gap,
         "views": [view for view in views if view.run.diagnostics],
+        "matrices": matrix_views(runs),
         "traffic": [_traffic(run) for run in runs],
         "rounds": rounds or sorted({row["round"] for run in runs for row in run.rounds}),
         "block": block,

@@ -31,6 +31,8 @@ class Run:
     """Lines of ``diagnostics/rounds.jsonl``, one a round."""
     missing: Sequence[str]
     """What the page cannot show of this run, and why."""
+    evaluation: Mapping[str, Any] | None = None
+    """``evaluation.json``; None if the run has no evaluation matrix."""
 
     @cached_property
     def rounds(self) -> list[Mapping[str, Any]]:
@@ -112,7 +114,11 @@ def _read(path: Path, label: str) -> Run:
     kept = thinned(lines, MAX_DIAGNOSTICS_BYTES)
     config = path / "config.yaml"
     missing = list(_missing(rows, summary, lines, kept))
-    return Run(label, summary, config.read_text() if config.exists() else "", rows, kept, missing)
+    try:
+        evaluation = folder.evaluation()
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}/evaluation.json is damaged: {error}") from error
+    return Run(label, summary, config.read_text() if config.exists() else "", rows, kept, missing, evaluation)
 
 
 def thinned(lines: Sequence[Mapping[str, Any]], max_bytes: int) -> list[Mapping[str, Any]]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import math
 
-import numpy as np
 import pytest
 
 from benchmarks import fc_moe
+from benchmarks.cells import Outcome
 from benchmarks.contenders import CONTENDERS
-from benchmarks.fc_moe import Cell, Study, run_cell
-from benchmarks.fc_moe_tables import Outcome, comparison, interval, rounds_to
+from benchmarks.fc_moe import Cell, run_cell, study_of
+from benchmarks.fc_moe_tables import comparison, rounds_to
 from benchmarks.workloads import WORKLOADS, Workload
 
 
@@ -26,20 +26,6 @@ def row(seed, accuracy, **changes):
 def cells_of(table, title):
     line = next(line for line in table.splitlines() if line.startswith(f"| {title}"))
     return [cell.strip() for cell in line.strip("|").split("|")]
-
-
-def test_interval_is_students():
-    """Three values 1, 2, 3: standard deviation 1, t(2 degrees) 4.303, so 2 +- 4.303 / sqrt(3)."""
-    mean, half = interval([1.0, 2.0, 3.0])
-    assert mean == 2.0
-    assert half == pytest.approx(4.303 / math.sqrt(3))
-    assert math.isnan(interval([1.0])[1])
-
-
-def test_interval_covers_the_mean_as_often_as_it_says():
-    samples = np.random.default_rng(0).normal(size=(4000, 5))
-    covered = [abs(mean) <= half for mean, half in map(interval, samples)]
-    assert np.mean(covered) == pytest.approx(0.95, abs=0.01)
 
 
 def test_rounds_to_counts_from_one():
@@ -136,6 +122,6 @@ def test_no_run_begins_after_the_time_is_up(monkeypatch, tmp_path):
 
 
 def test_tuning_never_sees_test_data():
-    study = Study("clinc", "lora", [0], [100])
+    study = study_of("clinc", "lora", [0], [100])
     assert {cell.split for cell in study.needed("fedavg")} == {"validation"}
     assert {cell.seed for cell in study.needed("fedavg")} == {100}

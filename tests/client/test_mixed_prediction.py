@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from client.evaluation import held_out_loss
-from client.mixed_prediction import Gate, Predictions, fitted_gate, mixed_loss, predictions
+from client.generation import greedy
+from client.mixed_prediction import Gate, MixedTokens, Predictions, fitted_gate, mixed_loss, predictions
 from client.model import AdaptedModel, load_base
 from conf.schema import LoraConfig
 from tests.client.local_training import eight_sequences, noisy
@@ -87,3 +88,30 @@ def test_same_predictions_give_the_same_gate(adapted, adapters):
 def test_nothing_to_predict_is_an_error(adapted, adapters):
     with pytest.raises(ValueError, match="no sequences to predict"):
         predictions(adapted, *adapters, [], batch_size=8)
+
+
+def test_generated_tokens_are_the_mixtures_likeliest(adapted, adapters):
+    """By plain passes of either adapter over the whole text and a mixture of probabilities; gates of both signs."""
+    prompts, eos = [[257, 5, 9, 80, 3], [257, 7], [257, 44, 60]], adapted.tokenizer.eos_token_id
+    local, shared = adapters
+    gate = Gate(predictions(adapted, local, shared, eight_sequences(), batch_size=8).hidden_TD)
+    with torch.no_grad():
+        gate.weight_D.normal_(0, 1, generator=torch.Generator().manual_seed(0))
+    with MixedTokens(adapted, local, shared, gate) as processor:
+        found = greedy(adapted, shared, prompts, 5, batch_size=3, processor=processor)
+    for prompt, answer in zip(prompts, found, strict=True):
+        text = list(prompt)
+        for _ in range(5):
+            outputs = []
+            for adapter in adapters:
+                adapted.load_adapter(adapter)
+                with torch.no_grad():
+                    outputs.append(adapted.model(input_ids=torch.tensor([text]), output_hidden_states=True))
+            hidden = outputs[1].hidden_states[-1][0, -1]
+            share = torch.sigmoid(gate(hidden))
+            p_local, p_global = (output.logits[0, -1].softmax(dim=-1) for output in outputs)
+            text.append(int((share * p_local + (1 - share) * p_global).argmax()))
+        expected = text[len(prompt) :]
+        assert answer == (expected[: expected.index(eos)] if eos in expected else expected)
+    adapted.load_adapter(shared)  # nothing is watched any more
+    assert greedy(adapted, shared, prompts, 5, batch_size=3) != found

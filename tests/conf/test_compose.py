@@ -246,7 +246,10 @@ def another(value):
     return "another" if value is None else f"{value}-another"
 
 
-PLACES = {"data.path", "eval.path", "model.wheel_dir", "model.upcycle.text", "output", "device"}
+PLACES = {
+    "data.path", "eval.path", "eval.general_path", "eval.choices.path", "model.wheel_dir", "model.upcycle.text",
+    "output", "device",
+}  # fmt: skip
 
 
 def test_settings_hash_changes_with_every_setting_but_places(fc_moe):

@@ -277,7 +277,7 @@
   document.documentElement.classList.remove("no-script");
   if (!slider) return;
   slider.addEventListener("input", () => chooseRound(Number(slider.value)));
-  document.querySelectorAll("table.cells").forEach(watch);
+  document.querySelectorAll("table.cells[data-sort]").forEach(watch);
   figures.forEach(watchChart);
   draw();
 })();

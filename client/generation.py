@@ -1,0 +1,90 @@
+"""What a model answers in words: greedy decoding, and how close the words are to the right ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from rouge_score.rouge_scorer import RougeScorer
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from client.model import AdaptedModel
+from strategies.adapters import Arrays
+
+Generator = Callable[[Sequence[Sequence[int]], int], list[list[int]]]
+"""Tokens of prompts and the most new tokens of an answer -> tokens of the answers, without end-of-sequence."""
+
+
+def greedy(
+    adapted: AdaptedModel,
+    adapter: Arrays,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    batch_size: int,
+    processor: LogitsProcessor | None = None,
+) -> list[list[int]]:
+    """The likeliest next token again and again, up to the end-of-sequence token or ``max_new_tokens``.
+
+    ``adapter`` stays loaded. Whatever the model's own generation settings say, nothing is sampled or penalised.
+
+    Args:
+        adapted: The model.
+        adapter: What to compute with.
+        prompts: Tokens of each prompt, at least one.
+        max_new_tokens: Of an answer, at most.
+        batch_size: Prompts that are answered together; up to rounding it does not matter.
+        processor: What changes the next token's log-probabilities before the choice; None: nothing.
+    """
+    adapted.load_adapter(adapter)
+    network: Any = adapted.model
+    network.eval()
+    tokenizer, dtype = adapted.tokenizer, adapted.base.model.dtype
+    config = GenerationConfig(  # type: ignore[no-untyped-call]
+        do_sample=False,
+        num_beams=1,
+        repetition_penalty=1.0,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    processors = LogitsProcessorList([] if processor is None else [processor])
+    answers: list[list[int]] = [[] for _ in prompts]
+    by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    for first in range(0, len(by_length), batch_size):
+        chosen = by_length[first : first + batch_size]
+        batch = left_padded([prompts[index] for index in chosen], tokenizer.pad_token_id, adapted.device)
+        with torch.no_grad(), torch.autocast(adapted.device.type, dtype=dtype, enabled=dtype != torch.float32):
+            tokens_BT = network.generate(**batch, generation_config=config, logits_processor=processors)
+        new_BT = tokens_BT[:, batch["input_ids"].shape[1] :].tolist()
+        for index, new in zip(chosen, new_BT, strict=True):
+            answers[index] = new[: new.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in new else new
+    return answers
+
+
+def left_padded(prompts: Sequence[Sequence[int]], pad_token_id: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """``input_ids`` and ``attention_mask``, int64 (batch, longest prompt): answers begin where all prompts end."""
+    width = max(map(len, prompts))
+    return {
+        "input_ids": torch.tensor([[pad_token_id] * (width - len(p)) + list(p) for p in prompts], device=device),
+        "attention_mask": torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device),
+    }
+
+
+def rouge_l(answers: Sequence[str], references: Sequence[str]) -> float:
+    """Mean ROUGE-L F-measure (Lin 2004, https://aclanthology.org/W04-1013), by Google's ``rouge-score``, unstemmed.
+
+    Its words are runs of ``[a-z0-9]`` after lower-casing: texts in other scripts score 0.
+
+    Raises:
+        ValueError: If there is nothing to compare.
+    """
+    if not references:
+        raise ValueError("no answers to compare")
+    scorer = RougeScorer(["rougeL"])
+    found = [
+        scorer.score(reference, answer)["rougeL"].fmeasure
+        for answer, reference in zip(answers, references, strict=True)
+    ]
+    return float(sum(found) / len(found))

@@ -1,0 +1,108 @@
+"""The evaluation matrices of several runs as tables; runs that differ in their seed alone are one line."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from client.measured import BASE, METRICS, MODELS
+from server.intervals import with_interval
+from server.record import RunFolder
+
+_DIGITS = {"loss": 4}
+_OVER_SITES = {"mean": "mean", "worst": "worst site", "std": "std", "spread": "max - min"}
+_NOT_COMPARED = ("seed:", "output:")
+
+Summary = Mapping[str, Mapping[str, Mapping[str, Any]]]
+"""Model -> metric -> what ``server.evaluation.summarised`` says of it."""
+
+
+@dataclass(frozen=True)
+class Seeds:
+    """Runs that differ in their seed alone."""
+
+    names: list[str] = field(default_factory=list)
+    """Of their folders."""
+    summaries: list[Summary] = field(default_factory=list)
+
+    @property
+    def title(self) -> str:
+        """For people: the folder's name, of several without the seed."""
+        if len(self.names) == 1:
+            return self.names[0]
+        return f"{re.sub(r',?seed=[0-9]+', '', self.names[0]).strip(',')} ({len(self.names)} seeds)"
+
+
+def matrix_tables(folders: Sequence[Path]) -> list[Table]:
+    """A table for each metric that any run has: each model over the sites' own data, and on general sets.
+
+    Several seeds: the mean with its 95 % interval (Student's t). The base model has one line if all runs agree on it.
+    """
+    groups = by_seeds(folders)
+    tables = [_table(metric, groups) for metric in METRICS]
+    return [table for table in tables if table.row_count]
+
+
+def by_seeds(folders: Sequence[Path]) -> list[Seeds]:
+    """The runs that have a matrix, together where all settings but seed and output are the same."""
+    groups: dict[str, Seeds] = {}
+    for folder in folders:
+        run = RunFolder(folder)
+        evaluation, config = run.evaluation(), run.path / "config.yaml"
+        if evaluation is None:
+            continue
+        lines = config.read_text().splitlines() if config.exists() else [str(folder)]
+        settings = "\n".join(line for line in lines if not line.startswith(_NOT_COMPARED))
+        group = groups.setdefault(settings, Seeds())
+        group.names.append(folder.name)
+        group.summaries.append(evaluation["summary"])
+    return list(groups.values())
+
+
+def _table(metric: str, groups: Sequence[Seeds]) -> Table:
+    general = sorted(
+        {
+            name
+            for group in groups
+            for summary in group.summaries
+            for found in summary.values()
+            for name in found.get(metric, {}).get("general", {})
+        }
+    )
+    table = Table(title=f"{METRICS[metric]}: each model on every site's own held-out data", title_justify="left")
+    for column in ("run", "model"):
+        table.add_column(column)
+    for column in (*_OVER_SITES.values(), *general):
+        table.add_column(column, justify="right")
+    bases: list[list[str]] = []
+    for group in groups:
+        for model in MODELS:
+            found = [summary[model][metric] for summary in group.summaries if metric in summary.get(model, {})]
+            if not found:
+                continue
+            cells = _cells(found, general, _DIGITS.get(metric, 3))
+            if model != BASE:
+                table.add_row(escape(group.title), model, *cells)
+            elif cells not in bases:
+                bases.append(cells)
+                table.add_row("", model, *cells)
+    return table
+
+
+def _cells(found: Sequence[Mapping[str, Any]], general: Sequence[str], digits: int) -> list[str]:
+    cells = []
+    for key in _OVER_SITES:
+        values = [one[key] for one in found if key in one]
+        sites = {one["worst_site"] for one in found if "worst_site" in one}
+        place = f" ({escape(sites.pop())})" if key == "worst" and len(sites) == 1 else ""
+        cells.append(with_interval(values, digits) + place if values else "-")
+    for name in general:
+        values = [one["general"][name] for one in found if name in one["general"]]
+        cells.append(with_interval(values, digits) if values else "-")
+    return cells

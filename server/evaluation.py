@@ -1,0 +1,133 @@
+"""The evaluation matrix of a run: every model on every set, from what the sites tell and what the server measures.
+
+A score is a row: ``model`` (base, global or personal), ``of`` (the site whose model it is, or null), ``on`` (the set: a
+site's held-out data or, between stars, a general one) and the numbers of ``client.measured.Score``. A simulation has
+personal models on everyone's data. Over real sites a personal model stays where it is and so do the data: there
+is its row on its own site's data alone, and general sets are known at the server only.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from client.examination import one_adapter, scored
+from client.general_sets import general_sets
+from client.measured import BASE, GLOBAL, LOWER_IS_BETTER, METRICS, MODELS, PERSONAL, Measured, Scored, is_general
+from client.model import AdaptedModel
+from client.routing import routing_entropy
+from conf.schema import Config
+from strategies.adapters import Arrays
+
+Row = Mapping[str, Any]
+
+
+def scored_at_server(config: Config, adapted: AdaptedModel, adapter: Arrays | None) -> list[Scored]:
+    """Base and global model on the general sets; ``adapter`` is the global one, None if nobody has a global model.
+
+    Raises:
+        ValueError: If a set cannot be read.
+    """
+    sets = general_sets(config)
+    initial = adapted.initial_adapter(config.seed)
+    found = [*scored(BASE, one_adapter(adapted, initial, config), sets, adapted, config)]
+    if adapter is not None:
+        found += scored(GLOBAL, one_adapter(adapted, {**initial, **adapter}, config), sets, adapted, config)
+    return found
+
+
+def put_together(
+    measured: Mapping[str, Measured], here: Sequence[Scored], expert_tokens: Mapping[str, Arrays]
+) -> dict[str, Any]:
+    """The matrix as JSON values: ``summary``, ``cost``, ``routing`` and the rows, ``scores``.
+
+    Args:
+        measured: Site -> what it told.
+        here: What the server scored.
+        expert_tokens: Site -> layer -> (E,) tokens routed in the last round's training.
+    """
+    rows = [_row(each, None) for each in here]
+    for site, part in sorted(measured.items()):
+        rows += [_row(each, site) for each in part.scores]
+    order = {model: place for place, model in enumerate(MODELS)}
+    rows.sort(key=lambda row: (order[row["model"]], row["of"] or "", is_general(row["on"]), row["on"]))
+    return {
+        "summary": summarised(rows),
+        "cost": {site: asdict(part.cost) for site, part in sorted(measured.items()) if part.cost is not None},
+        "routing": routing(expert_tokens),
+        "scores": rows,
+    }
+
+
+def summarised(rows: Sequence[Row]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Model -> metric -> over the sites, each on its own data: mean, worst, worst_site, std, spread; and ``general``.
+
+    All sites count alike; std is that of the sites at hand (no sample of others), spread the best less the worst.
+    ``general`` has the general sets by name, for personal models their mean over the sites.
+    """
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for model in dict.fromkeys(row["model"] for row in rows):
+        of_model = [row for row in rows if row["model"] == model]
+        metrics = {metric: _over_sites(of_model, metric) for metric in METRICS}
+        found[model] = {metric: values for metric, values in metrics.items() if values}
+    return found
+
+
+def routing(expert_tokens: Mapping[str, Arrays]) -> dict[str, dict[str, Any]]:
+    """Layer -> how training tokens of the last round were spread over its experts, at each site and in all.
+
+    ``entropy`` is over that of equal use, 0 to 1 (``client.routing.routing_entropy``); ``largest_share`` is the busiest
+    expert's share of all tokens. A site that shares nothing tells no counts and is left out.
+    """
+    layers = sorted({layer for counts in expert_tokens.values() for layer in counts})
+    found = {}
+    for layer in layers:
+        counts = {site: tokens[layer] for site, tokens in expert_tokens.items() if layer in tokens}
+        used = {site: tokens_E for site, tokens_E in counts.items() if tokens_E.sum() > 0}
+        if used and len({len(tokens_E) for tokens_E in used.values()}) == 1:
+            total_E = np.sum(list(used.values()), axis=0)
+            found[layer] = {
+                "entropy": routing_entropy(total_E),
+                "largest_share": float(total_E.max() / total_E.sum()),
+                "entropy_of_sites": {site: routing_entropy(tokens_E) for site, tokens_E in sorted(used.items())},
+            }
+    return found
+
+
+def _row(each: Scored, site: str | None) -> dict[str, Any]:
+    return {
+        "model": each.model,
+        "of": site if each.model == PERSONAL else None,
+        "on": each.on,
+        **asdict(each.score),
+    }
+
+
+def _over_sites(rows: Sequence[Row], metric: str) -> dict[str, Any]:
+    """One model's numbers over the sites' own data; empty if there are none."""
+    own = {
+        row["on"]: row[metric]
+        for row in rows
+        if not is_general(row["on"]) and row["of"] in {None, row["on"]} and row[metric] is not None
+    }
+    general: dict[str, list[float]] = {}
+    for row in rows:
+        if is_general(row["on"]) and row[metric] is not None:
+            general.setdefault(row["on"], []).append(row[metric])
+    if not own and not general:
+        return {}
+    found: dict[str, Any] = {"general": {name: statistics.fmean(values) for name, values in general.items()}}
+    if own:
+        worst = (max if metric in LOWER_IS_BETTER else min)(own, key=own.__getitem__)
+        found |= {
+            "mean": statistics.fmean(own.values()),
+            "worst": own[worst],
+            "worst_site": worst,
+            "std": statistics.pstdev(own.values()),
+            "spread": max(own.values()) - min(own.values()),
+        }
+    return found

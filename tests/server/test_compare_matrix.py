@@ -1,0 +1,64 @@
+"""Matrices of several runs as tables: seeds together, the base once, general sets in columns."""
+
+from __future__ import annotations
+
+import io
+import math
+
+from rich.console import Console
+
+from client.measured import Score, Scored
+from server.compare_matrix import by_seeds, matrix_tables
+from server.evaluation import put_together
+from server.record import RunFolder, evaluation_json
+
+
+def write_run(path, seed, losses, general=2.0, rank=8):
+    folder = RunFolder(path)
+    folder.create()
+    folder.write_text("config.yaml", f"lora:\n  rank: {rank}\nseed: {seed}\noutput: {path}\n")
+    rows = [_test("global", site, loss) for site, loss in losses.items()]
+    rows += [_test("base", site, 5.0) for site in losses] + [_test("global", "*general*", general)]
+    folder.write_text("evaluation.json", evaluation_json(put_together({}, rows, {})))
+    return path
+
+
+def _test(model, on, loss):
+    return Scored(model=model, on=on, score=Score(loss=loss, num_tokens=1, num_examples=1))
+
+
+def shown(folders):
+    console = Console(file=io.StringIO(), width=200)
+    console.print(*matrix_tables(folders))
+    return console.file.getvalue()
+
+
+def cells(table, *words):
+    line = next(line for line in table.splitlines() if all(word in line for word in words))
+    return [cell.strip() for cell in line.strip("│┃").split("│")]
+
+
+def test_runs_that_differ_in_the_seed_alone_are_one_line_with_an_interval(tmp_path):
+    """Means over sites 1, 2, 3: t(2) = 4.303, so 2 +- 4.303 / sqrt(3) = 2.4843; the worst is always b, 0.5 above."""
+    names = [f"fedavg,seed={seed}" for seed in range(3)]
+    folders = [write_run(tmp_path / name, seed, {"a": seed + 0.5, "b": seed + 1.5}) for seed, name in enumerate(names)]
+    table = shown([*folders, write_run(tmp_path / "other", 0, {"a": 1.0, "b": 1.0}, rank=4)])
+    half = 4.303 / math.sqrt(3)
+    assert cells(table, "fedavg")[:6] == [
+        "fedavg (3 seeds)", "global", f"2.0000 ± {half:.4f}", f"2.5000 ± {half:.4f} (b)", "0.5000 ± 0.0000",
+        "1.0000 ± 0.0000",
+    ]  # fmt: skip
+    assert cells(table, "other")[2:] == ["1.0000", "1.0000 (a)", "0.0000", "0.0000", "2.0000"]
+    assert [group.names for group in by_seeds(folders)] == [names]
+
+
+def test_base_that_all_runs_agree_on_stands_once(tmp_path):
+    folders = [write_run(tmp_path / name, 0, {"a": 1.0}, rank=rank) for rank, name in ((4, "x"), (8, "y"))]
+    table = shown(folders)
+    assert sum("base" in line for line in table.splitlines()) == 1
+    assert cells(table, "base")[2] == "5.0000"
+
+
+def test_runs_without_a_matrix_make_no_table(tmp_path):
+    RunFolder(tmp_path / "plain").create()
+    assert matrix_tables([tmp_path / "plain"]) == []
