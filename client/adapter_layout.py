@@ -58,9 +58,9 @@ class Packing(Enum):
 
 @dataclass(frozen=True)
 class Slot:
-    """An exchanged array and the torch parameter that holds it."""
+    """An array of the adapter and the torch tensor that holds it: a parameter, if it is trained."""
 
-    parameter: nn.Parameter
+    parameter: torch.Tensor
     packing: Packing
     num_experts: int = 1
     base: nn.Parameter | None = None

@@ -24,6 +24,7 @@ def check_config(config: Config) -> None:
     _check_pair(config)
     _check_clair(config)
     _check_routers(config)
+    _check_graft(config)
     _check_partition(config)
     _check_federation(config)
     _check_training(config)
@@ -91,6 +92,21 @@ def _check_clair(config: Config) -> None:
 def _check_routers(config: Config) -> None:
     if config.method.name == "fedalign_moe" and config.model.router is RouterTraining.averaged:
         raise ValueError("method=fedalign_moe never sends routers: it needs model.router=local or frozen, got averaged")
+
+
+def _check_graft(config: Config) -> None:
+    """A graft is copied from experts as they were pre-trained, and its gates stand beside a router that stays."""
+    if config.method.name != "flex":
+        return
+    model = config.model
+    wanted = {
+        "model.experts": (model.experts, ExpertTraining.frozen),
+        "model.router": (model.router, RouterTraining.frozen),
+        "model.quantization": (model.quantization, Quantization.none),
+    }
+    for key, (value, needed) in wanted.items():
+        if value is not needed:
+            raise ValueError(f"method=flex needs {key}={needed.name}, got {value.name}")
 
 
 def _check_partition(config: Config) -> None:

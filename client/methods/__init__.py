@@ -5,6 +5,7 @@ from __future__ import annotations
 from client.methods.base import Method
 from client.methods.fc_moe import FcMoe
 from client.methods.fedalign_moe import FedAlignMoe
+from client.methods.flex import Flex
 from client.methods.local_only import LocalOnly
 from client.methods.pfl_moe import PflMoe
 from client.methods.scaffold import Scaffold
@@ -12,6 +13,7 @@ from client.methods.sft import Sft
 from conf.schema import (
     FcMoeConfig,
     FedAlignMoeConfig,
+    FlexConfig,
     LocalOnlyConfig,
     MethodConfig,
     PflMoeConfig,
@@ -25,6 +27,7 @@ METHODS: dict[str, type[Method]] = {
     FcMoeConfig.name: FcMoe,
     FedAlignMoeConfig.name: FedAlignMoe,
     PflMoeConfig.name: PflMoe,
+    FlexConfig.name: Flex,
     LocalOnlyConfig.name: LocalOnly,
 }
 
