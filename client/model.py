@@ -206,7 +206,7 @@ class AdaptedModel:
         trained = self.parameters_by_name()
         parameters = [trained[name] for name in names]
         for parameter in parameters:
-            parameter.requires_grad_(False)  # noqa: FBT003 - torch's
+            parameter.requires_grad_(False)
         try:
             yield
         finally:

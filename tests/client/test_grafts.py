@@ -17,7 +17,7 @@ from client.checkpointing import checkpointed_layers
 from client.grafts import is_graft_array
 from client.model import AdaptedModel, BaseModel
 from client.text import byte_tokenizer
-from conf.schema import ExpertTraining, GraftConfig, GraftForm, GraftStart, LoraConfig, ModelConfig, RouterTraining
+from conf.schema import ExpertTraining, GraftConfig, GraftForm, GraftStart, LoraConfig, ModelConfig
 from tests.client.tiny_models import MOE_FAMILIES, random_tokens, tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -39,12 +39,8 @@ def grafted_model(
     """A tiny base of ``family`` with a graft in every MoE layer, made in memory."""
     model = tiny_model(family, **overrides).to(dtype).requires_grad_(False)
     identity = BaseIdentity(name=family, path="/bases/tiny", sha256="0" * 64, folder=Path("/bases/tiny"))
-    # What mixes tokens in nemotron_h is not called attention, and PEFT wants something to train.
-    attention = family != "nemotron_h"
-    router = RouterTraining.frozen if attention else RouterTraining.averaged
-    config = ModelConfig(name=family, experts=ExpertTraining.frozen, router=router)
-    lora = LoraConfig(rank=2, alpha=6.0, attention=attention)
-    return AdaptedModel(BaseModel(model, byte_tokenizer(), identity), config, lora, graft)
+    config = ModelConfig(name=family, experts=ExpertTraining.frozen)
+    return AdaptedModel(BaseModel(model, byte_tokenizer(), identity), config, LORA, graft)
 
 
 def fresh(adapted: AdaptedModel, experts: tuple[int, ...] = (2,)) -> dict[str, NDArray[np.float32]]:
@@ -54,11 +50,11 @@ def fresh(adapted: AdaptedModel, experts: tuple[int, ...] = (2,)) -> dict[str, N
 
 
 def noisy(adapter: dict[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:
-    """Every array moved, but for the choice of experts and the router."""
+    """Every array moved, but for the choice of experts."""
     generator = np.random.default_rng(1)
     return {
         name: array
-        if name.endswith((".choice", "gate.weight"))
+        if name.endswith(".choice")
         else (array + 0.2 * generator.standard_normal(array.shape)).astype(np.float32)
         for name, array in adapter.items()
     }

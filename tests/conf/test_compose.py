@@ -147,7 +147,10 @@ def test_filter_takes_any_column(words, expected):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("strategy=nope", r"^strategy must be one of centralised, clair, fc_moe, .*fedyogi, local_only, .*got 'nope'$"),
+        (
+            "strategy=nope",
+            r"^strategy must be one of centralised, clair, fc_moe, .*fedyogi, flex, local_only, .*got 'nope'$",
+        ),
         ("partition=even", r"^partition must be one of dirichlet, files, iid, .*, got 'even'$"),
         ("method=null", r"^method must be a name, got 'null'"),
         ("roundz=3", r"^unknown setting 'roundz'; settings of the run: data, .*rounds, screen, seed"),
@@ -290,7 +293,7 @@ def test_hashing_leaves_the_config_as_it_is(fc_moe):
     [
         "strategy=fc_moe partition=dirichlet partition.alpha=0.1 data.filter.topic=[a,b] device=cpu output=/tmp/x",
         "strategy=fedadam model=smollm2_moe partition=files data.path=/sites/*.csv federation=remote",
-        "strategy=flex method.graft.start=paper data.prompt_column='the patient\\'s \"words\"' screen=clair worker=off",
+        ["strategy=flex", "method.graft.start=paper", "data.prompt_column='a patient\\'s \"words\"'", "screen=clair"],
     ],
 )
 def test_written_settings_read_back_as_the_same_run(words):
