@@ -8,7 +8,6 @@ Shape suffixes: N tokens, D model width, E experts, K experts per token.
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,8 +29,6 @@ _VALUES_AT_A_TIME = 2**24
 """Of the experts' outputs and inner values: 64 MiB in float32."""
 _TIE = 1e-5
 """Losses nearer to each other than this share of the outputs' lengths are told apart by rounding alone."""
-
-log = logging.getLogger("bouquet.client")
 
 
 @dataclass(frozen=True)
@@ -55,16 +52,6 @@ class Selection:
     layers: Mapping[str, LayerChoice]
     num_tokens: int
     seconds: float
-
-    def log(self) -> None:
-        """Tell the site's own log."""
-        log.info("experts selected on %d tokens in %.2f s", self.num_tokens, self.seconds)
-        for layer, choice in self.layers.items():
-            found = f"experts {list(choice.experts)}, loss {choice.loss:.4g}, spread {choice.spread:.3g}"
-            if choice.is_tie:
-                log.warning("%s: %s: a tie; the experts there are as good as copies of each other", layer, found)
-            else:
-                log.info("%s: %s", layer, found)
 
 
 @torch.no_grad()

@@ -198,6 +198,8 @@ class Site:
         generator = generator_for(self.config.seed, "begin", self.name)
         batch_size = self.config.eval.batch_size
         begun = self.method.begin(self.adapted, adapter, self._train_sequences, generator, batch_size)
+        if begun.note:
+            self.store.note(self.config.method.name, begun.note)
         return begun.adapter, dict(begun.metrics)
 
     def _own_loss(self, trained: Arrays) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -27,6 +27,8 @@ class Beginning(NamedTuple):
     adapter: Arrays
     metrics: Mapping[str, float]
     """Scalars for the run's records."""
+    note: Mapping[str, Any]
+    """JSON values for the site alone, kept beside its private store; empty: nothing to note."""
 
 
 class Method(ABC):
@@ -66,7 +68,7 @@ class Method(ABC):
             generator: Source of every random draw.
             batch_size: Sequences of a forward pass.
         """
-        return Beginning(adapter, {})
+        return Beginning(adapter, {}, {})
 
     @abstractmethod
     def start(self, received: Arrays, private: Arrays) -> Arrays:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from dataclasses import asdict
 
 import numpy as np
 
@@ -13,6 +15,8 @@ from client.model import AdaptedModel
 from client.text import TokenSequence
 from conf.schema import FlexConfig, MethodConfig
 from strategies.adapters import Arrays
+
+log = logging.getLogger("bouquet.client")
 
 
 class Flex(Method):
@@ -44,10 +48,10 @@ class Flex(Method):
         generator: np.random.Generator,
         batch_size: int,
     ) -> Beginning:
-        """The adapter with a fresh graft on the experts selected now; how that went, without which they are.
+        """The adapter with a fresh graft on the experts selected now; to the run it tells how that went, not which.
 
         Metrics: graft_seconds; graft_spread, the mean over layers of ``LayerChoice.spread``; graft_ties, layers whose
-        choice was a tie.
+        choice was a tie. The note is the ``Selection``.
 
         Raises:
             ValueError: If a router is not recognised.
@@ -56,9 +60,11 @@ class Flex(Method):
         order = generator.permutation(len(training))[: self.graft.calibration_examples]
         adapted.load_adapter(adapter)
         found = select_experts(adapted, [training[index] for index in order], self.graft.num_experts, batch_size)
-        found.log()
+        ties = [layer for layer, choice in found.layers.items() if choice.is_tie]
+        if ties:
+            log.warning("the experts of %s reconstruct their layers equally well: as good as copies", ", ".join(ties))
         choices = {layer: choice.experts for layer, choice in found.layers.items()}
-        return Beginning({**adapter, **adapted.grafted(choices, generator)}, _metrics(found))
+        return Beginning({**adapter, **adapted.grafted(choices, generator)}, _metrics(found), asdict(found))
 
     def start(self, received: Arrays, private: Arrays) -> Arrays:  # noqa: ARG002
         """What was received, and the site's graft as it is."""

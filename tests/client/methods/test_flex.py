@@ -1,5 +1,6 @@
 """FLEx at a site: what is sent, what stays, and what the graft buys."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -54,6 +55,18 @@ def test_attention_is_sent_and_the_graft_stays(config, tmp_path):
     assert update.metrics.keys() >= {"graft_seconds", "graft_spread", "graft_ties"}
     assert update.metrics["graft_ties"] == 0
     assert update.metrics["graft_spread"] > 0
+
+
+def test_how_experts_were_selected_is_noted_at_the_site_alone(config, tmp_path):
+    site = make_site(config, tmp_path)
+    update = site.train(1, first_global(site))
+    note = json.loads((tmp_path / "here.flex.json").read_text())
+    assert note["num_tokens"] == sum(len(s.input_ids) for s in encode(TRAIN, site.adapted.tokenizer, config.data))
+    for layer, choice in note["layers"].items():
+        assert choice["experts"] == site.store.load()[f"own/{layer}.graft.choice"].astype(int).tolist()
+    spreads = [choice["spread"] for choice in note["layers"].values()]
+    assert update.metrics["graft_spread"] == pytest.approx(np.mean(spreads))
+    assert (tmp_path / "here.flex.json").stat().st_mode & 0o777 == 0o600
 
 
 def test_experts_are_selected_once(config, tmp_path):
