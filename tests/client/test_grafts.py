@@ -15,6 +15,7 @@ from torch import Tensor
 from client.bases import BaseIdentity
 from client.checkpointing import checkpointed_layers
 from client.grafts import is_graft_array
+from client.memory import Shape, TrainingMemory
 from client.model import AdaptedModel, BaseModel
 from client.text import byte_tokenizer
 from conf.schema import ExpertTraining, GraftConfig, GraftForm, GraftStart, LoraConfig, ModelConfig
@@ -34,7 +35,7 @@ FORMS = {
 
 
 def grafted_model(
-    family: str, graft: GraftConfig = EXACT, dtype: torch.dtype = torch.float32, **overrides: Any
+    family: str, graft: GraftConfig | None = EXACT, dtype: torch.dtype = torch.float32, **overrides: Any
 ) -> AdaptedModel:
     """A tiny base of ``family`` with a graft in every MoE layer, made in memory."""
     model = tiny_model(family, **overrides).to(dtype).requires_grad_(False)
@@ -226,15 +227,19 @@ def test_models_that_cannot_take_a_graft_are_refused(family: str, settings: dict
         grafted_model(family, GraftConfig(num_experts=settings.get("num_experts", 1)), **overrides)
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"num_experts": 4}, r"method.graft.num_experts must be in \[1, 3\], got 4"),
-        ({"rank": -1}, "method.graft.rank must be >= 0, got -1"),
-        ({"calibration_examples": 0}, "method.graft.calibration_examples must be >= 1, got 0"),
-        ({"form": GraftForm.convex}, "method.graft.start must be paper with method.graft.form=convex.*, got 'exact'"),
-    ],
-)
-def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        GraftConfig(**settings)
+def test_a_convex_graft_cannot_start_exactly() -> None:
+    with pytest.raises(ValueError, match="start must be paper with method.graft.form=convex.*, got 'exact'"):
+        GraftConfig(form=GraftForm.convex)
+
+
+def test_the_memory_estimate_counts_the_graft_its_gradient_and_its_moments() -> None:
+    """A copy of one expert of width 24 in each of two layers, a gate of 16 weights and a bias: float32."""
+    grafted, plain = (
+        TrainingMemory(adapted, Shape(9, 5, packed=False), gradient_checkpointing=False)
+        for adapted in (grafted_model("olmoe"), grafted_model("olmoe", None))
+    )
+    of_grafts = 2 * 4 * (3 * 24 * 16 + 16 + 1)
+    assert grafted.adapter_bytes - plain.adapter_bytes == of_grafts
+    assert grafted.optimizer_bytes - plain.optimizer_bytes == 3 * of_grafts
+    assert grafted.activation_bytes(1) > plain.activation_bytes(1)
+    assert grafted.base_bytes == plain.base_bytes

@@ -126,7 +126,9 @@ def test_sites_alone_give_a_full_matrix_of_their_own_models(honest):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("words", ["strategy=centralised", "strategy=pfl_moe", "strategy=fc_moe model.router=local"])
+@pytest.mark.parametrize(
+    "words", ["strategy=centralised", "strategy=pfl_moe", "strategy=flex", "strategy=fc_moe model.router=local"]
+)
 def test_every_strategy_has_a_matrix(honest, words):
     result = honest(f"{words} {MATRIX}", num_sites=1 if "centralised" in words else 4)
     assert result.error is None
@@ -135,7 +137,10 @@ def test_every_strategy_has_a_matrix(honest, words):
     personal = {(of, on) for model, of, on in found if model == "personal"}
     everyone = {(of, on) for of in SITES for on in SITES}
     assert personal == (set() if "centralised" in words else everyone)
-    assert (result.folder.evaluation()["cost"].keys() == set(SITES)) == bool(personal)
+    cost = result.folder.evaluation()["cost"]
+    assert (cost.keys() == set(SITES)) == bool(personal)
+    if "flex" in words:  # one expert more for a token, and the frozen one it was copied from
+        assert all(1 < of_site["flops"] < 2 for of_site in cost.values())
 
 
 @pytest.mark.slow
