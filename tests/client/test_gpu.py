@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from client.graft_selection import select_experts
 from client.memory import Shape, TrainingMemory, choose_micro_batch, free_bytes, step_peak_bytes
 from client.model import AdaptedModel, load_base
 from client.runtime import configure_torch, resolve_device
-from conf.schema import Device, ExpertTraining, LoraConfig, OptimizerState, Precision, TrainConfig
+from conf.schema import Device, ExpertTraining, GraftConfig, LoraConfig, OptimizerState, Precision, TrainConfig
 from tests.client.local_training import distance, eight_sequences, gradient, length, noisy, run
 from tests.client.tiny_models import save_tiny_base
 
@@ -144,3 +145,23 @@ def test_auto_stays_inside_the_share_of_a_process(wider_config):
         assert 1 <= result.micro_batch <= 5
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+@pytest.mark.parametrize("dtype", [Precision.float32, Precision.bfloat16])
+def test_a_graft_is_selected_as_on_the_cpu_and_starts_exactly(base_config, dtype):
+    """Not a bit of a logit changes: the personal expert and its frozen twin go through the same kernels."""
+    config = replace(base_config, experts=ExpertTraining.frozen, dtype=dtype)
+    selected = {}
+    for device in ("cpu", "cuda"):
+        adapted = AdaptedModel(load_base(config, torch.device(device)), config, LoraConfig(rank=2), GraftConfig())
+        initial = adapted.initial_adapter(0)
+        adapted.load_adapter(initial)
+        selected[device] = select_experts(adapted, eight_sequences(), 1, 4).layers
+    choices = {layer: choice.experts for layer, choice in selected["cuda"].items()}
+    if dtype is Precision.float32:
+        assert choices == {layer: choice.experts for layer, choice in selected["cpu"].items()}
+    tokens = torch.arange(40, 60, device="cuda")[None]
+    with torch.no_grad():
+        without = adapted.model(input_ids=tokens).logits
+        adapted.load_adapter({**initial, **adapted.grafted(choices, np.random.default_rng(0))})
+        assert torch.equal(adapted.model(input_ids=tokens).logits, without)

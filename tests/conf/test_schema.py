@@ -52,6 +52,8 @@ OUT_OF_RANGE = [
     (schema.EvalConfig, "eval.every", 0, ">= 1"),
     (schema.EvalConfig, "eval.max_examples", 0, "null or >= 1"),
     (schema.EvalConfig, "eval.batch_size", 0, ">= 1"),
+    (schema.EvalConfig, "eval.num_answers", -1, ">= 0"),
+    (schema.EvalConfig, "eval.max_new_tokens", 0, ">= 1"),
     (schema.FederationConfig, "federation.min_sites", 0, ">= 1"),
     (schema.FederationConfig, "federation.fraction", 0.0, "in (0, 1]"),
     (schema.FederationConfig, "federation.fraction", 1.01, "in (0, 1]"),
