@@ -92,10 +92,8 @@ def base_model(config: Config) -> str:
             f"{base} is dense, {trained:,} trained parameters: set model.upcycle.num_experts to give it experts"
         )
     if adapted.graft_spec is not None:
-        per_layer = (
-            f"{adapted.graft_spec.num_experts} personal expert(s) a site in each of {len(adapted.layers)} layers"
-        )
-        return f"{base}; {per_layer}; {trained:,} trained parameters"
+        personal = f"{adapted.graft_spec.num_experts * len(adapted.layers)} personal experts a site"
+        return f"{base}; {personal} in {len(adapted.layers)} layers; {trained:,} trained parameters"
     if config.model.experts is ExpertTraining.frozen:
         raise Caution(
             f"{base}, {trained:,} trained parameters, none of an expert: set model.experts=lora to train them"
