@@ -41,7 +41,7 @@ METHOD_OF = dict.fromkeys(
     ),
     "sft",
 )
-METHOD_OF |= {name: name for name in ("scaffold", "fedalign_moe", "pfl_moe", "fc_moe", "local_only")}
+METHOD_OF |= {name: name for name in ("scaffold", "fedalign_moe", "pfl_moe", "fc_moe", "firm", "local_only")}
 
 
 @pytest.fixture(scope="module")
