@@ -81,9 +81,9 @@ def gather(
         lengths = [sequence.num_targets for sequence in chosen]
         batch = collate(chosen, adapted.tokenizer.pad_token_id)
         log_p_T, hidden_TD = sampled_log_probabilities(adapted, batch, temperature)
-        old += log_p_T.split(lengths)
-        hidden += hidden_TD.split(lengths)
-        reference += reference_log_probabilities(adapted, batch, temperature).split(lengths)
+        old += torch.split(log_p_T, lengths)
+        hidden += torch.split(hidden_TD, lengths)
+        reference += torch.split(reference_log_probabilities(adapted, batch, temperature), lengths)
     return Experience(rollout, scores_NM, old, reference, hidden)
 
 

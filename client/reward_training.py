@@ -74,7 +74,7 @@ def bradley_terry_weights(differences_PD: Tensor, penalty: float) -> Tensor:
         torch.autograd.backward(value)
         return value
 
-    lbfgs.step(loss)
+    lbfgs.step(loss)  # type: ignore[no-untyped-call]
     return weight_D.detach() / scale_D
 
 

@@ -163,7 +163,7 @@ def margins_of(adapted: AdaptedModel, pairs: Sequence[PreferencePair], step: Ste
     if step is not None:
         step.counter.set_mask(batch["token_mask"])
     log_ratio_T = token_log_probabilities(adapted, batch) - reference_T
-    sums = [part.sum() for part in log_ratio_T.split([sequence.num_targets for sequence in sequences])]
+    sums = [part.sum() for part in torch.split(log_ratio_T, [sequence.num_targets for sequence in sequences])]
     return torch.stack(sums[: len(pairs)]) - torch.stack(sums[len(pairs) :])
 
 

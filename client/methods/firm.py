@@ -6,7 +6,7 @@ Shape suffixes: T tokens, M objectives.
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import cast
 
@@ -113,7 +113,7 @@ class Firm(Method):
         self, adapted: AdaptedModel, prompts: Sequence[PromptSequence], batch_size: int
     ) -> dict[str, float]:
         rewards = named_rewards(self.config.rewards, adapted)
-        sums: Counter[str] = Counter()
+        sums: dict[str, float] = defaultdict(float)
         with torch.random.fork_rng(devices=[adapted.device] if adapted.device.type == "cuda" else []):
             torch.manual_seed(_EVALUATION_SEED)
             for first in range(0, len(prompts), batch_size):
@@ -136,14 +136,14 @@ class InClientAlignment(LocalRule):
         self._preference_M = np.array(preference_of(config.preference, len(rewards.names)))
         self._critic_arrays = under(_CRITIC, private)
         self._critic: Critic | None = None
-        self._weights_M: NDArray[np.float64] | None = private.get(_WEIGHTS)
+        self._weights_M: NDArray[np.floating] | None = private.get(_WEIGHTS)
         self._experience: Experience | None = None
         self._advantages: list[Tensor] = []
         self._returns: list[Tensor] = []
         self._num_steps = 0
         self._num_rollouts = 0
         self._weights_sum_M = np.zeros(len(rewards.names))
-        self._measured: Counter[str] = Counter()
+        self._measured: dict[str, float] = defaultdict(float)
 
     def passes_over(self, sequences: Sequence[TokenSequence]) -> Sequence[TokenSequence]:
         """Prompts with completions of full length."""
