@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.federation import simulated
 from client.experience import gather
 from client.local_rule import Step
 from client.methods.firm import Firm, InClientAlignment
@@ -15,6 +16,7 @@ from client.model import adapted_model, base_model_loads
 from client.private import under
 from client.reward_models import named_rewards
 from conf.alignment import Estimator, FirmConfig, Regulariser
+from conf.compose import load_config
 from conf.schema import DataConfig, LoraConfig, Template
 from tests.client.local_training import live_tensor_bytes
 from tests.client.test_site import TRAIN, assert_same, first_global, make_site, noisy, settings_for
@@ -209,3 +211,25 @@ def test_a_reward_that_fails_ends_the_round_by_name(base_config, tmp_path):
     with pytest.raises(ValueError, match=r"method.rewards: 'kindness' is none of \['brevity', "):
         site.train(1, first_global(site))
     assert site.store.load() == {}
+
+
+@pytest.mark.slow
+def test_rounds_of_a_federation_raise_held_out_rewards(tmp_path):
+    """tiny_moe and two programmatic rewards: after two rounds one is much higher and the other has not paid for it."""
+    config = load_config(
+        "strategy=firm partition=iid partition.num_sites=2 data.num_examples=80 rounds=2 train.max_steps=6 "
+        "train.batch_size=4 train.learning_rate=2e-2 method.rewards=[length,format] method.group_size=6 method.kl=0.01 "
+        "method.max_new_tokens=12 method.temperature=1.5 method.beta=1 method.eval_prompts=16"
+    )
+    federation = simulated(config, tmp_path)
+
+    def held_out():
+        found = [site.evaluate(federation.received(name))[name].metrics for name, site in federation.sites.items()]
+        return {name: np.mean([metrics[name] for metrics in found]) for name in found[0]}
+
+    before = held_out()
+    assert len(list(federation.rounds())) == config.rounds
+    after = held_out()
+    assert after["held_out_reward/length"] > 1.5 * before["held_out_reward/length"]
+    assert after["held_out_reward/format"] > before["held_out_reward/format"] - 0.02
+    assert before["held_out_kl"] == pytest.approx(0, abs=1e-6) != after["held_out_kl"]
