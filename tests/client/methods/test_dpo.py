@@ -1,5 +1,6 @@
 """DPO at a site: its loss against a loop, the mixture of objectives, and what is measured."""
 
+import json
 import math
 from dataclasses import replace
 
@@ -7,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.federation import simulated
 from client.methods.dpo import Dpo, margins_of
 from client.model import adapted_model
 from client.text import Example
 from conf.alignment import DpoConfig
+from conf.compose import load_config
 from conf.schema import DataConfig, LoraConfig, Template
 from tests.client.local_training import gradient, noisy, run
 from tests.client.tiny_models import save_tiny_base
@@ -125,3 +128,28 @@ def test_memory_is_estimated_for_both_responses(adapted):
     pairs = pairs_of(adapted, DpoConfig())
     over = Dpo(DpoConfig()).local_rule(adapted, {}, {}).passes_over(pairs)
     assert len(over) == 2 * len(pairs)
+
+
+def test_a_round_from_a_file_of_pairs(tmp_path):
+    """What the sites send are adapters; what they measure has the objectives' names."""
+    rows = [
+        {"prompt": f"Say {word}.", "chosen": word, "rejected": "no", "objective": objective}
+        for word in ("sun", "tree", "road", "door") for objective in ("helpful", "harmless")
+    ]  # fmt: skip
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    base = save_tiny_base(tmp_path / "base", "olmoe")
+    config = load_config(
+        [
+            "method=dpo", "method.objectives=[helpful,harmless]", f"data.path={tmp_path / 'pairs.jsonl'}",
+            "data.prompt_column=prompt", "data.context_column=null", "data.response_column=chosen",
+            "data.rejected_column=rejected", "data.objective_column=objective", "data.template=plain",
+            "partition=iid", "partition.num_sites=2", f"model.name={base.name}", "model.source=hub", "lora.rank=2",
+            "train.max_steps=1", "train.batch_size=2",
+        ]
+    )  # fmt: skip
+    federation = simulated(config, tmp_path / "private")
+    updates = federation.play()
+    assert [update.extras for update in updates] == [{}, {}]
+    assert all(update.adapter.keys() == federation.adapter.keys() for update in updates)
+    measured = federation.sites["site-00"].evaluate(federation.adapter)["site-00"].metrics
+    assert {name.partition("/")[0] for name in measured} == {"held_out_accuracy", "held_out_margin"}
