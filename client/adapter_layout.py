@@ -58,9 +58,9 @@ class Packing(Enum):
 
 @dataclass(frozen=True)
 class Slot:
-    """An exchanged array and the torch parameter that holds it."""
+    """An array of the adapter and the torch tensor that holds it: a parameter, if it is trained."""
 
-    parameter: nn.Parameter
+    parameter: torch.Tensor
     packing: Packing
     num_experts: int = 1
     base: nn.Parameter | None = None
@@ -128,17 +128,22 @@ def lora_targets(model: PreTrainedModel, *, feed_forward: bool) -> list[str]:
     linear = [
         path for path, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D)) and module is not head
     ]
-    targets = [path for path in linear if feed_forward or _in_attention(path)]
+    targets = [path for path in linear if feed_forward or _in_attention(model, path)]
     if not targets:
         raise ValueError(
             f"lora.attention=true, but {type(model).__name__} has no linear layer in a module whose name ends in "
-            "'attn' or 'attention'; set lora.attention=false"
+            "'attn' or 'attention', or whose class is called so; set lora.attention=false"
         )
     return targets
 
 
-def _in_attention(path: str) -> bool:
-    return any(part.endswith(("attn", "attention")) for part in path.split("."))
+def _in_attention(model: PreTrainedModel, path: str) -> bool:
+    """By the name of a module around it or, in Nemotron-H, where all mixers are called alike, by its own class."""
+    parts = path.split(".")
+    parents = (model.get_submodule(".".join(parts[:depth])) for depth in range(1, len(parts)))
+    return any(part.endswith(("attn", "attention")) for part in parts) or any(
+        type(parent).__name__.endswith("Attention") for parent in parents
+    )
 
 
 def peft_config(model: PreTrainedModel, config: ModelConfig, lora: LoraConfig) -> peft.LoraConfig:

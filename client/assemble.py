@@ -11,13 +11,14 @@ import torch
 from client.data import CENTRALISED, SiteData, own_site, simulated_sites
 from client.examination import EvalSet, held_out_set
 from client.general_sets import general_sets
+from client.methods import method_for
 from client.model import AdaptedModel, adapted_model
 from client.private import PrivateStore
 from client.runtime import configure_torch, resolve_device
 from client.site import POOLED, Site
 from client.site_settings import real_settings, simulated_settings
 from client.text import Example, check_packing
-from conf.schema import Config, Mode
+from conf.schema import Config, GraftConfig, Mode
 from conf.seeds import generator_for
 
 log = logging.getLogger("bouquet.client")
@@ -85,18 +86,31 @@ def pooled_held_out(config: Config) -> list[Example]:
 
 
 def model_for(config: Config) -> AdaptedModel:
-    """This process's base model and adapter, loaded once; sets torch's switches.
+    """This process's base model and an adapter of what the server knows, loaded once; sets torch's switches.
 
     Raises:
         ValueError: If the model settings do not work out, or the model cannot train on packed sequences as asked.
     """
+    return _model(config, None)
+
+
+def site_model(config: Config) -> AdaptedModel:
+    """The same with all that a site trains, its graft included.
+
+    Raises:
+        ValueError: As ``model_for``.
+    """
+    return _model(config, method_for(config.method).graft)
+
+
+def _model(config: Config, graft: GraftConfig | None) -> AdaptedModel:
     configure_torch(config.train)
     device = resolve_device(config.device)
     share = config.federation.gpus_per_site if config.federation.mode is Mode.simulation else None
     if device.type == "cuda" and share is not None and 0 < share <= 0.5:
         # Each process keeps to its part, the server's included: "auto" would else take what the others need.
         torch.cuda.set_per_process_memory_fraction(share / (1 + share))
-    adapted = adapted_model(config.model, config.lora, device)
+    adapted = adapted_model(config.model, config.lora, device, graft)
     if config.data.packing:
         check_packing(adapted.base.model)
     return adapted
@@ -111,7 +125,7 @@ def _site(
     *,
     other_sets: Mapping[str, EvalSet] | None = None,
 ) -> Site:
-    adapted = model_for(config)
+    adapted = site_model(config)
     store = PrivateStore(private_folder, name, adapted.base.identity.sha256)
     return Site(name, train_examples, held_out, adapted=adapted, config=config, store=store, other_sets=other_sets)
 

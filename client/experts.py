@@ -131,6 +131,28 @@ def _experts(experts: Any, engine: Engine, hidden_ND: Tensor, chosen_NK: Tensor,
     return outputs.to(hidden_ND.dtype)
 
 
+def every_expert(experts: Any, hidden_ND: Tensor) -> Tensor:
+    """(E, N, D) what each of a layer's frozen experts makes of each token, without routing weights.
+
+    Args:
+        experts: The module that holds the fused weights, in transformers' experts interface.
+        hidden_ND: Tokens; E times as many rows of the experts' inner width are made at once.
+    """
+    opened_ENO = _by_every_expert(experts, "gate_up_proj" if experts.has_gate else "up_proj", hidden_ND)
+    inner_ENF = experts._apply_gate(opened_ENO) if experts.has_gate else experts.act_fn(opened_ENO)
+    out_END = _by_every_expert(experts, "down_proj", inner_ENF)
+    norm = getattr(experts, "post_expert_norm", None)
+    return out_END if norm is None else norm(out_END)
+
+
+def _by_every_expert(experts: Any, name: str, x: Tensor) -> Tensor:
+    """(E, N, O) of x (N, I) or (E, N, I)."""
+    projection = Projection(getattr(experts, name), is_transposed=experts.is_transposed)
+    weight_EIO = projection.input_major()
+    y_ENO = x.to(weight_EIO.dtype) @ weight_EIO
+    return y_ENO + getattr(experts, f"{name}_bias")[:, None] if experts.has_bias else y_ENO
+
+
 def _projection(experts: Any, engine: Engine, name: str, dtype: torch.dtype) -> tuple[Projection, Factors]:
     weight = getattr(experts, name)
     bias = getattr(experts, f"{name}_bias") if experts.has_bias else None

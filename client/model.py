@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +24,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from client.adapter_layout import ADAPTER, adapter_slots, moe_layers, peft_config, train_replaced_in_float32
 from client.bases import BaseIdentity, materialise, without_progress_bars
 from client.experts import use_engine
+from client.graft_layout import graft_slots, graft_spec
+from client.grafts import NO_GRAFT, Graft, attach_grafts, graft_name, is_graft_array
 from client.quantization import quantize_int8
 from client.routing import ExpertTokenCounter, RoutedTokens, count_router_choices
-from conf.schema import LoraConfig, ModelConfig, Quantization
+from conf.schema import GraftConfig, LoraConfig, ModelConfig, Quantization
 from conf.seeds import generator_for
 from strategies.adapters import Arrays, check_same_layout
 
@@ -75,29 +77,34 @@ def load_base(model: ModelConfig, device: torch.device) -> BaseModel:
     return _bases[key]
 
 
-def adapted_model(model: ModelConfig, lora: LoraConfig, device: torch.device) -> AdaptedModel:
+def adapted_model(
+    model: ModelConfig, lora: LoraConfig, device: torch.device, graft: GraftConfig | None = None
+) -> AdaptedModel:
     """The base model with room for an adapter; made once a process, so callers load the adapter they mean to use.
 
     Raises:
         ValueError: If the settings do not fit the model: see ``AdaptedModel`` and ``load_base``.
     """
-    key = repr((model, lora, device))
+    key = repr((model, lora, device, graft))
     if key not in _adapted:
-        _adapted[key] = AdaptedModel(load_base(model, device), model, lora)
+        _adapted[key] = AdaptedModel(load_base(model, device), model, lora, graft)
     return _adapted[key]
 
 
 class AdaptedModel:
     """A base model with one adapter: low-rank updates, and experts or routers trained in full where asked.
 
-    The adapter's arrays are named and shaped as the strategies know them, whatever PEFT keeps inside.
+    The adapter's arrays are named and shaped as the strategies know them, whatever PEFT keeps inside. With a ``graft``
+    they hold a site's personal experts too, and which experts these were copied from.
 
     Raises:
         ValueError: If the model has experts but none would be trained although ``model.experts`` says so, if
-            experts or routers are asked of a dense model, or if nothing is left to train.
+            experts or routers are asked of a dense model, if nothing is left to train, or if a graft does not fit.
     """
 
-    def __init__(self, base: BaseModel, config: ModelConfig, lora: LoraConfig) -> None:
+    def __init__(
+        self, base: BaseModel, config: ModelConfig, lora: LoraConfig, graft: GraftConfig | None = None
+    ) -> None:
         layers = moe_layers(base.model)
         self.base = base
         self.tokenizer = base.tokenizer
@@ -116,6 +123,12 @@ class AdaptedModel:
         self._routed = RoutedTokens()
         use_engine(self.model, layers, self._routed)
         self._slots = adapter_slots(self.model)
+        self.graft_spec = None if graft is None else graft_spec(graft, lora, config, layers)
+        """What grafts there are; None: none."""
+        self._grafts: dict[str, Graft] = {}
+        if self.graft_spec is not None:
+            self._grafts = attach_grafts(self.model.get_base_model(), layers, self.graft_spec)
+            self._slots |= graft_slots(self._grafts)
         # Zero-stride arrays: the names and shapes of an adapter without its memory.
         self._layout: Arrays = {
             name: np.broadcast_to(np.float32(0), tuple(slot.unpack(slot.parameter).shape))
@@ -125,20 +138,38 @@ class AdaptedModel:
     def initial_adapter(self, seed: int) -> dict[str, NDArray[np.float32]]:
         """The adapter before round 1, under which the model computes what its base does.
 
-        A is uniform within 1/sqrt(inputs) as in PEFT, B is zero, weights trained in full are the base's. An
-        array depends on ``seed`` and its name alone.
+        A is uniform within 1/sqrt(inputs) as in PEFT, B is zero, weights trained in full are the base's, and there is
+        no graft (see ``grafted``). An array depends on ``seed`` and its name alone.
         """
-        adapter = {}
+        adapter: dict[str, NDArray[np.float32]] = {}
         for name, slot in self._slots.items():
             shape = self._layout[name].shape
             if slot.base is not None:
                 adapter[name] = _to_numpy(slot.base)
+            elif name.endswith(".choice"):
+                adapter[name] = np.full(shape, NO_GRAFT, np.float32)
             elif name.endswith("lora_A"):
                 limit = shape[-1] ** -0.5
                 adapter[name] = generator_for(seed, "adapter", name).uniform(-limit, limit, shape).astype(np.float32)
             else:
                 adapter[name] = np.zeros(shape, np.float32)
         return adapter
+
+    def grafted(
+        self, choices: Mapping[str, Sequence[int]], generator: np.random.Generator
+    ) -> dict[str, NDArray[np.float32]]:
+        """The arrays of all grafts before their training.
+
+        Args:
+            choices: MoE layer -> the experts that its graft is made from.
+            generator: Source of the random factors of a low-rank graft.
+        """
+        draws, experts = torch.Generator().manual_seed(int(generator.integers(2**63))), self.experts()
+        return {
+            graft_name(layer, name): _to_numpy(tensor)
+            for layer, graft in self._grafts.items()
+            for name, tensor in graft.copied(experts[layer], choices[layer], draws).items()
+        }
 
     def load_adapter(self, arrays: Arrays) -> None:
         """Compute with this adapter from now on; the arrays are copied.
@@ -155,9 +186,32 @@ class AdaptedModel:
         """A copy of the adapter as it is now."""
         return {name: self.to_canonical(name, slot.parameter) for name, slot in self._slots.items()}
 
+    @property
+    def array_names(self) -> list[str]:
+        """Names of all arrays of an adapter, in their order."""
+        return list(self._layout)
+
     def parameters_by_name(self) -> dict[str, torch.nn.Parameter]:
-        """The trainable parameters, float32 and in PEFT's shape, by the name of their array."""
-        return {name: slot.parameter for name, slot in self._slots.items()}
+        """What is trained, float32 and in PEFT's shape, by the name of its array: not what is ``fixed``."""
+        parameters = {name: slot.parameter for name, slot in self._slots.items()}
+        return {
+            name: parameter
+            for name, parameter in parameters.items()
+            if isinstance(parameter, torch.nn.Parameter) and parameter.requires_grad
+        }
+
+    @contextmanager
+    def fixed(self, names: Iterable[str]) -> Iterator[None]:
+        """Leave these arrays out of training while the context lasts."""
+        trained = self.parameters_by_name()
+        parameters = [trained[name] for name in names]
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in parameters:
+                parameter.requires_grad_()
 
     def to_canonical(self, name: str, stored: torch.Tensor) -> NDArray[np.float32]:
         """A tensor of parameter ``name``'s shape (its value, gradient or moment) as a new array in our layout."""
@@ -189,6 +243,11 @@ class AdaptedModel:
             module = network.get_submodule(layer.router)
             found[name] = module.modules_to_save[ADAPTER] if isinstance(module, ModulesToSaveWrapper) else module
         return found
+
+    def experts(self) -> dict[str, Any]:
+        """MoE layer -> its module of fused experts, as transformers made it, where none of them is trained."""
+        network = self.model.get_base_model()
+        return {layer: network.get_submodule(f"{layer}.experts") for layer in self.layers}
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -247,6 +306,24 @@ class AdaptedModel:
                 state[key] = self.from_canonical(name, arrays[name]).contiguous()
         # "auto" would ask the hub whether the vocabulary was resized.
         self.model.save_pretrained(str(folder), state_dict=state, save_embedding_layers=False)
+
+    def read_peft(self, folder: Path) -> dict[str, NDArray[np.float32]]:
+        """The arrays that ``save_peft`` wrote into ``folder``; they stay loaded.
+
+        Raises:
+            ValueError: If there is no adapter, or it is not one of this model.
+        """
+        if not (folder / "adapter_config.json").exists():
+            raise ValueError(f"{folder} holds no adapter: the run did not complete a round")
+        weights = peft.load_peft_weights(str(folder), device="cpu")
+        try:
+            outcome: Any = peft.set_peft_model_state_dict(self.model, weights)
+        except RuntimeError as error:  # torch's word for shapes that differ
+            raise ValueError(f"the adapter in {folder} does not fit these settings: {error}") from error
+        if outcome.unexpected_keys:
+            foreign = sorted(outcome.unexpected_keys)[:4]
+            raise ValueError(f"the adapter in {folder} has arrays that this model lacks: {foreign}")
+        return {name: array for name, array in self.read_adapter().items() if not is_graft_array(name)}
 
 
 def share_weights(model: PreTrainedModel) -> PreTrainedModel:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,13 +77,21 @@ class PrivateStore:
             "server_round": str(server_round),
             "arrays_sha256": _sha256(contiguous),
         }
-        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self.folder.chmod(0o700)
+        self._make_folder()
         for leftover in self.folder.glob(f".{self.path.name}.*.tmp"):
             leftover.unlink(missing_ok=True)
         if self.path.exists() and self._read(self.path)[1] != server_round:
             _link(self.path, self.previous_path)
         _replace(self.path, safetensors.numpy.save(contiguous, metadata))
+
+    def note(self, topic: str, values: Mapping[str, Any]) -> None:
+        """Write ``SITE.<topic>.json`` beside the arrays, for whoever looks after the site; nothing reads it back."""
+        self._make_folder()
+        _replace(self.folder / f"{quote(self.site, safe='')}.{topic}.json", json.dumps(values, indent=2).encode())
+
+    def _make_folder(self) -> None:
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.folder.chmod(0o700)
 
     def _read(self, path: Path) -> tuple[dict[str, NDArray[Any]], int | None]:
         """Arrays of a file and the round they were saved in; None if there is no file."""

@@ -89,11 +89,18 @@ class Site:
         _ = self._train_sequences
 
     def train(
-        self, server_round: int, received: Arrays, broadcast: Arrays | None = None, *, evaluate_own: bool = False
+        self,
+        server_round: int,
+        received: Arrays,
+        broadcast: Arrays | None = None,
+        *,
+        evaluate_own: bool = False,
+        fix_shared: bool = False,
     ) -> ClientUpdate:
         """Train locally from the global adapter; the update holds what is shared and nothing else.
 
-        ``broadcast`` is what the strategy sends beside the adapter (``Strategy.broadcast``); None: nothing.
+        ``broadcast`` is what the strategy sends beside the adapter (``Strategy.broadcast``); None: nothing. With
+        ``fix_shared`` only what is not shared is trained.
 
         Its metrics are train_loss (nats per response token), num_tokens (response tokens trained on), num_steps,
         micro_batch, train_seconds, those of ``client.throughput.Throughput`` and of the method's rule and, with
@@ -108,19 +115,20 @@ class Site:
                 is nothing to train or evaluate on, or training diverges.
         """
         private = self.store.load(before_round=server_round)
-        start_of_round = self._completed(received, private)
+        start_of_round, metrics = self._begun(self._completed(received, private), private)
         rule = self.method.local_rule(self.adapted, broadcast or {}, private)
-        result = train(
-            self.adapted,
-            self._train_sequences,
-            start=self.method.start(start_of_round, private),
-            anchor=received,
-            optimizer=under(_OPTIMIZER, private),
-            config=self.config.train,
-            generator=generator_for(self.config.seed, "train", server_round, self.name),
-            rule=rule,
-        )
-        metrics = {**_metrics(result), **rule.metrics()}
+        with self.adapted.fixed(received if fix_shared else ()):
+            result = train(
+                self.adapted,
+                self._train_sequences,
+                start=self.method.start(start_of_round, private),
+                anchor={} if fix_shared else received,
+                optimizer=under(_OPTIMIZER, private),
+                config=self.config.train,
+                generator=generator_for(self.config.seed, "train", server_round, self.name),
+                rule=rule,
+            )
+        metrics |= {**_metrics(result), **rule.metrics()}
         if evaluate_own:
             metrics["own_loss"] = self._own_loss(result.adapter)
         shared = shared_arrays(result.adapter, self.config)
@@ -182,7 +190,18 @@ class Site:
             return self.adapted
         rank = ranks.pop()
         wider = replace(lora, rank=rank, alpha=lora.alpha * rank / lora.rank)
-        return adapted_model(self.config.model, wider, self.adapted.device)
+        return adapted_model(self.config.model, wider, self.adapted.device, self.method.graft)
+
+    def _begun(self, adapter: Arrays, private: Arrays) -> tuple[Arrays, dict[str, float]]:
+        """The adapter, before the site's first round with what the method makes of it; and metrics of that."""
+        if under(_OWN, private):
+            return adapter, {}
+        generator = generator_for(self.config.seed, "begin", self.name)
+        batch_size = self.config.eval.batch_size
+        begun = self.method.begin(self.adapted, adapter, self._train_sequences, generator, batch_size)
+        if begun.note:
+            self.store.note(self.config.method.name, begun.note)
+        return begun.adapter, dict(begun.metrics)
 
     def _own_loss(self, trained: Arrays) -> float:
         own = [sequences for name, sequences in self._held_out_sequences.items() if name != POOLED]
@@ -191,7 +210,7 @@ class Site:
 
     def _completed(self, received: Arrays, private: Arrays) -> Arrays:
         """``received`` with the site's own value of every array not shared: its last, or the run's initial one."""
-        names = list(self.adapted.parameters_by_name())
+        names = self.adapted.array_names
         expected = {name for name in names if is_shared(name, self.config)}
         if received.keys() != expected:
             differing = sorted(received.keys() ^ expected)[:4]

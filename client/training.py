@@ -85,10 +85,11 @@ def train(
     began = time.perf_counter()
     rule = rule or LocalRule()
     configure_torch(config)
+    # Before memory is measured: a graft that an adapter lacks takes none.
+    adapted.load_adapter(start)
     micro_batch = choose_micro_batch(adapted, rule.passes_over(sequences), config, free_bytes(adapted.device))
     # Spawned, so that the order of the sequences is the generator's own stream.
     torch.manual_seed(int(generator.spawn(1)[0].integers(2**63)))
-    adapted.load_adapter(start)
     adapted.model.train()
     adamw = _adamw(adapted, optimizer, config)
     anchored = _anchored(adapted, anchor) if config.proximal_mu > 0 else []

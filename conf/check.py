@@ -26,6 +26,7 @@ def check_config(config: Config) -> None:
     _check_clair(config)
     _check_routers(config)
     _check_alignment(config)
+    _check_graft(config)
     _check_partition(config)
     _check_federation(config)
     _check_training(config)
@@ -110,6 +111,21 @@ def _check_alignment(config: Config) -> None:
         raise ValueError("method=dpo compares two responses: set data.rejected_column, and data.path to such data")
     if isinstance(method, DpoConfig) and method.objectives and data.objective_column is None:
         raise ValueError(f"method.objectives={method.objectives} are values of a column: set data.objective_column")
+
+
+def _check_graft(config: Config) -> None:
+    """A graft is copied from experts as they were pre-trained, and its gates stand beside a router that stays."""
+    if config.method.name != "flex":
+        return
+    model = config.model
+    wanted = {
+        "model.experts": (model.experts, ExpertTraining.frozen),
+        "model.router": (model.router, RouterTraining.frozen),
+        "model.quantization": (model.quantization, Quantization.none),
+    }
+    for key, (value, needed) in wanted.items():
+        if value is not needed:
+            raise ValueError(f"method=flex needs {key}={needed.name}, got {value.name}")
 
 
 def _check_partition(config: Config) -> None:

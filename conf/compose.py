@@ -40,17 +40,18 @@ from strategies.fedavg import FedAvg, FedProx
 from strategies.fedmoe import FedMoe
 from strategies.fedopt import FedAdagrad, FedAdam, FedAvgM, FedYogi
 from strategies.firm import Firm
+from strategies.flex import Flex
 from strategies.local_only import LocalOnly
 from strategies.pfl_moe import PflMoe
 from strategies.scaffold import Scaffold
 
 STRATEGIES: tuple[type[Strategy], ...] = (
     FedAvg, FedProx, FedAvgM, FedAdam, FedAdagrad, FedYogi, Scaffold,
-    FedMoe, FedAlignMoe, FcMoe, FcMoePlus, PflMoe, Clair, Firm, LocalOnly, Centralised,
+    FedMoe, FedAlignMoe, FcMoe, FcMoePlus, PflMoe, Flex, Clair, Firm, LocalOnly, Centralised,
 )  # fmt: skip
 METHODS: tuple[type[MethodConfig], ...] = (
     schema.SftConfig, schema.ScaffoldConfig, schema.FcMoeConfig, schema.FedAlignMoeConfig, schema.PflMoeConfig,
-    schema.LocalOnlyConfig, alignment.FirmConfig, alignment.DpoConfig,
+    schema.FlexConfig, schema.LocalOnlyConfig, alignment.FirmConfig, alignment.DpoConfig,
 )  # fmt: skip
 PARTITIONS: tuple[type[PartitionConfig], ...] = (
     schema.Iid, schema.Dirichlet, schema.Pathological, schema.Shard, schema.Natural, schema.Files,
@@ -81,6 +82,43 @@ def load_config(overrides: str | Sequence[str] = "") -> Config:
             settings contradict each other. The message names the key, the value and the limit.
     """
     return copy.deepcopy(_composed(tuple(_words(overrides))))
+
+
+def load_saved(text: str, overrides: Sequence[str] = ()) -> Config:
+    """Settings out of a run folder's ``config.yaml``, and overrides of them.
+
+    Raises:
+        ValueError: As ``load_config``; or if the settings are of another version of Bouquet.
+    """
+    saved = OmegaConf.to_container(OmegaConf.create(text))
+    if not isinstance(saved, dict):
+        raise ValueError("the saved settings are no mapping")  # noqa: TRY004 - foreign data, as all of the settings
+    named = {group: str(saved[group].pop("name")) for group in ("strategy", "method", "partition")}
+    words = [f"{group}={name}" for group, name in named.items()]
+    return load_config([*words, *_leaves(saved, ""), *overrides])
+
+
+def _leaves(values: Mapping[Any, Any], prefix: str) -> list[str]:
+    """Overrides that set every value of a tree."""
+    words = []
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            words += _leaves(value, f"{prefix}{key}.")
+        else:
+            words.append(f"{prefix}{key}={_as_override(value)}")
+    return words
+
+
+def _as_override(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{','.join(_as_override(item) for item in value)}]"
+    return quoted(value) if isinstance(value, str) else json.dumps(value)
+
+
+def quoted(text: str) -> str:
+    """Text as it is written in an override, whatever it holds."""
+    escaped = text.replace("'", "\\'")
+    return f"'{escaped}'"
 
 
 # Composing takes longer than a small site's round, and a process is asked for the same settings with every message.

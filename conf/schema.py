@@ -136,6 +136,24 @@ class RetentionKind(Enum):
     """The part of the update that the global step does not represent."""
 
 
+class GraftForm(Enum):
+    """How a personal expert joins the routed ones."""
+
+    additive = "additive"
+    """Beside them: gate times its output is added."""
+    convex = "convex"
+    """Instead of them: what the gate gives to it, it takes from them."""
+
+
+class GraftStart(Enum):
+    """What a layer computes with a graft that is not trained yet."""
+
+    exact = "exact"
+    """What it did without: the personal expert counts by its difference to the frozen one it was copied from."""
+    paper = "paper"
+    """Half of the copied expert more (or, convex, instead)."""
+
+
 @dataclass(kw_only=True)
 class UpcycleConfig:
     """Turns a dense base model into a mixture of experts."""
@@ -398,6 +416,39 @@ class PflMoeConfig(MethodConfig):
 
     def __post_init__(self) -> None:
         require(self.gate_examples >= 1, "method.gate_examples", ">= 1", self.gate_examples)
+
+
+@dataclass(kw_only=True)
+class GraftConfig:
+    """A site's personal experts (https://arxiv.org/abs/2506.00965)."""
+
+    num_experts: int = 1
+    """Personal experts of each MoE layer."""
+    rank: int = 0
+    """Each is the frozen expert plus a trained change of this rank, scaled by lora.alpha / rank; 0: a trained copy."""
+    form: GraftForm = GraftForm.additive
+    start: GraftStart = GraftStart.exact
+    calibration_examples: int = 32
+    """Training sequences, drawn once, on which a site finds out what experts to copy."""
+
+    def __post_init__(self) -> None:
+        require(1 <= self.num_experts <= 3, "method.graft.num_experts", "in [1, 3]", self.num_experts)
+        require(self.rank >= 0, "method.graft.rank", ">= 0", self.rank)
+        require(self.calibration_examples >= 1, "method.graft.calibration_examples", ">= 1", self.calibration_examples)
+        require(
+            self.form is GraftForm.additive or self.start is GraftStart.paper,
+            "method.graft.start",
+            "paper with method.graft.form=convex, whose gates take from the routed experts at once",
+            self.start.name,
+        )
+
+
+@dataclass(kw_only=True)
+class FlexConfig(MethodConfig):
+    """Supervised fine-tuning of what is shared, together with personal experts that are not."""
+
+    name: ClassVar[str] = "flex"
+    graft: GraftConfig = field(default_factory=GraftConfig)
 
 
 @dataclass(kw_only=True)

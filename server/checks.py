@@ -11,7 +11,7 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-from client.assemble import model_for
+from client.assemble import model_for, site_model
 from client.bases import cache_root
 from client.data import SiteData, label_counts, own_site, simulated_sites
 from client.memory import amount, choose_micro_batch, free_bytes, training_memory
@@ -84,7 +84,7 @@ def base_model(config: Config) -> str:
         ValueError: If it cannot be had, or settings and model do not fit: say, no routed expert trainable.
         Caution: If no routed expert will be trained, since there is none or they are frozen.
     """
-    adapted = model_for(config)
+    adapted = site_model(config)
     base = f"{adapted.base.identity.name} sha256 {adapted.base.identity.sha256[:12]}"
     trained = sum(parameter.numel() for parameter in adapted.parameters_by_name().values())
     if not adapted.layers:
@@ -110,7 +110,7 @@ def memory(config: Config, load: Callable[[], Iterable[SiteData]]) -> str:
         ValueError: If it will not fit; the message has the numbers and what to set.
         Caution: If the data cannot be had.
     """
-    adapted = model_for(config)
+    adapted = site_model(config)
     free = free_bytes(adapted.device)
     try:
         examples = [example for site in load() for example in site.train]

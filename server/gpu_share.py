@@ -65,7 +65,7 @@ def _measure(config: Config) -> Need | None:
     # Torch takes seconds to import, and only this process needs it.
     import torch  # noqa: PLC0415
 
-    from client.assemble import model_for  # noqa: PLC0415
+    from client.assemble import site_model  # noqa: PLC0415
     from client.data import simulated_sites  # noqa: PLC0415
     from client.memory import training_memory  # noqa: PLC0415
     from client.runtime import resolve_device  # noqa: PLC0415
@@ -73,7 +73,7 @@ def _measure(config: Config) -> Need | None:
 
     if resolve_device(config.device).type != "cuda":
         return None
-    adapted = model_for(config)
+    adapted = site_model(config)
     examples = [example for site in simulated_sites(config).values() for example in site.train]
     memory = training_memory(adapted, encode(examples, adapted.tokenizer, config.data), config.train)
     gpu = torch.cuda.get_device_properties(adapted.device).total_memory

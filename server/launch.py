@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from conf.check import check_num_sites
-from conf.compose import expand_sweep, load_config, swept_keys
+from conf.compose import expand_sweep, load_config, quoted, swept_keys
 from conf.schema import Config, Files, Mode, ModelSource
 from server.compare import compare, comparison, report
 from server.compare_matrix import matrix_tables
@@ -155,6 +155,43 @@ def merge(
     console.print(escape(str(target)), soft_wrap=True)
 
 
+Run = Annotated[Path, typer.Argument(help="Folder of a completed run.")]
+SiteName = Annotated[str, typer.Option("--site", help="Name of the site.")]
+PrivateFolder = Annotated[
+    Path | None, typer.Option("--private", help="Folder of the private states of a real site here; as for site up.")
+]
+
+
+@cli.command()
+def export(
+    run_folder: Run,
+    site: SiteName,
+    folder: Annotated[Path | None, typer.Argument(help="New folder; default: personal/SITE in the run folder.")] = None,
+    private: PrivateFolder = None,
+) -> None:
+    """Write a site's personal model: adapter, graft if there is one, and what loads them into transformers."""
+    from server.personal import export_personal  # noqa: PLC0415 - torch takes seconds to import
+
+    target = folder or run_folder / "personal" / site
+    export_personal(run_folder, site, target, private)
+    console.print(escape(str(target)), soft_wrap=True)
+
+
+@cli.command()
+def join(
+    run_folder: Run,
+    site: SiteName,
+    data: Annotated[Path, typer.Option("--data", help="The site's own data file.")],
+    overrides: Overrides = None,
+    private: PrivateFolder = None,
+) -> None:
+    """Give a site that took no part in a run a personal model beside the run's adapter, which stays as it is."""
+    from server.personal import join_run  # noqa: PLC0415 - torch takes seconds to import
+
+    for server_round, loss in join_run(run_folder, site, data, list(overrides or []), private):
+        console.print(f"round {server_round}: held-out loss {loss:.4f}" if server_round else f"before: {loss:.4f}")
+
+
 @cli.command()
 def pretrain(
     folder: Annotated[Path, typer.Argument(help="New folder for the model.")],
@@ -257,8 +294,8 @@ def _job(name: str, config: Config, overrides: Sequence[str], output: Path) -> J
     sites = _count_sites(config) if config.federation.mode is Mode.simulation else None
     if sites is not None:
         # The run's processes start elsewhere: relative paths are made absolute here, where the user wrote them.
-        words += [f"{key}={_quoted(path)}" for key, path in _local_paths(config).items()]
-        words += [f"output={_quoted(str(output))}"]
+        words += [f"{key}={quoted(path)}" for key, path in _local_paths(config).items()]
+        words += [f"output={quoted(str(output))}"]
     return Job(name or config.strategy.name, config, tuple(words), output, sites)
 
 
@@ -280,11 +317,6 @@ def _local_paths(config: Config) -> dict[str, str]:
         for key, path in local.items()
         if Path(path).expanduser().exists() or (is_pattern and key == "data.path")
     }
-
-
-def _quoted(text: str) -> str:
-    escaped = text.replace("'", "\\'")
-    return f"'{escaped}'"
 
 
 def _count_sites(config: Config) -> int:

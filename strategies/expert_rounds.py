@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 import numpy as np
@@ -44,23 +45,53 @@ Step = Callable[[ExpertRange], tuple[Arrays, Findings]]
 """The next arrays (E, ...) of a range of experts, and what was found on the way."""
 
 
-def aggregate_experts(adapter: Arrays, updates: Sequence[ClientUpdate], step: Step) -> tuple[Arrays, dict[str, Any]]:
-    """The next adapter: experts by ``step``, a range at a time; everything else is averaged by examples.
+class Attention(Enum):
+    """What becomes of the LoRA pairs beside experts: on attention, and in a dense model on feed-forward blocks."""
 
-    The second result is for the diagnostics: layer -> ``sites`` (names, in the order of the rows), ``tokens``
-    [site][expert] and the findings of ``step``, as nested lists with None for NaN.
+    averaged = "averaged"
+    """By examples, as in FedAvg."""
+    as_experts = "as_experts"
+    """Each projection steps as an expert that every site used as often as it has examples."""
+
+
+def aggregate_experts(
+    adapter: Arrays, updates: Sequence[ClientUpdate], step: Step, attention: Attention = Attention.averaged
+) -> tuple[Arrays, dict[str, Any]]:
+    """The next adapter: experts by ``step``, a range at a time; everything else by examples, or as ``attention`` says.
+
+    The second result is for the diagnostics: under ``experts``, layer -> ``sites`` (names, in the order of the rows),
+    ``tokens`` [site][expert] and the findings of ``step``, as nested lists with None for NaN; under ``attention``, if
+    it steps, the same by projection, each as one expert.
     """
-    dense = [
-        {name: array for name, array in update.adapter.items() if not experts.is_expert_array(name)}
-        for update in updates
-    ]
-    stepped: dict[str, NDArray[np.float32]] = weighted_mean(dense, [update.num_examples for update in updates])
-    report = {}
+    trained = [update.adapter for update in updates]
+    examples_C = np.array([update.num_examples for update in updates], np.float64)
+    beside = {name: array for name, array in adapter.items() if not experts.is_expert_array(name)}
+    projections = _projections(beside) if attention is Attention.as_experts else {}
+    averaged = beside.keys() - {name for arrays in projections.values() for name in arrays}
+    dense = [{name: arrays[name] for name in beside if name in averaged} for arrays in trained]
+    stepped: dict[str, NDArray[np.float32]] = weighted_mean(dense, examples_C.tolist())
+    report: dict[str, Any] = {"experts": {}} | ({"attention": {}} if projections else {})
+    sites = {"sites": [update.site for update in updates]}
     for layer, received in experts.by_layer(adapter).items():
-        arrays, findings = _step_layer(layer, received, updates, step)
+        tokens_CE = np.stack([update.expert_tokens[layer] for update in updates]).astype(np.float64)
+        own = [{name: arrays[name] for name in received} for arrays in trained]
+        arrays, findings = _step_layer(received, own, tokens_CE, examples_C, step)
         stepped |= arrays
-        report[layer] = {"sites": [update.site for update in updates]} | findings
+        report["experts"][layer] = sites | findings
+    for projection, factors in projections.items():
+        own = [{name: arrays[name][None] for name in factors} for arrays in trained]
+        arrays, findings = _step_layer(factors, own, examples_C[:, None], examples_C, step)
+        stepped |= {name: array[0] for name, array in arrays.items()}
+        report["attention"][projection] = sites | findings
     return {name: stepped[name] for name in adapter}, report
+
+
+def _projections(arrays: Arrays) -> dict[str, Arrays]:
+    """Path of each LoRA pair -> its arrays as those of a layer of one expert."""
+    return {
+        prefix.removesuffix("."): {prefix + end: arrays[prefix + end][None] for end in ("lora_A", "lora_B")}
+        for prefix in sorted(name.removesuffix("lora_A") for name in arrays if name.endswith(".lora_A"))
+    }
 
 
 def check_expert_tokens(adapter: Arrays, update: ClientUpdate) -> None:
@@ -74,18 +105,20 @@ def check_expert_tokens(adapter: Arrays, update: ClientUpdate) -> None:
 
 
 def _step_layer(
-    layer: str, received: Arrays, updates: Sequence[ClientUpdate], step: Step
+    received: Arrays,
+    trained: Sequence[Arrays],
+    tokens_CE: NDArray[np.float64],
+    examples_C: NDArray[np.float64],
+    step: Step,
 ) -> tuple[dict[str, NDArray[np.float32]], dict[str, Any]]:
     """The layer's next arrays and its diagnostics, over ranges of experts that take little memory, in parallel."""
-    tokens_CE = np.stack([update.expert_tokens[layer] for update in updates]).astype(np.float64)
-    examples_C = np.array([update.num_examples for update in updates], np.float64)
     stepped = {name: np.empty(array.shape, np.float32) for name, array in received.items()}
 
     def step_range(chosen: slice) -> Findings:
         after, found = step(
             ExpertRange(
                 received={name: array[chosen] for name, array in received.items()},
-                trained=[{name: update.adapter[name][chosen] for name in received} for update in updates],
+                trained=[{name: array[chosen] for name, array in arrays.items()} for arrays in trained],
                 tokens_CE=tokens_CE[:, chosen],
                 examples_C=examples_C,
             )
@@ -94,7 +127,7 @@ def _step_layer(
             stepped[name][chosen] = array
         return found
 
-    ranges = experts.expert_slices(received, len(updates), _VALUES_AT_A_TIME)
+    ranges = experts.expert_slices(received, len(trained), _VALUES_AT_A_TIME)
     # Threads of BLAS within these would only wait for each other, and their number may change last bits.
     with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(_THREADS) as pool:
         findings = list(pool.map(step_range, ranges))

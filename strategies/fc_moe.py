@@ -18,7 +18,7 @@ from strategies import experts
 from strategies.adapters import Arrays
 from strategies.base import Aggregation, ClientUpdate, Strategy
 from strategies.conflicts import ConflictConfig, Granularity, Space
-from strategies.expert_rounds import ExpertRange, Findings, aggregate_experts, check_expert_tokens
+from strategies.expert_rounds import Attention, ExpertRange, Findings, aggregate_experts, check_expert_tokens
 from strategies.expert_steps import step_factors, step_products
 
 
@@ -51,6 +51,8 @@ class FcMoe(Strategy):
 
     importance: Importance = Importance.routings_x_norm
     conflict: ConflictConfig = field(default_factory=ConflictConfig)
+    attention: Attention = Attention.averaged
+    """Ours: where experts are frozen, conflicts of what is left can be told from its projections."""
 
     def init_state(self, adapter: Arrays) -> Arrays:
         """Nothing to remember.
@@ -80,8 +82,8 @@ class FcMoe(Strategy):
         ``cosine`` and ``conflict`` as [site][expert]; ``scale``, and ``lost_energy`` for space=product, as [expert]:
         see ``conflicts.measures`` and ``step_products``. None where the site, or any site, did not use the expert.
         """
-        stepped, report = aggregate_experts(adapter, updates, self._step)
-        return Aggregation(adapter=stepped, state=state, diagnostics={"experts": report})
+        stepped, report = aggregate_experts(adapter, updates, self._step, self.attention)
+        return Aggregation(adapter=stepped, state=state, diagnostics=report)
 
     def _step(self, experts_of_layer: ExpertRange) -> tuple[Arrays, Findings]:
         step = step_products if self.conflict.space is Space.product else step_factors

@@ -19,7 +19,7 @@ from strategies.base import Aggregation, ClientUpdate, Strategy, require
 from strategies.change_span import WeightedSum, changes_of
 from strategies.conflicts import Granularity, Space, gram, join, split, weighted
 from strategies.equal_say import EqualSay, equal_say
-from strategies.expert_rounds import ExpertRange, Findings, aggregate_experts, check_expert_tokens
+from strategies.expert_rounds import Attention, ExpertRange, Findings, aggregate_experts, check_expert_tokens
 from strategies.flatten import flattened
 from strategies.low_rank import Factors
 
@@ -59,6 +59,7 @@ class FcMoePlus(Strategy):
     """1: all singular values of a matrix' step alike; 0: as they are. In [0, 1]."""
     space: Space = Space.product
     """What a LoRA expert's update is; ``factors`` are not flattened, since their spectra are not the product's."""
+    attention: Attention = Attention.averaged
 
     def __post_init__(self) -> None:
         require(0 < self.ridge < math.inf, "strategy.ridge", "> 0", self.ridge)
@@ -71,13 +72,13 @@ class FcMoePlus(Strategy):
         check_expert_tokens(adapter, update)
 
     def aggregate(self, adapter: Arrays, state: Arrays, updates: Sequence[ClientUpdate]) -> Aggregation:
-        """One step of every expert that was used, and the mean of the other arrays.
+        """One step of every expert that was used, and the mean of the other arrays, or a step of attention too.
 
         Diagnostics: as those of ``FcMoe``, from ``EqualSay``: ``cosine`` and ``conflict`` are to the step before it
         is flattened, ``scale`` is its length over that of the mean by examples.
         """
-        stepped, report = aggregate_experts(adapter, updates, self._step)
-        return Aggregation(adapter=stepped, state=state, diagnostics={"experts": report})
+        stepped, report = aggregate_experts(adapter, updates, self._step, self.attention)
+        return Aggregation(adapter=stepped, state=state, diagnostics=report)
 
     def _step(self, layer: ExpertRange) -> tuple[Arrays, Findings]:
         is_lora = all(name.endswith(_LORA) for name in layer.received)

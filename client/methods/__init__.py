@@ -7,6 +7,7 @@ from client.methods.dpo import Dpo
 from client.methods.fc_moe import FcMoe
 from client.methods.fedalign_moe import FedAlignMoe
 from client.methods.firm import Firm
+from client.methods.flex import Flex
 from client.methods.local_only import LocalOnly
 from client.methods.pfl_moe import PflMoe
 from client.methods.scaffold import Scaffold
@@ -15,6 +16,7 @@ from conf.alignment import DpoConfig, FirmConfig
 from conf.schema import (
     FcMoeConfig,
     FedAlignMoeConfig,
+    FlexConfig,
     LocalOnlyConfig,
     MethodConfig,
     PflMoeConfig,
@@ -28,6 +30,7 @@ METHODS: dict[str, type[Method]] = {
     FcMoeConfig.name: FcMoe,
     FedAlignMoeConfig.name: FedAlignMoe,
     PflMoeConfig.name: PflMoe,
+    FlexConfig.name: Flex,
     LocalOnlyConfig.name: LocalOnly,
     FirmConfig.name: Firm,
     DpoConfig.name: Dpo,

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from client.evaluation import HeldOutLoss, held_out_loss
@@ -14,11 +15,21 @@ from client.generation import Generator, greedy
 from client.local_rule import LocalRule
 from client.model import AdaptedModel
 from client.text import Example, TokenSequence, encode
-from conf.schema import DataConfig, MethodConfig
+from conf.schema import DataConfig, GraftConfig, MethodConfig
 from strategies.adapters import Arrays
 
 Evaluator = Callable[[Sequence[TokenSequence]], HeldOutLoss]
 """Loss on held-out sequences of the model in use at a site."""
+
+
+class Beginning(NamedTuple):
+    """What a site makes of its first adapter before it trains for the first time."""
+
+    adapter: Arrays
+    metrics: Mapping[str, float]
+    """Scalars for the run's records."""
+    note: Mapping[str, Any]
+    """JSON values for the site alone, kept beside its private store; empty: nothing to note."""
 
 
 class Method(ABC):
@@ -31,6 +42,8 @@ class Method(ABC):
 
     personal: ClassVar[bool] = False
     """Whether the model in use at a site is the one it trained itself, so there is no global model."""
+    graft: GraftConfig | None = None
+    """Personal experts that the sites' models have beside what the server knows; None: none."""
 
     def __init__(self, config: MethodConfig) -> None:  # noqa: B027
         """Take the settings under ``method.``; most methods have none."""
@@ -38,6 +51,25 @@ class Method(ABC):
     @abstractmethod
     def shares(self, name: str) -> bool:
         """Whether the trained array ``name`` is sent; what is not stays at the site and goes on from there."""
+
+    def begin(
+        self,
+        adapted: AdaptedModel,  # noqa: ARG002
+        adapter: Arrays,
+        training: Sequence[TokenSequence],  # noqa: ARG002
+        generator: np.random.Generator,  # noqa: ARG002
+        batch_size: int,  # noqa: ARG002
+    ) -> Beginning:
+        """Called before a round as long as the site has no array of its own; by default nothing is made of the adapter.
+
+        Args:
+            adapted: The model.
+            adapter: What was received, with the initial value of every array not shared.
+            training: The site's training data.
+            generator: Source of every random draw.
+            batch_size: Sequences of a forward pass.
+        """
+        return Beginning(adapter, {}, {})
 
     @abstractmethod
     def start(self, received: Arrays, private: Arrays) -> Arrays:

@@ -27,11 +27,6 @@ FAMILIES = (*MOE_FAMILIES, "nemotron_h")
 TOKENS = random_tokens(batch_size=3, length=9)
 
 
-def lora_for(family: str, rank: int = 3) -> LoraConfig:
-    # What mixes tokens in nemotron_h is not called attention.
-    return LoraConfig(rank=rank, alpha=6.0, attention=family != "nemotron_h")
-
-
 def stock(adapted: AdaptedModel, family: str, lora: LoraConfig, config: ModelConfig) -> peft.PeftModel:
     """The same base and adapter in PEFT alone."""
     base = copy.deepcopy(adapted.base.model)
@@ -61,7 +56,7 @@ def mean_error(gradients: dict[str, Tensor], expected: dict[str, Tensor]) -> flo
 
 
 def both(family: str, rank: int = 3, **settings: object) -> tuple[AdaptedModel, peft.PeftModel]:
-    lora = lora_for(family, rank)
+    lora = LoraConfig(rank=rank, alpha=6.0)
     adapted = adapt(family, lora, **settings)
     adapted.load_adapter(random_adapter(adapted))
     return adapted, stock(adapted, family, lora, ModelConfig(name=family, **settings))
@@ -104,7 +99,7 @@ def test_whatever_is_trained_gradients_are_pefts_own(family: str, settings: dict
 @pytest.mark.parametrize("family", ["olmoe", "gpt_oss"])
 def test_half_precision_is_as_near_to_float32_as_pefts(family: str, dtype: torch.dtype) -> None:
     """Both round; ours, which never rounds W + BA, must not be much further from the float32 gradients."""
-    lora = lora_for(family)
+    lora = LoraConfig(rank=3, alpha=6.0)
     exact = adapt(family, lora)
     adapter = random_adapter(exact)
     exact.load_adapter(adapter)

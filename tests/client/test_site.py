@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from client.evaluation import held_out_loss
+from client.methods import method_for
 from client.model import adapted_model, base_model_loads
 from client.private import PrivateStore
 from client.site import POOLED, Site, shared_arrays
@@ -62,7 +63,8 @@ def settings_for(base_config, method=None, router=RouterTraining.frozen, **train
 
 
 def make_site(config, folder, name="here", held_out=None):
-    adapted = adapted_model(config.model, config.lora, torch.device("cpu"))
+    graft = method_for(config.method).graft
+    adapted = adapted_model(config.model, config.lora, torch.device("cpu"), graft)
     store = PrivateStore(folder, name, adapted.base.identity.sha256)
     sets = held_out or {name: HELD_OUT}
     return Site(name, TRAIN, sets, adapted=adapted, config=config, store=store)

@@ -14,6 +14,7 @@ from conf.schema import (
     FcMoeConfig,
     FederationConfig,
     Files,
+    FlexConfig,
     Iid,
     LocalOnlyConfig,
     LoraConfig,
@@ -26,6 +27,7 @@ from conf.schema import (
 from strategies.centralised import Centralised
 from strategies.fc_moe import FcMoe
 from strategies.fedavg import FedAvg
+from strategies.flex import Flex
 from strategies.local_only import LocalOnly
 
 
@@ -38,7 +40,7 @@ REMOTE = FederationConfig(mode=Mode.remote, superlink="host:8000")
 CONTRADICTIONS = {
     "pair": (
         {"strategy": FcMoe(), "method": LocalOnlyConfig()},
-        r"strategy=fc_moe needs method=fc_moe, sft, got method=local_only",
+        r"strategy=fc_moe needs method=dpo, fc_moe, firm, flex, sft, got method=local_only",
     ),
     "local_only alone": (
         {"strategy": LocalOnly()},
@@ -47,6 +49,18 @@ CONTRADICTIONS = {
     "pooled re-anchoring": (
         {"strategy": Centralised(), "method": FcMoeConfig()},
         r"strategy=centralised needs method=sft, got method=fc_moe",
+    ),
+    "graft on trained experts": (
+        {"strategy": Flex(), "method": FlexConfig()},
+        r"method=flex needs model.experts=frozen, got lora",
+    ),
+    "graft beside a trained router": (
+        {
+            "strategy": FedAvg(),
+            "method": FlexConfig(),
+            "model": ModelConfig(experts=ExpertTraining.frozen, router=RouterTraining.local),
+        },
+        r"method=flex needs model.router=frozen, got local",
     ),
     "files without a path": ({"partition": Files()}, r"partition=files needs data.path, a folder or a glob"),
     "natural without a column": (

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 from enum import Enum
 
 import pytest
@@ -17,6 +16,7 @@ from conf.compose import (
     STRATEGIES,
     expand_sweep,
     load_config,
+    load_saved,
     settings_hash,
     swept_keys,
     to_dict,
@@ -41,7 +41,7 @@ METHOD_OF = dict.fromkeys(
     ),
     "sft",
 )
-METHOD_OF |= {name: name for name in ("scaffold", "fedalign_moe", "pfl_moe", "fc_moe", "firm", "local_only")}
+METHOD_OF |= {name: name for name in ("scaffold", "fedalign_moe", "pfl_moe", "fc_moe", "firm", "flex", "local_only")}
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +147,10 @@ def test_filter_takes_any_column(words, expected):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("strategy=nope", r"^strategy must be one of centralised, clair, fc_moe, .*fedyogi, local_only, .*got 'nope'$"),
+        (
+            "strategy=nope",
+            r"^strategy must be one of centralised, clair, fc_moe, .*flex, local_only, .*got 'nope'$",
+        ),
         ("partition=even", r"^partition must be one of dirichlet, files, iid, .*, got 'even'$"),
         ("method=null", r"^method must be a name, got 'null'"),
         ("roundz=3", r"^unknown setting 'roundz'; settings of the run: data, .*rounds, screen, seed"),
@@ -180,7 +183,10 @@ def test_filter_takes_any_column(words, expected):
         ("strategy=fc_moe strategy.conflict.space=all", r"^strategy.conflict.space must be one of .*, got 'all'$"),
         ("train.batch_size=0", r"^train.batch_size must be >= 1, got 0$"),
         ("strategy=fedadam strategy.learning_rate=-1", r"^strategy.learning_rate must be > 0, got -1.0$"),
-        ("strategy=fedavg method=local_only", r"^strategy=fedavg needs method=fc_moe, sft, got method=local_only$"),
+        (
+            "strategy=fedavg method=local_only",
+            r"^strategy=fedavg needs method=dpo, fc_moe, firm, flex, sft, got method=local_only$",
+        ),
         ("data.filter=3", r"^data.filter must be \{column: value\}, got '3'$"),
         ("data.filter.topic={a:1}", r"^data.filter.topic must be a value or a list of values, got \{'a': 1\}$"),
         ("rounds", r"^cannot read the setting 'rounds': write it as key=value$"),
@@ -282,32 +288,22 @@ def test_hashing_leaves_the_config_as_it_is(fc_moe):
     assert fc_moe == before
 
 
-def as_words(values, prefix=""):
-    """A dict of settings as overrides, choices of groups as such."""
-    for name, value in values.items():
-        key = f"{prefix}{name}"
-        if name == "name" and prefix in ("strategy.", "method.", "partition."):
-            yield f"{prefix[:-1]}={value}"
-        elif isinstance(value, dict):
-            yield from as_words(value, f"{key}.")
-        else:
-            yield f"{key}={json.dumps(value)}"
-
-
 @pytest.mark.parametrize(
     "words",
     [
         "strategy=fc_moe partition=dirichlet partition.alpha=0.1 data.filter.topic=[a,b] device=cpu output=/tmp/x",
         "strategy=fedadam model=smollm2_moe partition=files data.path=/sites/*.csv federation=remote",
+        ["strategy=flex", "method.graft.start=paper", "data.prompt_column='a patient\\'s \"words\"'", "screen=clair"],
     ],
 )
 def test_written_settings_read_back_as_the_same_run(words):
     config = load_config(words)
     written = yaml.safe_load(to_yaml(config))
     assert written == to_dict(config)
-    again = load_config(list(as_words(written)))
+    again = load_saved(to_yaml(config))
     assert again == config
     assert settings_hash(again) == settings_hash(config)
+    assert load_saved(to_yaml(config), ["rounds=17", "seed=4"]) == dataclasses.replace(config, rounds=17, seed=4)
 
 
 @pytest.mark.parametrize(("word", "value"), [("3", 3), ("auto", "auto"), ("null", None)])

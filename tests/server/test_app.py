@@ -18,9 +18,12 @@ from transformers import AutoModelForCausalLM
 import server.app
 from client.assemble import pooled_held_out, simulated_site
 from client.embedded import embedded_rows
-from client.messages import EVALUATE, JOIN, TRAIN, decode_losses, decode_request
+from client.evaluation import held_out_loss
+from client.grafts import is_graft_array
+from client.messages import EVALUATE, JOIN, TRAIN, decode_losses, decode_request, decode_update
 from client.model import adapted_model
 from client.site import POOLED, shared_arrays
+from client.text import encode
 from conf.compose import load_config, settings_hash
 from server.record import adapter_sha256
 from tests.client.tiny_models import random_tokens
@@ -40,7 +43,7 @@ def plain_federation(config, folder):
         updates = [site.train(server_round, adapter, broadcast) for site in sites]
         aggregation = config.strategy.aggregate(adapter, state, updates)
         adapter, state = aggregation.adapter, aggregation.state
-    return {**sites[0].adapted.initial_adapter(config.seed), **adapter}
+    return {**model_of(config).initial_adapter(config.seed), **adapter}
 
 
 def model_of(config):
@@ -56,7 +59,7 @@ def measured(result):
 WITHOUT_FLOWER = [
     "strategy=fc_moe", "strategy=fedyogi train.optimizer_state=keep", ROUTER_LOCAL,
     "strategy=fedmoe model.router=averaged", "strategy=fedalign_moe rounds=3", "strategy=scaffold rounds=3",
-    "strategy=pfl_moe",
+    "strategy=pfl_moe", "strategy=flex", "strategy=fc_moe method=flex model.experts=frozen",
 ]  # fmt: skip
 
 
@@ -223,6 +226,44 @@ def test_what_is_private_never_crosses_the_wire(honest):
         assert not [name for name, content in secret if content in sent.content]
         assert b"gate.weight" not in sent.content
         assert b"optimizer/" not in sent.content
+
+
+def test_no_expert_and_no_graft_crosses_the_wire(honest):
+    """In neither direction: only LoRA on attention, and no bytes of a graft."""
+    result = honest("strategy=flex train.optimizer_state=keep")
+    config = load_config(result.grid.overrides)
+    secret = {}
+    for site in SITES:
+        private = simulated_site(config, site, result.folder.path / "private").store.load()
+        of_graft = {name: array for name, array in private.items() if is_graft_array(name)}
+        assert any(name.startswith("optimizer/") for name in of_graft)
+        secret |= {(site, name): array.tobytes() for name, array in of_graft.items() if np.count_nonzero(array) > 4}
+    assert len(secret) >= 2 * 3 * len(SITES)
+    num_updates = 0
+    for sent in result.grid.sent:
+        if sent.kind == TRAIN:
+            adapter = decode_update(sent.message())[1].adapter if sent.up else decode_request(sent.message()).adapter
+            assert adapter
+            assert all(".self_attn." in name for name in adapter)
+        num_updates += sent.up and sent.kind == TRAIN
+        assert not [name for name, content in secret.items() if content in sent.content]
+        assert b".graft." not in sent.content
+        assert b".experts." not in sent.content
+    assert num_updates == 2 * len(SITES)
+
+
+def test_sites_losses_are_personal_and_the_global_one_is_that_of_the_shared_part(honest):
+    result = honest("strategy=flex train.optimizer_state=keep")
+    config = load_config(result.grid.overrides)
+    adapted = model_of(config)
+    shared = adapted.read_peft(result.folder.path / "adapter")
+    pooled = encode(pooled_held_out(config), adapted.tokenizer, config.data)
+    assert result.summary["global_loss"] == pytest.approx(held_out_loss(adapted, shared, pooled, 16).loss)
+    for site in SITES:
+        own = simulated_site(config, site, result.folder.path / "private")
+        assert result.summary["site_loss"][site] == own.evaluate(shared)[site].loss
+        alone = simulated_site(config, site, result.folder.path / "nothing")
+        assert result.summary["site_loss"][site] != alone.evaluate(shared)[site].loss
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from strategies import experts
 from strategies.base import ClientUpdate
 from strategies.conflicts import Against, ConflictConfig, Granularity, Space
+from strategies.expert_rounds import Attention
 from strategies.fc_moe import FcMoe, Importance
+from strategies.fc_moe_plus import FcMoePlus
 from strategies.fedavg import FedAvg
 from tests.strategies.naive_fc_moe import FULL, LAYERS, LORA, NUM_EXPERTS, assert_same, naive_fc_moe, random_round
 
@@ -202,3 +204,66 @@ def test_update_without_the_counts_of_every_expert_is_refused(tokens, message):
     FcMoe().check_update(adapter, updates[0])
     with pytest.raises(ValueError, match=message):
         FcMoe().check_update(adapter, replace(updates[0], expert_tokens=tokens))
+
+
+def attention_round(seed):
+    """Two LoRA pairs on attention and a router, from three sites, and no expert."""
+    generator = np.random.default_rng(seed)
+    shapes = {f"l.self_attn.{p}_proj.lora_{end}": shape for p in "qv" for end, shape in (("A", (2, 5)), ("B", (4, 2)))}
+    shapes["l.gate.weight"] = (3, 5)
+
+    def draw():
+        return {name: generator.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+
+    return draw(), [
+        ClientUpdate(site=f"site-{i}", adapter=draw(), num_examples=int(generator.integers(1, 9))) for i in range(3)
+    ]
+
+
+def as_expert(name):
+    return name.replace(".lora", ".experts.w.lora")
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        FcMoe(attention=Attention.as_experts),
+        FcMoe(attention=Attention.as_experts, conflict=ConflictConfig(space=Space.product)),
+        FcMoePlus(attention=Attention.as_experts),
+    ],
+    ids=["factors", "product", "plus"],
+)
+def test_attention_steps_as_if_each_projection_were_a_layer_of_one_expert(strategy):
+    adapter, updates = attention_round(3)
+    found = strategy.aggregate(adapter, {}, updates)
+    renamed, renamed_updates = (
+        {as_expert(name): array[None] for name, array in adapter.items() if name != "l.gate.weight"},
+        [
+            ClientUpdate(
+                site=update.site,
+                adapter={
+                    as_expert(name): array[None] for name, array in update.adapter.items() if name != "l.gate.weight"
+                },
+                num_examples=update.num_examples,
+                expert_tokens={f"l.self_attn.{p}_proj": np.array([float(update.num_examples)]) for p in "qv"},
+            )
+            for update in updates
+        ],
+    )
+    expected = strategy.aggregate(renamed, {}, renamed_updates)
+    for name, array in found.adapter.items():
+        if name != "l.gate.weight":
+            np.testing.assert_array_equal(array, expected.adapter[as_expert(name)][0])
+    assert found.diagnostics["attention"] == expected.diagnostics["experts"]
+    assert found.diagnostics["experts"] == {}
+    averaged = FedAvg().aggregate(adapter, {}, updates).adapter
+    np.testing.assert_array_equal(found.adapter["l.gate.weight"], averaged["l.gate.weight"])
+    assert any(not np.allclose(found.adapter[name], averaged[name]) for name in averaged)
+
+
+def test_attention_without_conflicts_to_resolve_is_fedavgs():
+    adapter, updates = attention_round(4)
+    strategy = FcMoe(
+        attention=Attention.as_experts, importance=Importance.examples, conflict=ConflictConfig(against=Against.off)
+    )
+    assert_same(strategy.aggregate(adapter, {}, updates).adapter, FedAvg().aggregate(adapter, {}, updates).adapter)

@@ -1,0 +1,138 @@
+"""What becomes of a finished run at a site: its personal model as a folder, or a new site's beside the run's adapter.
+
+A run folder is enough: ``config.yaml``, ``summary.json``, ``adapter/``, and in a simulation ``private/``.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+
+import client.grafts
+from client.assemble import real_site, site_model
+from client.grafts import ARRAYS_FILE, graft_metadata, is_graft_array
+from client.model import AdaptedModel
+from client.node import default_private_root
+from client.private import PrivateStore
+from client.site import Site, shared_arrays
+from conf.compose import load_saved
+from conf.schema import Config, Mode
+from server.record import RunFolder
+from strategies.adapters import Arrays
+
+LOADER_FILE = "graft.py"
+"""Copy of ``client/grafts.py`` in an exported folder."""
+_NOT_ONE_ADAPTER = {
+    "pfl_moe": "its sites mix two models by a gate that is fitted when they are evaluated",
+    "clair": "its sites' own adapters are not kept in the run folder",
+    "centralised": "it has one model for all; bouquet merge writes that",
+}
+"""Methods and strategies whose personal model is no adapter in the private store -> why."""
+
+
+def export_personal(run: Path, site: str, folder: Path, private: Path | None = None) -> None:
+    """Write the model in use at a site for ``client.grafts.load_personal``; without a graft stock PEFT loads it too.
+
+    Args:
+        run: Folder of a completed run.
+        site: A site of it.
+        folder: New folder.
+        private: Where this machine keeps private states of real sites; None: the default place.
+
+    Raises:
+        ValueError: If the run is not completed, the site or its private state is not here, its personal model is not
+            one adapter, or ``folder`` is not empty.
+    """
+    config, summary = _finished(run)
+    for name in (config.method.name, config.strategy.name):
+        if name in _NOT_ONE_ADAPTER:
+            raise ValueError(f"{run} ran {name}, which has no personal adapter to export: {_NOT_ONE_ADAPTER[name]}")
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty: choose another folder")
+    adapted = site_model(config)
+    shared = _shared(adapted, config, run)
+    store = PrivateStore(_private_folder(config, summary, run, private), site, adapted.base.identity.sha256)
+    if site not in summary["sites"] and not store.path.exists():
+        raise ValueError(f"{run} had no site {site!r}; its sites: {', '.join(sorted(summary['sites']))}")
+    if len(shared) < len(adapted.array_names) and not store.path.exists():
+        raise ValueError(
+            f"the private state of site {site!r} is not on this machine (looked for {store.path}): export where it is"
+        )
+    in_use = Site(site, [], {}, adapted=adapted, config=config, store=store).adapter_in_use(shared)
+    save_personal(adapted, in_use, folder)
+
+
+def save_personal(adapted: AdaptedModel, adapter: Arrays, folder: Path) -> None:
+    """Write ``adapter``, a graft included, and the tokenizer.
+
+    Raises:
+        ValueError: If names or shapes are not those of this model's adapter.
+    """
+    adapted.save_peft(adapter, folder)
+    adapted.tokenizer.save_pretrained(str(folder))
+    if adapted.graft_spec is not None:
+        of_grafts = {name: np.asarray(array, order="C") for name, array in adapter.items() if is_graft_array(name)}
+        metadata = graft_metadata(adapted.layers, adapted.graft_spec)
+        safetensors.numpy.save_file(of_grafts, folder / ARRAYS_FILE, metadata)
+        shutil.copy(client.grafts.__file__, folder / LOADER_FILE)
+
+
+def join_run(
+    run: Path, site: str, data: Path, overrides: Sequence[str], private: Path | None = None
+) -> Iterator[tuple[int, float]]:
+    """Train a personal part for a new site, the run's adapter fixed, and keep it as if the site had taken part.
+
+    Nothing is sent and nothing aggregated: this needs no server.
+
+    Args:
+        run: Folder of a completed run of a method with a personal part, such as ``method=flex``.
+        site: The new site's name.
+        data: Its data file.
+        overrides: Settings that are to differ from the run's, such as ``rounds=2``.
+        private: As for ``export_personal``.
+
+    Yields:
+        Round and the site's held-out loss after it (nats per response token), beginning with round 0, which is the
+        run's adapter alone.
+
+    Raises:
+        ValueError: If the run is not completed, its sites keep nothing of their own, the site took part in it, or
+            its data do not work out.
+    """
+    config, summary = _finished(run, overrides)
+    folder = _private_folder(config, summary, run, private)
+    joined = real_site(config, site, str(data), folder)
+    shared = _shared(joined.adapted, config, run)
+    if len(shared) == len(joined.adapted.array_names):
+        raise ValueError(f"{run} ran method={config.method.name}, whose sites have nothing of their own to train")
+    if site in summary["sites"] or joined.store.path.exists():
+        raise ValueError(f"site {site!r} has a part in {run} already: choose another name")
+    yield 0, joined.evaluate(shared)[site].loss
+    for server_round in range(1, config.rounds + 1):
+        joined.train(server_round, shared, fix_shared=True)
+        yield server_round, joined.evaluate(shared)[site].loss
+
+
+def _finished(run: Path, overrides: Sequence[str] = ()) -> tuple[Config, dict[str, Any]]:
+    """Settings, with ``overrides``, and summary of a completed run."""
+    summary = RunFolder(run).summary()
+    if summary is None or summary["status"] != "completed":
+        raise ValueError(f"{run} holds no completed run")
+    return load_saved((run / "config.yaml").read_text(), overrides), summary
+
+
+def _shared(adapted: AdaptedModel, config: Config, run: Path) -> Arrays:
+    """What of the run's adapter sites have in common."""
+    return shared_arrays({**adapted.initial_adapter(config.seed), **adapted.read_peft(run / "adapter")}, config)
+
+
+def _private_folder(config: Config, summary: Mapping[str, Any], run: Path, private: Path | None) -> Path:
+    """Where the private states of the run's sites lie on this machine."""
+    if config.federation.mode is Mode.simulation:
+        return run / "private"
+    return (private or default_private_root()).expanduser() / str(summary["run_id"])
