@@ -122,7 +122,10 @@ def _site(request: Request, config: Config, node: Node) -> Site:
             assert node.private is not None
             while len(_sites) >= _REAL_RUNS_KEPT:
                 del _sites[next(iter(_sites))]
-            _sites[key] = real_site(config, node.site, node.data, node.private / request.run)
+            folder = node.private / request.run
+            _sites[key] = real_site(
+                config, node.site, node.data, folder, rewards=node.rewards, preference=node.preference
+            )
     return _sites[key]
 
 

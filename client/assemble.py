@@ -16,6 +16,7 @@ from client.model import AdaptedModel, adapted_model
 from client.private import PrivateStore
 from client.runtime import configure_torch, resolve_device
 from client.site import POOLED, Site
+from client.site_settings import real_settings, simulated_settings
 from client.text import Example, check_packing
 from conf.schema import Config, GraftConfig, Mode
 from conf.seeds import generator_for
@@ -30,6 +31,7 @@ def simulated_site(config: Config, name: str, private_folder: Path) -> Site:
         ValueError: If data or model settings do not work out; the message names the setting.
     """
     everyone = simulated_sites(config)
+    config = simulated_settings(config, name)
     if config.strategy.name == CENTRALISED:
         pooled = [example for data in everyone.values() for example in data.train]
         return _site(config, name, pooled, held_out_sets(config), private_folder)
@@ -41,13 +43,22 @@ def simulated_site(config: Config, name: str, private_folder: Path) -> Site:
     return _site(config, name, data.train, held_out, private_folder, other_sets=_other_sets(config, name))
 
 
-def real_site(config: Config, name: str, path: str, private_folder: Path) -> Site:
-    """A site with a data file of its own.
+def real_site(
+    config: Config,
+    name: str,
+    path: str,
+    private_folder: Path,
+    *,
+    rewards: Sequence[str] = (),
+    preference: Sequence[float] = (),
+) -> Site:
+    """A site with a data file of its own, and perhaps its own reward models and preference (``client.node.Node``).
 
     Raises:
         ValueError: As ``simulated_site``; what is wrong with the data is told in the site's log only, since the text
             may quote them.
     """
+    config = real_settings(config, name, rewards, preference)
     try:
         data = own_site(config, name, path)
     except ValueError as error:

@@ -244,7 +244,7 @@ def _usable_rows(table: datasets.Dataset, origin: str, data: DataConfig, column:
         ValueError: If a column is missing, if no row matches the filter, or if none has a response.
     """
     _check_columns(table.column_names, origin, data, column)
-    names = {data.prompt_column, data.context_column, data.response_column, data.split_column, column, *data.filter}
+    names = {*_named_columns(data, column).values()}
     columns = table.select_columns(sorted(name for name in names if name is not None)).to_dict()
     texts = {name: ["" if value is None else str(value) for value in values] for name, values in columns.items()}
     empty = [""] * len(table)
@@ -252,12 +252,15 @@ def _usable_rows(table: datasets.Dataset, origin: str, data: DataConfig, column:
     chosen = [row for row in range(len(table)) if all(texts[name][row] in values for name, values in wanted.items())]
     if data.filter and not chosen:
         raise ValueError(f"data.filter={data.filter} matches none of {len(table)} rows of {origin}")
-    contexts = empty if data.context_column is None else texts[data.context_column]
-    splits = empty if data.split_column is None else texts[data.split_column]
-    owners = empty if column is None else texts[column]
+    optional = (data.context_column, data.rejected_column, data.objective_column, data.split_column, column)
+    contexts, rejected, objectives, splits, owners = (empty if name is None else texts[name] for name in optional)
     prompts, responses = texts[data.prompt_column], texts[data.response_column]
     rows = [
-        _Row(Example(prompts[row], contexts[row], responses[row]), owners[row], splits[row])
+        _Row(
+            Example(prompts[row], contexts[row], responses[row], rejected[row], objectives[row]),
+            owners[row],
+            splits[row],
+        )
         for row in chosen
         if responses[row].strip()
     ]
@@ -268,16 +271,22 @@ def _usable_rows(table: datasets.Dataset, origin: str, data: DataConfig, column:
     return rows
 
 
-def _check_columns(present: Sequence[str], origin: str, data: DataConfig, column: str | None) -> None:
-    asked = {
+def _named_columns(data: DataConfig, column: str | None) -> dict[str, str | None]:
+    """Setting -> the column it names."""
+    return {
         "data.prompt_column": data.prompt_column,
         "data.context_column": data.context_column,
         "data.response_column": data.response_column,
+        "data.rejected_column": data.rejected_column,
+        "data.objective_column": data.objective_column,
         "data.split_column": data.split_column,
         "partition.column": column,
         **{f"data.filter.{name}": name for name in data.filter},
     }
-    for setting, name in asked.items():
+
+
+def _check_columns(present: Sequence[str], origin: str, data: DataConfig, column: str | None) -> None:
+    for setting, name in _named_columns(data, column).items():
         if name is not None and name not in present:
             hint = "; set data.context_column=null if there is none" if setting == "data.context_column" else ""
             raise ValueError(f"{setting}={name!r} is not a column of {origin}; it has {sorted(present)}{hint}")

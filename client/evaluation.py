@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -22,6 +24,8 @@ class HeldOutLoss:
     num_tokens: int
     """Response tokens, the weight of this loss in a mean over sites."""
     num_examples: int
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """What the method measured on them besides, such as mean rewards."""
 
 
 def held_out_loss(
@@ -75,3 +79,15 @@ def response_logits(
     with torch.autocast(adapted.device.type, dtype=dtype, enabled=dtype != torch.float32):
         logits = adapted.model(**inputs, use_cache=False).logits[:, :-1]
     return logits[counted], targets[counted], counted
+
+
+@contextmanager
+def reading_hidden_states(adapted: AdaptedModel) -> Iterator[list[torch.Tensor]]:
+    """A list that takes what the output layer reads, (batch, time, width), of each forward pass in the context."""
+    network: Any = adapted.model
+    read: list[torch.Tensor] = []
+    handle = network.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+    try:
+        yield read
+    finally:
+        handle.remove()

@@ -35,7 +35,7 @@ from strategies.base import ClientUpdate
 if TYPE_CHECKING:  # torch takes seconds to import, and who only passes messages on needs none
     from client.evaluation import HeldOutLoss
 
-FORMAT = 3
+FORMAT = 4
 """Version of this protocol; a reply with another one is refused."""
 
 _PACKED = "bouquet-arrays"
@@ -181,9 +181,7 @@ def decode_update(reply: Message) -> tuple[Sender, ClientUpdate]:
             extras=to_arrays(arrays["extras"]),
             metrics={str(name): float(value) for name, value in facts["metrics"].items()},
         )
-    for name, value in update.metrics.items():
-        if not math.isfinite(value):
-            raise ValueError(f"metric {name} is {value}")
+    _check_metrics(update.metrics)
     return sender, update
 
 
@@ -191,7 +189,7 @@ def decode_losses(reply: Message) -> tuple[Sender, dict[str, HeldOutLoss]]:
     """Read the answer to an evaluate message.
 
     Raises:
-        ValueError: If the reply is foreign, malformed or a failure, a loss is NaN or infinite, or one was
+        ValueError: If the reply is foreign, malformed or a failure, a loss or metric is NaN or infinite, or one was
             measured on nothing.
     """
     with _malformed():
@@ -200,6 +198,7 @@ def decode_losses(reply: Message) -> tuple[Sender, dict[str, HeldOutLoss]]:
     for name, loss in losses.items():
         if not math.isfinite(loss.loss):
             raise ValueError(f"held-out loss on {name} is {loss.loss}")
+        _check_metrics(loss.metrics)
         if loss.num_examples < 1 or loss.num_tokens < 1:
             counts = f"{loss.num_examples} examples, {loss.num_tokens} tokens"
             raise ValueError(f"held-out loss on {name} is that of {counts}; at least 1 of each is needed")
@@ -305,6 +304,12 @@ def _malformed() -> Iterator[None]:
         raise ValueError(f"not a reply of this version of Bouquet: {error!r}") from error
 
 
+def _check_metrics(metrics: Mapping[str, float]) -> None:
+    for name, value in metrics.items():
+        if not math.isfinite(value):
+            raise ValueError(f"metric {name} is {value}")
+
+
 def _reply(sender: Sender, facts: Mapping[str, Any], arrays: Mapping[str, ArrayRecord], request: Message) -> Message:
     header = json.dumps({"format": FORMAT, "sender": asdict(sender), "facts": dict(facts)})
     content: dict[str, Any] = {"reply": ConfigRecord({"json": header}), **arrays}
@@ -330,8 +335,9 @@ def _sender(*, site: object, settings_hash: object, process: object, base_model_
     )
 
 
-def _held_out_loss(*, loss: Any, num_tokens: Any, num_examples: Any) -> HeldOutLoss:
+def _held_out_loss(*, loss: Any, num_tokens: Any, num_examples: Any, metrics: Any) -> HeldOutLoss:
     """A loss out of foreign JSON, of the right types."""
     from client.evaluation import HeldOutLoss  # noqa: PLC0415 - see the top of this file
 
-    return HeldOutLoss(loss=float(loss), num_tokens=int(num_tokens), num_examples=int(num_examples))
+    measured = {str(name): float(value) for name, value in metrics.items()}
+    return HeldOutLoss(loss=float(loss), num_tokens=int(num_tokens), num_examples=int(num_examples), metrics=measured)

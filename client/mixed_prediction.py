@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import LogitsProcessor
 
-from client.evaluation import HeldOutLoss, response_logits
+from client.evaluation import HeldOutLoss, reading_hidden_states, response_logits
 from client.model import AdaptedModel
 from client.text import TokenSequence, collate
 from strategies.adapters import Arrays
@@ -102,19 +102,13 @@ def _log_probabilities(
     """(T,) log-probabilities of the response tokens, in order, and (T, D) the hidden states they were read from."""
     adapted.load_adapter(adapter)
     adapted.model.eval()
-    network: Any = adapted.model
-    read: list[Tensor] = []
-    handle = network.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
     log_p, hidden = [], []
-    try:
-        with torch.no_grad():
-            for first in range(0, len(sequences), batch_size):
-                batch = collate(sequences[first : first + batch_size], adapted.tokenizer.pad_token_id)
-                logits_TV, targets_T, counted = response_logits(adapted, batch)
-                log_p.append(-functional.cross_entropy(logits_TV.float(), targets_T, reduction="none"))
-                hidden.append(read.pop()[:, :-1][counted].float())
-    finally:
-        handle.remove()
+    with torch.no_grad(), reading_hidden_states(adapted) as read:
+        for first in range(0, len(sequences), batch_size):
+            batch = collate(sequences[first : first + batch_size], adapted.tokenizer.pad_token_id)
+            logits_TV, targets_T, counted = response_logits(adapted, batch)
+            log_p.append(-functional.cross_entropy(logits_TV.float(), targets_T, reduction="none"))
+            hidden.append(read.pop()[:, :-1][counted].float())
     return torch.cat(log_p), torch.cat(hidden)
 
 

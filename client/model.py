@@ -250,6 +250,28 @@ class AdaptedModel:
         return {layer: network.get_submodule(f"{layer}.experts") for layer in self.layers}
 
     @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Evaluation mode while the context lasts: no dropout, and layers that are checkpointed keep a cache."""
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            yield
+        finally:
+            self.model.train(was_training)
+
+    @contextmanager
+    def without_adapter(self) -> Iterator[None]:
+        """Compute as the base model does while the context lasts: the reference of alignment, without a second copy."""
+        # PEFT switches gradients off with its layers, and on again for more parameters than we train.
+        trained = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
+        try:
+            with self.model.disable_adapter():
+                yield
+        finally:
+            for parameter, requires_grad in trained:
+                parameter.requires_grad_(requires_grad)
+
+    @contextmanager
     def count_expert_tokens(self) -> Iterator[ExpertTokenCounter]:
         """Count the tokens routed to each expert while the context lasts.
 

@@ -25,6 +25,10 @@ class Node:
     device: Device | None = None
     worker: bool | None = None
     """Whether a warm worker answers; None: as the run says."""
+    rewards: tuple[str, ...] = ()
+    """``NAME:SOURCE`` of rewards that the site has a model of its own for (``method=firm``)."""
+    preference: tuple[float, ...] = ()
+    """The site's own weights of the objectives; empty: the run's."""
 
 
 def is_real(node_config: Mapping[str, Any]) -> bool:
@@ -36,7 +40,7 @@ def real_node(node_config: Mapping[str, Any]) -> Node:
     """The node config of a real site.
 
     Raises:
-        ValueError: If ``site`` or ``data`` is missing, or ``device`` or ``worker`` has no such value.
+        ValueError: If ``site`` or ``data`` is missing, or ``device``, ``worker`` or ``preference`` has no such value.
     """
     for key in ("site", "data"):
         if not node_config.get(key):
@@ -53,7 +57,21 @@ def real_node(node_config: Mapping[str, Any]) -> Node:
         private=Path(str(node_config.get("private", "") or default_private_root())).expanduser(),
         device=Device[device] if device else None,
         worker=_SWITCH.get(worker),
+        rewards=tuple(_words(node_config, "rewards")),
+        preference=_weights(node_config),
     )
+
+
+def _words(node_config: Mapping[str, Any], key: str) -> list[str]:
+    return [word.strip() for word in str(node_config.get(key, "")).split(",") if word.strip()]
+
+
+def _weights(node_config: Mapping[str, Any]) -> tuple[float, ...]:
+    try:
+        return tuple(float(word) for word in _words(node_config, "preference"))
+    except ValueError:
+        given = node_config["preference"]
+        raise ValueError(f"node config preference must be numbers, as in '0.7,0.3', got {given!r}") from None
 
 
 def default_private_root() -> Path:

@@ -35,6 +35,11 @@ class ExpertTokenCounter:
         # A mask lies on the CPU when it is made, so that asking it keeps no GPU waiting.
         self.real_tokens = None if bool(mask_N.all()) else mask_N.nonzero().squeeze(1).to(self._device)
 
+    def pause(self) -> None:
+        """Count nothing, and take every token for real, until the next ``set_mask``: for passes that do not train."""
+        self._uncounted = set()
+        self.real_tokens = None
+
     def add(self, layer: str, tokens_E: torch.Tensor) -> None:
         """Add one layer's real tokens of this pass; only once, since gradient checkpointing computes a pass again."""
         if layer in self._uncounted:

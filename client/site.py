@@ -13,7 +13,7 @@ from client.methods import method_for
 from client.model import AdaptedModel, adapted_model
 from client.private import PrivateStore, under
 from client.runtime import configure_torch
-from client.text import Example, TokenSequence, encode
+from client.text import Example, TokenSequence
 from client.training import TrainingResult, train
 from conf.schema import Config, RouterTraining
 from conf.seeds import generator_for
@@ -103,8 +103,9 @@ class Site:
         ``fix_shared`` only what is not shared is trained.
 
         Its metrics are train_loss (nats per response token), num_tokens (response tokens trained on), num_steps,
-        micro_batch, train_seconds, those of ``client.throughput.Throughput`` and, with ``evaluate_own``, own_loss: that
-        of the site's adapter just trained on its held-out data (in a centralised run, on all sites').
+        micro_batch, train_seconds, those of ``client.throughput.Throughput`` and of the method's rule and, with
+        ``evaluate_own``, own_loss: that of the site's adapter just trained on its held-out data (in a centralised run,
+        on all sites').
 
         The store is written last: a round that fails leaves it as it was. A round that is asked for again, since its
         reply was lost, starts from what the store held before it.
@@ -127,7 +128,7 @@ class Site:
                 generator=generator_for(self.config.seed, "train", server_round, self.name),
                 rule=rule,
             )
-        metrics |= _metrics(result)
+        metrics |= {**_metrics(result), **rule.metrics()}
         if evaluate_own:
             metrics["own_loss"] = self._own_loss(result.adapter)
         shared = shared_arrays(result.adapter, self.config)
@@ -220,13 +221,13 @@ class Site:
         return {name: received[name] if name in expected else own[name] for name in names}
 
     @cached_property
-    def _train_sequences(self) -> list[TokenSequence]:
-        return encode(self._train_examples, self.adapted.tokenizer, self.config.data)
+    def _train_sequences(self) -> Sequence[TokenSequence]:
+        return self.method.encode(self._train_examples, self.adapted.tokenizer, self.config.data)
 
     @cached_property
-    def _held_out_sequences(self) -> dict[str, list[TokenSequence]]:
+    def _held_out_sequences(self) -> dict[str, Sequence[TokenSequence]]:
         return {
-            name: encode(examples, self.adapted.tokenizer, self.config.data)
+            name: self.method.encode(examples, self.adapted.tokenizer, self.config.data)
             for name, examples in self._held_out_examples.items()
         }
 

@@ -13,6 +13,10 @@ class Example:
     context: str
     """Further input for the instruction; empty: none."""
     response: str
+    rejected: str = ""
+    """A response that was judged worse than ``response``; empty: none."""
+    objective: str = ""
+    """What the two were judged by; empty: not said."""
 
 
 def alpaca_prompt(example: Example) -> str:

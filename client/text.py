@@ -18,8 +18,8 @@ from client.templates import Example, alpaca_prompt, chat_message, plain_prompt
 from conf.schema import DataConfig, Template, Truncation
 
 __all__ = [
-    "IGNORED_LABEL", "Example", "TokenSequence", "byte_tokenizer", "check_packing", "collate", "encode",
-    "encode_prompts",
+    "IGNORED_LABEL", "Example", "TokenSequence", "byte_tokenizer", "check_packing", "collate", "encode", "encode_each",
+    "encode_prompts", "report_dropped", "response_sequence",
 ]  # fmt: skip
 
 logger = logging.getLogger(__name__)
@@ -63,21 +63,31 @@ def encode(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, data
         ValueError: If the tokenizer has no end-of-sequence token, if ``data.template=chat`` and it has no chat
             template, or if every example was dropped.
     """
+    sequences = [sequence for sequence in encode_each(examples, tokenizer, data) if sequence is not None]
+    report_dropped(len(examples) - len(sequences), len(examples), data)
+    return _pack(sequences, data.max_length) if data.packing else sequences
+
+
+def encode_each(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, data: DataConfig
+) -> list[TokenSequence | None]:
+    """The token sequence of every example, never packed; None where nothing is left of the response.
+
+    Raises:
+        ValueError: As ``encode``, but for dropped examples.
+    """
     if not examples:
         return []
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer of model.name has no end-of-sequence token: a response could not be ended")
-    prefix = _beginning(tokenizer, data.template)
-    prompts = _prompt_ids(examples, tokenizer, data.template)
+    prefix, prompts = _beginning(tokenizer, data.template), _prompt_ids(examples, tokenizer, data.template)
     responses = tokenizer([example.response for example in examples], add_special_tokens=False)["input_ids"]
-    sequences = []
+    sequences: list[TokenSequence | None] = []
     for prompt, response in zip(prompts, responses, strict=True):
         ended = [*response, tokenizer.eos_token_id] if response else []
         fitted = _truncate(prefix + prompt, ended, len(prefix), data)
-        if fitted is not None and fitted[1]:
-            sequences.append(_sequence(*fitted))
-    _report_dropped(len(examples) - len(sequences), len(examples), data)
-    return _pack(sequences, data.max_length) if data.packing else sequences
+        sequences.append(response_sequence(*fitted) if fitted is not None and fitted[1] else None)
+    return sequences
 
 
 def encode_prompts(
@@ -207,7 +217,8 @@ def _truncate(
     return prompt[:num_kept] + prompt[len(prompt) - (num_left - num_kept) :], response
 
 
-def _sequence(prompt: list[int], response: list[int]) -> TokenSequence:
+def response_sequence(prompt: list[int], response: list[int]) -> TokenSequence:
+    """One example, with a loss on its response alone."""
     labels = [IGNORED_LABEL] * len(prompt) + response
     # Nothing precedes the first token that could predict it; in a pack the example before it would have to.
     labels[0] = IGNORED_LABEL
@@ -228,9 +239,14 @@ def _pack(sequences: Iterable[TokenSequence], max_length: int) -> list[TokenSequ
     return packed
 
 
-def _report_dropped(num_dropped: int, num_examples: int, data: DataConfig) -> None:
+def report_dropped(num_dropped: int, num_examples: int, data: DataConfig) -> None:
+    """Log how many examples have no response left.
+
+    Raises:
+        ValueError: If that is all of them, and there are any.
+    """
     settings = f"data.max_length={data.max_length}, data.truncation={data.truncation.name}"
-    if num_dropped == num_examples:
+    if num_dropped == num_examples > 0:
         raise ValueError(f"none of {num_examples} examples has a response that fits: {settings}; raise data.max_length")
     if num_dropped:
         logger.warning("%d of %d examples dropped: no response left (%s)", num_dropped, num_examples, settings)

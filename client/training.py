@@ -13,13 +13,11 @@ import torch
 from numpy.typing import NDArray
 
 from client.checkpointing import checkpointed_layers
-from client.evaluation import response_nll
-from client.local_rule import LocalRule
+from client.local_rule import LocalRule, Step, StepLoss
 from client.memory import choose_micro_batch, free_bytes
 from client.model import AdaptedModel
-from client.routing import ExpertTokenCounter
 from client.runtime import configure_torch
-from client.text import TokenSequence, collate
+from client.text import TokenSequence
 from client.throughput import Throughput, ThroughputMeter
 from conf.schema import OptimizerState, TrainConfig
 from strategies.adapters import Arrays
@@ -47,7 +45,8 @@ class TrainingResult:
     num_tokens: int
     """Response tokens trained on, each as often as it was seen."""
     loss: float
-    """Mean over those tokens of the loss when they were seen, nats per token, without the proximal term."""
+    """Mean over those tokens of the loss when they were seen, nats per token unless the method has a loss of its own;
+    without the proximal term."""
     seconds: float
     """Wall time."""
     throughput: Throughput
@@ -88,13 +87,14 @@ def train(
     configure_torch(config)
     # Before memory is measured: a graft that an adapter lacks takes none.
     adapted.load_adapter(start)
-    micro_batch = choose_micro_batch(adapted, sequences, config, free_bytes(adapted.device))
+    micro_batch = choose_micro_batch(adapted, rule.passes_over(sequences), config, free_bytes(adapted.device))
     # Spawned, so that the order of the sequences is the generator's own stream.
     torch.manual_seed(int(generator.spawn(1)[0].integers(2**63)))
     adapted.model.train()
     adamw = _adamw(adapted, optimizer, config)
     anchored = _anchored(adapted, anchor) if config.proximal_mu > 0 else []
-    nll, num_steps, num_tokens = 0.0, 0, 0
+    total, num_steps, num_tokens = 0.0, 0, 0
+    loss_scale = _FLOAT16_LOSS_SCALE if adapted.base.model.dtype is torch.float16 else 1.0
     meter = ThroughputMeter(adapted)
     try:
         with (
@@ -105,13 +105,18 @@ def train(
             for chosen in _batches(sequences, config, generator):
                 num_steps += 1
                 adamw.zero_grad()
-                passes = _micro_batches(chosen, micro_batch)
-                nll += _accumulate_gradients(
-                    adapted, passes, anchored=anchored, counter=counter, rule=rule, step=num_steps, config=config
+                found = rule.accumulate(
+                    Step(
+                        chosen=chosen, adapted=adapted, counter=counter, micro_batch=micro_batch, loss_scale=loss_scale
+                    )
+                )
+                _finish_gradients(
+                    adapted, found, loss_scale, anchored=anchored, rule=rule, step=num_steps, config=config
                 )
                 adamw.step()
-                meter.add(chosen)
-                num_tokens += sum(sequence.num_targets for sequence in chosen)
+                meter.add(found.sequences)
+                total += found.total
+                num_tokens += found.num_tokens
     finally:
         adamw.zero_grad()  # the next site of this process needs the memory
     throughput = meter.result(counter.totals())
@@ -122,7 +127,7 @@ def train(
         micro_batch=micro_batch,
         num_steps=num_steps,
         num_tokens=num_tokens,
-        loss=nll / num_tokens,
+        loss=total / num_tokens,
         seconds=time.perf_counter() - began,
         throughput=throughput,
     )
@@ -142,57 +147,32 @@ def _batches(
     return itertools.islice(endless(), config.max_steps or math.ceil(len(sequences) / config.batch_size))
 
 
-def _micro_batches(chosen: Sequence[TokenSequence], size: int) -> list[list[TokenSequence]]:
-    """The sequences of a step in groups of ``size``, alike in length so that little is padded, the longest first."""
-    by_length = sorted(chosen, key=lambda sequence: len(sequence.input_ids), reverse=True)
-    return [by_length[first : first + size] for first in range(0, len(by_length), size)]
-
-
-def _accumulate_gradients(
+def _finish_gradients(
     adapted: AdaptedModel,
-    passes: Sequence[Sequence[TokenSequence]],
+    found: StepLoss,
+    loss_scale: float,
     *,
     anchored: Sequence[tuple[torch.Tensor, torch.Tensor]],
-    counter: ExpertTokenCounter,
     rule: LocalRule,
     step: int,
     config: TrainConfig,
-) -> float:
-    """Clipped gradients of one step's loss; its negative log-likelihood in nats, without proximal term and penalty.
-
-    The loss is the mean over the response tokens of all passes together, so it is that of the undivided batch; a
-    rule's penalty is the mean over all real tokens.
+) -> None:
+    """Add the proximal term's gradients, take the scale off, let the rule correct them, and clip.
 
     Raises:
         ValueError: If the loss or a gradient is not finite.
     """
-    scale = _FLOAT16_LOSS_SCALE if adapted.base.model.dtype is torch.float16 else 1.0
-    num_tokens = sum(sequence.num_targets for chosen in passes for sequence in chosen)
-    num_real = sum(len(sequence.input_ids) for chosen in passes for sequence in chosen)
-    total = torch.zeros((), device=adapted.device)
-    for chosen in passes:
-        batch = collate(chosen, adapted.tokenizer.pad_token_id)
-        counter.set_mask(batch["token_mask"])
-        rule.begin_pass(batch["token_mask"])
-        nll, _ = response_nll(adapted, batch)
-        objective = nll * (scale / num_tokens)
-        penalty = rule.penalty()
-        if penalty is not None:
-            objective = objective + penalty * (scale / num_real)
-        torch.autograd.backward(objective)
-        total += nll.detach()
-    loss = total / num_tokens
+    loss = torch.tensor(found.total / found.num_tokens)
     if anchored:
         proximal = _proximal_term(anchored, config.proximal_mu)
-        torch.autograd.backward(proximal * scale)
-        loss += proximal.detach()
-    if scale != 1.0:
+        torch.autograd.backward(proximal * loss_scale)
+        loss += proximal.detach().cpu()
+    if loss_scale != 1.0:
         for parameter in adapted.parameters_by_name().values():
             if parameter.grad is not None:
-                parameter.grad.div_(scale)
+                parameter.grad.div_(loss_scale)
     rule.correct(adapted.parameters_by_name())
     _clip(adapted, loss, step, config)
-    return total.item()
 
 
 def _clip(adapted: AdaptedModel, loss: torch.Tensor, step: int, config: TrainConfig) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from conf.alignment import MIN_PROMPT_TOKENS, AlignmentConfig, DpoConfig, FirmConfig
 from conf.schema import (
     Config,
     ExpertTraining,
@@ -24,6 +25,7 @@ def check_config(config: Config) -> None:
     _check_pair(config)
     _check_clair(config)
     _check_routers(config)
+    _check_alignment(config)
     _check_graft(config)
     _check_partition(config)
     _check_federation(config)
@@ -92,6 +94,23 @@ def _check_clair(config: Config) -> None:
 def _check_routers(config: Config) -> None:
     if config.method.name == "fedalign_moe" and config.model.router is RouterTraining.averaged:
         raise ValueError("method=fedalign_moe never sends routers: it needs model.router=local or frozen, got averaged")
+
+
+def _check_alignment(config: Config) -> None:
+    method, data = config.method, config.data
+    if not isinstance(method, AlignmentConfig):
+        return
+    if data.packing:
+        raise ValueError(f"method={method.name} takes examples one by one: it needs data.packing=false")
+    if isinstance(method, FirmConfig) and data.max_length - method.max_new_tokens < MIN_PROMPT_TOKENS:
+        raise ValueError(
+            f"method.max_new_tokens={method.max_new_tokens} leaves less than {MIN_PROMPT_TOKENS} tokens of "
+            f"data.max_length={data.max_length} for a prompt"
+        )
+    if isinstance(method, DpoConfig) and data.rejected_column is None:
+        raise ValueError("method=dpo compares two responses: set data.rejected_column, and data.path to such data")
+    if isinstance(method, DpoConfig) and method.objectives and data.objective_column is None:
+        raise ValueError(f"method.objectives={method.objectives} are values of a column: set data.objective_column")
 
 
 def _check_graft(config: Config) -> None:

@@ -27,7 +27,7 @@ from hydra.errors import ConfigCompositionException, HydraException, MissingConf
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
 
-from conf import schema
+from conf import alignment, schema
 from conf.check import check_config
 from conf.schema import Config, MethodConfig, PartitionConfig
 from strategies.base import Strategy
@@ -39,6 +39,7 @@ from strategies.fedalign_moe import FedAlignMoe
 from strategies.fedavg import FedAvg, FedProx
 from strategies.fedmoe import FedMoe
 from strategies.fedopt import FedAdagrad, FedAdam, FedAvgM, FedYogi
+from strategies.firm import Firm
 from strategies.flex import Flex
 from strategies.local_only import LocalOnly
 from strategies.pfl_moe import PflMoe
@@ -46,11 +47,11 @@ from strategies.scaffold import Scaffold
 
 STRATEGIES: tuple[type[Strategy], ...] = (
     FedAvg, FedProx, FedAvgM, FedAdam, FedAdagrad, FedYogi, Scaffold,
-    FedMoe, FedAlignMoe, FcMoe, FcMoePlus, PflMoe, Flex, Clair, LocalOnly, Centralised,
+    FedMoe, FedAlignMoe, FcMoe, FcMoePlus, PflMoe, Flex, Clair, Firm, LocalOnly, Centralised,
 )  # fmt: skip
 METHODS: tuple[type[MethodConfig], ...] = (
     schema.SftConfig, schema.ScaffoldConfig, schema.FcMoeConfig, schema.FedAlignMoeConfig, schema.PflMoeConfig,
-    schema.FlexConfig, schema.LocalOnlyConfig,
+    schema.FlexConfig, schema.LocalOnlyConfig, alignment.FirmConfig, alignment.DpoConfig,
 )  # fmt: skip
 PARTITIONS: tuple[type[PartitionConfig], ...] = (
     schema.Iid, schema.Dirichlet, schema.Pathological, schema.Shard, schema.Natural, schema.Files,
@@ -66,6 +67,9 @@ GROUPS = (
     "model", "data", "partition", "method", "strategy", "screen", "federation", "worker", "experiment",
 )  # fmt: skip
 """Settings that name a file or a dataclass with further settings."""
+
+_OPEN = {"data.filter": "column: value", "method.site_preferences": "site: [weights]"}
+"""Settings with keys of the user's own, and what they look like."""
 
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
 
@@ -224,8 +228,8 @@ def _check_form(override: Override) -> None:
     if key in GROUPS and not isinstance(value, str) and not override.is_sweep_override():
         given = override.get_value_string()
         raise ValueError(f"{key} must be a name, got {given!r}; what belongs to it is set by {key}.setting=value")
-    if key == "data.filter" and not isinstance(value, dict) and not override.is_sweep_override():
-        raise ValueError(f"data.filter must be {{column: value}}, got {override.get_value_string()!r}")
+    if key in _OPEN and not isinstance(value, dict) and not override.is_sweep_override():
+        raise ValueError(f"{key} must be {{{_OPEN[key]}}}, got {override.get_value_string()!r}")
 
 
 def _choices(override: Override) -> list[str]:
@@ -236,8 +240,9 @@ def _choices(override: Override) -> list[str]:
 
 
 def _with_open_keys(word: str) -> str:
-    """``data.filter`` takes any column; Hydra wants a ``+`` for keys that are not declared."""
-    return f"+{word}" if word.startswith(("data.filter.", "data.filter=")) and word != "data.filter={}" else word
+    """Some settings take any key, such as a column; Hydra wants a ``+`` for keys that are not declared."""
+    open_keys = (f"{key}{sign}" for key in _OPEN for sign in ".=")
+    return f"+{word}" if word.startswith(tuple(open_keys)) and not word.endswith("={}") else word
 
 
 def _explain(error: Exception, words: Sequence[str]) -> str:

@@ -225,6 +225,10 @@ class DataConfig:
     context_column: str | None = "context"
     """Column of optional input text; null: none."""
     response_column: str = "response"
+    rejected_column: str | None = None
+    """Column of a worse response to the same prompt, for ``method=dpo``; null: none."""
+    objective_column: str | None = None
+    """Column that says by what the two responses were judged; null: none."""
     split_column: str | None = None
     """Column that says which rows are held out; null: a random ``held_out_fraction`` of each site."""
     train_split: str = "train"

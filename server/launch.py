@@ -28,6 +28,7 @@ from server.flower import Connection, local_superlink, remote_superlink
 from server.follow import Outcome, follow
 from server.gpu_share import choose_gpus_per_site
 from server.record import RunFolder, default_name
+from server.reward import reward_cli
 from server.services import certs, server_cli, site_cli
 from server.view import View
 
@@ -38,6 +39,7 @@ cli.command()(certs)
 cli.command()(doctor)
 cli.command()(compare)
 cli.command()(report)
+cli.add_typer(reward_cli, name="reward")
 cli.add_typer(server_cli, name="server")
 cli.add_typer(site_cli, name="site")
 # A log file is as wide as its lines; a terminal tells its width.

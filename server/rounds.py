@@ -171,7 +171,9 @@ class FederatedRounds(FlowerStrategy):
                 self.measured[sender.site] = measured
             losses |= answer
         for name, found in losses.items():
-            self._round.site(name)["loss"] = self.losses[name] = found.loss
+            self.losses[name] = found.loss
+            # What a site measured must not overwrite what we did.
+            self._round.sites[name] = {**found.metrics, **self._round.site(name), "loss": found.loss}
         if pooled:
             self._round.global_loss = float(np.mean(pooled))
         elif self._round.global_loss is None and losses:

@@ -59,7 +59,7 @@ class Strategy(ABC):
 
     name: ClassVar[str]
     """What ``strategy=`` calls it."""
-    methods: ClassVar[frozenset[str]] = frozenset({"sft", "fc_moe", "flex"})
+    methods: ClassVar[frozenset[str]] = frozenset({"sft", "fc_moe", "flex", "firm", "dpo"})
     """Client halves it can be paired with."""
 
     def init_state(self, adapter: Arrays) -> Arrays:  # noqa: ARG002

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from client.methods.base import Method
+from client.methods.dpo import Dpo
 from client.methods.fc_moe import FcMoe
 from client.methods.fedalign_moe import FedAlignMoe
+from client.methods.firm import Firm
 from client.methods.flex import Flex
 from client.methods.local_only import LocalOnly
 from client.methods.pfl_moe import PflMoe
 from client.methods.scaffold import Scaffold
 from client.methods.sft import Sft
+from conf.alignment import DpoConfig, FirmConfig
 from conf.schema import (
     FcMoeConfig,
     FedAlignMoeConfig,
@@ -29,6 +32,8 @@ METHODS: dict[str, type[Method]] = {
     PflMoeConfig.name: PflMoe,
     FlexConfig.name: Flex,
     LocalOnlyConfig.name: LocalOnly,
+    FirmConfig.name: Firm,
+    DpoConfig.name: Dpo,
 }
 
 

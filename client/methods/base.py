@@ -8,13 +8,14 @@ from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from client.evaluation import HeldOutLoss, held_out_loss
 from client.generation import Generator, greedy
 from client.local_rule import LocalRule
 from client.model import AdaptedModel
-from client.text import TokenSequence
-from conf.schema import GraftConfig, MethodConfig
+from client.text import Example, TokenSequence, encode
+from conf.schema import DataConfig, GraftConfig, MethodConfig
 from strategies.adapters import Arrays
 
 Evaluator = Callable[[Sequence[TokenSequence]], HeldOutLoss]
@@ -79,6 +80,16 @@ class Method(ABC):
             private: The site's private arrays, among them what ``remember`` returned in the site's last round; empty
                 before its first.
         """
+
+    def encode(
+        self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, data: DataConfig
+    ) -> Sequence[TokenSequence]:
+        """What the site trains on and is measured on; by default prompts with their responses.
+
+        Raises:
+            ValueError: If the examples do not fit the settings or the method.
+        """
+        return encode(examples, tokenizer, data)
 
     def local_rule(self, adapted: AdaptedModel, broadcast: Arrays, private: Arrays) -> LocalRule:  # noqa: ARG002
         """What the method adds to the local loop of this round; by default nothing.

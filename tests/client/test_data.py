@@ -105,6 +105,14 @@ def test_columns_are_named_by_settings(tmp_path):
     }
 
 
+def test_pairs_have_a_worse_response_and_what_they_were_judged_by(tmp_path):
+    path = write(tmp_path / "rows.jsonl", [{"q": "one", "a": "two", "worse": "three", "by": "tact"}] * 4)
+    columns = {"prompt_column": "q", "context_column": None, "response_column": "a"}
+    config = config_for(path, Iid(num_sites=2), **columns, rejected_column="worse", objective_column="by")
+    found = {example for site in simulated_sites(config).values() for example in site.train}
+    assert found == {Example("one", "", "two", "three", "tact")}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

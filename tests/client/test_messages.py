@@ -56,7 +56,7 @@ UPDATE = ClientUpdate(
 )
 BROADCAST = {"reference/model.layers.0.mlp": np.float32([0.25, 0.75])}
 LOSSES = {
-    "ward-7": HeldOutLoss(loss=1.25, num_tokens=30, num_examples=4),
+    "ward-7": HeldOutLoss(loss=1.25, num_tokens=30, num_examples=4, metrics={"held_out_kl": 0.5}),
     "*pooled*": HeldOutLoss(loss=2.0, num_tokens=90, num_examples=12),
 }
 
@@ -184,7 +184,7 @@ def test_foreign_reply_is_refused(decode, content):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format": 1}, "reply in format 1, this server reads 3"),
+        ({"format": 1}, "reply in format 1, this server reads 4"),
         ({"sender": {"site": "x"}}, "not a reply of this version"),
         ({"sender__base_model_loads": "many"}, "invalid literal"),
         ({"facts": {}}, "not a reply of this version"),

@@ -40,7 +40,7 @@ REMOTE = FederationConfig(mode=Mode.remote, superlink="host:8000")
 CONTRADICTIONS = {
     "pair": (
         {"strategy": FcMoe(), "method": LocalOnlyConfig()},
-        r"strategy=fc_moe needs method=fc_moe, flex, sft, got method=local_only",
+        r"strategy=fc_moe needs method=dpo, fc_moe, firm, flex, sft, got method=local_only",
     ),
     "local_only alone": (
         {"strategy": LocalOnly()},

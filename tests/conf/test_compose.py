@@ -41,7 +41,7 @@ METHOD_OF = dict.fromkeys(
     ),
     "sft",
 )
-METHOD_OF |= {name: name for name in ("scaffold", "fedalign_moe", "pfl_moe", "fc_moe", "flex", "local_only")}
+METHOD_OF |= {name: name for name in ("scaffold", "fedalign_moe", "pfl_moe", "fc_moe", "firm", "flex", "local_only")}
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +185,7 @@ def test_filter_takes_any_column(words, expected):
         ("strategy=fedadam strategy.learning_rate=-1", r"^strategy.learning_rate must be > 0, got -1.0$"),
         (
             "strategy=fedavg method=local_only",
-            r"^strategy=fedavg needs method=fc_moe, flex, sft, got method=local_only$",
+            r"^strategy=fedavg needs method=dpo, fc_moe, firm, flex, sft, got method=local_only$",
         ),
         ("data.filter=3", r"^data.filter must be \{column: value\}, got '3'$"),
         ("data.filter.topic={a:1}", r"^data.filter.topic must be a value or a list of values, got \{'a': 1\}$"),

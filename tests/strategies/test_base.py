@@ -113,7 +113,7 @@ def test_sites_that_changed_nothing_leave_the_adapter_alone(strategy):
 
 def test_names_and_client_halves_are_what_the_settings_call_them():
     methods = {strategy.name: set(strategy.methods) for strategy in [*AVERAGING, *REFACTORING, *ALONE]}
-    paired = {"sft", "fc_moe", "flex"}
+    paired = {"sft", "fc_moe", "flex", "firm", "dpo"}
     assert methods == {
         "fedavg": paired,
         "fedprox": paired,

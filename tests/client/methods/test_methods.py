@@ -35,5 +35,5 @@ def test_a_method_without_a_client_half_is_refused_by_name():
     class Unknown(MethodConfig):
         name: ClassVar[str] = "unknown"
 
-    with pytest.raises(ValueError, match=r"method must be one of \['fc_moe', 'fedalign_moe', .*'sft'\], got 'unknown'"):
+    with pytest.raises(ValueError, match=r"method must be one of \['dpo', 'fc_moe', .*'sft'\], got 'unknown'"):
         method_for(Unknown())

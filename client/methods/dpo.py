@@ -1,0 +1,172 @@
+"""Federated DPO at a site: pairs of responses, each objective's at its own weight.
+
+Shape suffixes: P pairs, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import PreTrainedTokenizerBase
+
+from client.evaluation import HeldOutLoss
+from client.local_rule import LocalRule, Step, StepLoss
+from client.methods.base import Evaluator, Method
+from client.model import AdaptedModel
+from client.prompts import PreferencePair, encode_pairs
+from client.rollouts import reference_log_probabilities, token_log_probabilities
+from client.text import Example, TokenSequence, collate
+from conf.alignment import DpoConfig, preference_of
+from conf.schema import DataConfig, MethodConfig
+from strategies.adapters import Arrays
+
+
+class Dpo(Method):
+    """Direct preference optimisation (Rafailov et al. 2023, Eq. 7, https://arxiv.org/abs/2305.18290) at each site.
+
+    The reference is the base model, which is the model with its adapter off. With several objectives each pair
+    belongs to one, and the loss is the sum of the objectives' mean losses at the site's preference: the linear
+    scalarisation that users of DPO have. Everything trained is sent.
+    """
+
+    def __init__(self, config: MethodConfig) -> None:
+        """Take the settings under ``method.``."""
+        assert isinstance(config, DpoConfig)
+        self.config = config
+
+    def shares(self, name: str) -> bool:  # noqa: ARG002
+        """Everything trained is sent."""
+        return True
+
+    def start(self, received: Arrays, private: Arrays) -> Arrays:  # noqa: ARG002
+        """What was received."""
+        return received
+
+    def encode(
+        self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, data: DataConfig
+    ) -> Sequence[TokenSequence]:
+        """Pairs of the objectives trained on, weighted.
+
+        Raises:
+            ValueError: If none is of such an objective, or as ``encode_pairs``.
+        """
+        wanted = self.config.objectives
+        chosen = [example for example in examples if not wanted or example.objective in wanted]
+        if examples and not chosen:
+            present = sorted({example.objective for example in examples})
+            raise ValueError(f"method.objectives={wanted} are those of no pair; data.objective_column holds {present}")
+        return weighted(self.config, encode_pairs(chosen, tokenizer, data))
+
+    def local_rule(self, adapted: AdaptedModel, broadcast: Arrays, private: Arrays) -> LocalRule:  # noqa: ARG002
+        """DPO's loss in place of the supervised one."""
+        return PairwiseLoss(self.config.beta)
+
+    def remember(self, received: Arrays, trained: Arrays) -> Arrays:  # noqa: ARG002
+        """Nothing."""
+        return {}
+
+    def evaluator(
+        self,
+        adapted: AdaptedModel,
+        adapter: Arrays,
+        private: Arrays,
+        training: Callable[[], Sequence[TokenSequence]],
+        batch_size: int,
+    ) -> Evaluator:
+        """Loss of the preferred responses, and how often and by how much each objective's pairs are ranked right."""
+        loss_of = super().evaluator(adapted, adapter, private, training, batch_size)
+
+        def measured(sequences: Sequence[TokenSequence]) -> HeldOutLoss:
+            found = loss_of(sequences)  # leaves the adapter loaded
+            margins: dict[str, list[float]] = {}
+            with torch.no_grad():
+                for first in range(0, len(sequences), batch_size):
+                    pairs = _as_pairs(sequences[first : first + batch_size])
+                    for pair, margin in zip(pairs, margins_of(adapted, pairs).tolist(), strict=True):
+                        margins.setdefault(pair.objective or "pairs", []).append(margin)
+            metrics = {}
+            for name, values in sorted(margins.items()):
+                metrics[f"held_out_accuracy/{name}"] = sum(value > 0 for value in values) / len(values)
+                metrics[f"held_out_margin/{name}"] = sum(values) / len(values)
+            return replace(found, metrics=metrics)
+
+        return measured
+
+
+class PairwiseLoss(LocalRule):
+    """The weighted mean over pairs of -log sigmoid(beta * margin)."""
+
+    def __init__(self, beta: float) -> None:
+        self._beta = beta
+
+    def passes_over(self, sequences: Sequence[TokenSequence]) -> Sequence[TokenSequence]:
+        """Both responses of every pair."""
+        return [sequence for pair in _as_pairs(sequences) for sequence in (pair, pair.rejected)]
+
+    def accumulate(self, step: Step) -> StepLoss:
+        """Gradients of the weighted mean over the step's pairs; ``micro_batch`` counts sequences, two a pair."""
+        pairs = _as_pairs(step.chosen)
+        weights_P = torch.tensor([pair.weight for pair in pairs], device=step.adapted.device)
+        size, total = max(1, step.micro_batch // 2), 0.0
+        for first in range(0, len(pairs), size):
+            part = slice(first, first + size)
+            margins_P = margins_of(step.adapted, pairs[part], step)
+            loss = -(weights_P[part] * functional.logsigmoid(self._beta * margins_P)).sum() / len(pairs)
+            torch.autograd.backward(loss * step.loss_scale)
+            total += float(loss.detach())
+        sequences = self.passes_over(pairs)
+        return StepLoss(total=total * sum(sequence.num_targets for sequence in sequences), sequences=sequences)
+
+
+def weighted(config: DpoConfig, pairs: Sequence[PreferencePair]) -> list[PreferencePair]:
+    """The pairs with weights that make a mean over them the preferred mean over objectives.
+
+    Each pair has its objective's preference over that objective's share of the pairs.
+
+    A site that has no pair of an objective shares its preference out among the others.
+
+    Raises:
+        ValueError: If nothing that the site has is preferred at all.
+    """
+    if not config.objectives or not pairs:
+        return list(pairs)
+    preference = dict(zip(config.objectives, preference_of(config.preference, config.num_objectives()), strict=True))
+    counts = Counter(pair.objective for pair in pairs)
+    present = sum(preference[name] for name in counts)
+    if present <= 0:
+        raise ValueError(
+            f"method.preference={config.preference} gives no weight to {sorted(counts)}, all pairs there are"
+        )
+    each = {name: preference[name] / present * len(pairs) / count for name, count in counts.items()}
+    return [replace(pair, weight=each[pair.objective]) for pair in pairs]
+
+
+def margins_of(adapted: AdaptedModel, pairs: Sequence[PreferencePair], step: Step | None = None) -> Tensor:
+    """(P,) log(policy / reference) of the preferred responses less that of the others, nats; Eq. 7 without beta.
+
+    Args:
+        adapted: The model, with the policy's adapter loaded.
+        pairs: At least one.
+        step: The step that trains on them, if one does.
+    """
+    sequences = [*pairs, *(pair.rejected for pair in pairs)]
+    batch = collate(sequences, adapted.tokenizer.pad_token_id)
+    if step is not None:
+        step.counter.pause()
+    reference_T = reference_log_probabilities(adapted, batch)
+    if step is not None:
+        step.counter.set_mask(batch["token_mask"])
+    log_ratio_T = token_log_probabilities(adapted, batch) - reference_T
+    sums = [part.sum() for part in torch.split(log_ratio_T, [sequence.num_targets for sequence in sequences])]
+    return torch.stack(sums[: len(pairs)]) - torch.stack(sums[len(pairs) :])
+
+
+def _as_pairs(sequences: Sequence[TokenSequence]) -> Sequence[PreferencePair]:
+    assert all(isinstance(sequence, PreferencePair) for sequence in sequences), "made by Dpo.encode"
+    return cast("Sequence[PreferencePair]", sequences)

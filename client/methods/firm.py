@@ -1,0 +1,268 @@
+"""FIRM at a site: several rewards, one rollout, one step along a combination that the site finds for itself.
+
+Shape suffixes: T tokens, M objectives.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from client.critic import Critic
+from client.evaluation import HeldOutLoss
+from client.experience import Experience, advantages_by_critic, advantages_by_group, gather
+from client.local_rule import LocalRule, Step, StepLoss
+from client.methods.base import Evaluator, Method
+from client.min_norm import min_norm_weights, normalised_gram
+from client.model import AdaptedModel
+from client.objective_gradients import ObjectiveGradients
+from client.policy_gradient import clipped_losses, kl_estimates
+from client.private import under
+from client.prompts import PromptSequence, prompt_sequences
+from client.reward_models import named_rewards
+from client.rewards import Rewards
+from client.rollouts import token_log_probabilities
+from client.text import Example, TokenSequence, collate, response_sequence
+from conf.alignment import Estimator, FirmConfig, Regulariser, preference_of
+from conf.schema import DataConfig, MethodConfig
+from strategies.adapters import Arrays
+
+_CRITIC = "firm/critic/"
+_WEIGHTS = "firm/weights"
+_EVALUATION_SEED = 0
+"""Every adapter is measured with the same draws."""
+
+
+class Firm(Method):
+    """Federated in-client regularised multi-objective alignment (Nourzad et al. 2025, https://arxiv.org/abs/2511.16992).
+
+    Of the paper only the abstract is public to us. From it: each client solves a regularised multi-objective problem
+    for itself at each step, it sends one set of adapted parameters, the regularisation keeps clients from choosing
+    different trade-offs, and preferences over the objectives can be given. Everything else is a reconstruction: with
+    the gradients g_j of M policy-gradient losses on the adapter, from one rollout, and Q their Gram matrix over the
+    mean of its diagonal, lambda minimises lambda' Q lambda plus a regulariser of strength beta
+    (``client.min_norm``), and the step goes along sum_j lambda_j g_j. beta = 0 is MGDA at each site, beta = inf linear
+    scalarisation. Ours too: the estimators (GRPO's groups, or PPO with a value head per objective), KL to the base
+    model in every objective, and the smoothing of lambda.
+
+    Only the adapter is sent. Value heads and lambda stay in the private store, and Adam's moments if they are kept;
+    mean rewards, KL and, if ``method.send_weights``, the round's mean lambda are among the metrics.
+    """
+
+    def __init__(self, config: MethodConfig) -> None:
+        """Take the settings under ``method.``."""
+        assert isinstance(config, FirmConfig)
+        self.config = config
+
+    def shares(self, name: str) -> bool:  # noqa: ARG002
+        """Everything trained is sent."""
+        return True
+
+    def start(self, received: Arrays, private: Arrays) -> Arrays:  # noqa: ARG002
+        """What was received."""
+        return received
+
+    def encode(
+        self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, data: DataConfig
+    ) -> Sequence[TokenSequence]:
+        """Prompts; the responses of the data are there for the held-out loss alone."""
+        return prompt_sequences(examples, tokenizer, data, self.config.max_new_tokens)
+
+    def local_rule(self, adapted: AdaptedModel, broadcast: Arrays, private: Arrays) -> LocalRule:  # noqa: ARG002
+        """Policy gradients, combined.
+
+        Raises:
+            ValueError: If a reward cannot be had.
+        """
+        return InClientAlignment(self.config, named_rewards(self.config.rewards, adapted), private)
+
+    def remember(self, received: Arrays, trained: Arrays) -> Arrays:  # noqa: ARG002
+        """Nothing beyond what the rule keeps."""
+        return {}
+
+    def evaluator(
+        self,
+        adapted: AdaptedModel,
+        adapter: Arrays,
+        private: Arrays,
+        training: Callable[[], Sequence[TokenSequence]],
+        batch_size: int,
+    ) -> Evaluator:
+        """Held-out loss, and mean rewards and KL of completions sampled for the first ``eval_prompts`` prompts."""
+        loss_of = super().evaluator(adapted, adapter, private, training, batch_size)
+
+        def measured(sequences: Sequence[TokenSequence]) -> HeldOutLoss:
+            found = loss_of(sequences)  # leaves the adapter loaded
+            prompts = _as_prompts(sequences)[: self.config.eval_prompts]
+            metrics = self._sampled_metrics(adapted, prompts, batch_size) if prompts else {}
+            return HeldOutLoss(
+                loss=found.loss, num_tokens=found.num_tokens, num_examples=found.num_examples, metrics=metrics
+            )
+
+        return measured
+
+    def _sampled_metrics(
+        self, adapted: AdaptedModel, prompts: Sequence[PromptSequence], batch_size: int
+    ) -> dict[str, float]:
+        rewards = named_rewards(self.config.rewards, adapted)
+        sums: dict[str, float] = defaultdict(float)
+        with torch.random.fork_rng(devices=[adapted.device] if adapted.device.type == "cuda" else []):
+            torch.manual_seed(_EVALUATION_SEED)
+            for first in range(0, len(prompts), batch_size):
+                chosen = prompts[first : first + batch_size]
+                experience = gather(
+                    adapted, chosen, rewards, per_prompt=1, max_new_tokens=self.config.max_new_tokens,
+                    temperature=self.config.temperature, batch_size=batch_size,
+                )  # fmt: skip
+                for name, value in _measures(experience, rewards.names).items():
+                    sums[name] += value * len(chosen)
+        return {f"held_out_{name}": total / len(prompts) for name, total in sums.items()}
+
+
+class InClientAlignment(LocalRule):
+    """One site's rounds of FIRM: what a step's gradients are, and lambda."""
+
+    def __init__(self, config: FirmConfig, rewards: Rewards, private: Arrays) -> None:
+        self._config = config
+        self._rewards = rewards
+        self._preference_M = np.array(preference_of(config.preference, len(rewards.names)))
+        self._critic_arrays = under(_CRITIC, private)
+        self._critic: Critic | None = None
+        self._weights_M: NDArray[np.floating] | None = private.get(_WEIGHTS)
+        self._experience: Experience | None = None
+        self._advantages: list[Tensor] = []
+        self._returns: list[Tensor] = []
+        self._num_steps = 0
+        self._num_rollouts = 0
+        self._weights_sum_M = np.zeros(len(rewards.names))
+        self._measured: dict[str, float] = defaultdict(float)
+
+    def passes_over(self, sequences: Sequence[TokenSequence]) -> Sequence[TokenSequence]:
+        """Prompts with completions of full length."""
+        return [
+            response_sequence(prompt.prompt_ids, [0] * self._config.max_new_tokens) for prompt in _as_prompts(sequences)
+        ]
+
+    def accumulate(self, step: Step) -> StepLoss:
+        """The gradients of the objectives' losses, combined; a new rollout every ``steps_per_rollout`` steps.
+
+        Batches between two rollouts are passed over. The loss that is reported is what the step is to lower: KL at its
+        weight less the mean rewards at the site's preference.
+        """
+        if self._num_steps % self._config.steps_per_rollout == 0:
+            self._experience = self._gather(step)
+        experience = self._experience
+        assert experience is not None
+        self._num_steps += 1
+        gradients = ObjectiveGradients([*step.adapted.parameters_by_name().values()], len(self._rewards.names))
+        sequences = experience.rollout.sequences
+        for indices in step.passes(sequences):
+            gradients.add(self._losses(step, experience, indices) * step.loss_scale)
+        weights_M = self._next_weights(gradients.gram())
+        gradients.combine(weights_M)
+        self._weights_sum_M += weights_M
+        if self._critic is not None:
+            self._critic.fit(torch.cat(experience.hidden), torch.cat(self._returns))
+        objective = self._config.kl * experience.kl - float(experience.rewards_NM.mean(axis=0) @ self._preference_M)
+        return StepLoss(total=objective * experience.num_tokens, sequences=sequences)
+
+    def metrics(self) -> dict[str, float]:
+        """Means over the round's rollouts and, of lambda, over its steps."""
+        found = {name: total / self._num_rollouts for name, total in self._measured.items()}
+        if self._config.send_weights:
+            weights_M = self._weights_sum_M / self._num_steps
+            found |= {
+                f"lambda/{name}": float(weight) for name, weight in zip(self._rewards.names, weights_M, strict=True)
+            }
+        return found
+
+    def to_keep(self) -> Arrays:
+        """Lambda and the value heads."""
+        critic = self._critic.arrays() if self._critic is not None else {}
+        weights = {} if self._weights_M is None else {_WEIGHTS: self._weights_M}
+        return {**weights, **{_CRITIC + name: array for name, array in critic.items()}}
+
+    def _gather(self, step: Step) -> Experience:
+        config = self._config
+        step.counter.pause()
+        experience = gather(
+            step.adapted, _as_prompts(step.chosen), self._rewards, per_prompt=config.group_size,
+            max_new_tokens=config.max_new_tokens, temperature=config.temperature, batch_size=step.micro_batch,
+        )  # fmt: skip
+        self._num_rollouts += 1
+        for name, value in _measures(experience, self._rewards.names).items():
+            self._measured[name] += value
+        if config.estimator is Estimator.group:
+            self._advantages = advantages_by_group(experience, config.group_size)
+        else:
+            self._advantages, self._returns = advantages_by_critic(
+                experience, self._critic_for(experience), kl=config.kl, discount=config.discount, decay=config.decay
+            )
+        return experience
+
+    def _critic_for(self, experience: Experience) -> Critic:
+        if self._critic is None:
+            hidden_CD = experience.hidden[0]
+            self._critic = Critic(
+                hidden_CD.shape[-1], len(self._rewards.names), self._config.critic_learning_rate, hidden_CD.device
+            )
+            if self._critic_arrays:
+                self._critic.load(self._critic_arrays)
+        return self._critic
+
+    def _losses(self, step: Step, experience: Experience, indices: Sequence[int]) -> Tensor:
+        """(M,) each objective's part of the loss from one pass: a mean over the tokens of the whole rollout.
+
+        With groups KL is a term of every loss (GRPO, Eq. 3), so the combined loss has it once; with a critic it is in
+        the rewards already.
+        """
+        sequences = [experience.rollout.sequences[index] for index in indices]
+        old_T, reference_T, advantages_TM = (
+            torch.cat([part[index] for index in indices])
+            for part in (experience.old_log_p, experience.reference_log_p, self._advantages)
+        )
+        batch = collate(sequences, step.adapted.tokenizer.pad_token_id)
+        step.counter.set_mask(batch["token_mask"])
+        log_p_T = token_log_probabilities(step.adapted, batch, self._config.temperature)
+        losses_M = clipped_losses(log_p_T, old_T, advantages_TM, self._config.clip).sum(dim=0)
+        if self._config.estimator is Estimator.group:
+            losses_M = losses_M + self._config.kl * kl_estimates(log_p_T, reference_T).sum()
+        return losses_M / experience.num_tokens
+
+    def _next_weights(self, gram_MM: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Lambda of this step: found anew, then smoothed (MOAC's momentum, https://arxiv.org/abs/2405.03082)."""
+        config = self._config
+        if math.isinf(config.beta):
+            found_M = self._preference_M
+        else:
+            preference_M = None if config.regulariser is Regulariser.ridge else self._preference_M
+            found_M = min_norm_weights(
+                normalised_gram(gram_MM),
+                regulariser=config.regulariser.value,
+                beta=config.beta,
+                preference=preference_M,
+            )
+        before_M = found_M if self._weights_M is None else self._weights_M
+        self._weights_M = (1 - config.rho) * before_M + config.rho * found_M
+        return self._weights_M
+
+
+def _measures(experience: Experience, names: Sequence[str]) -> dict[str, float]:
+    """Mean rewards, KL in nats and tokens of a completion."""
+    means_M = experience.rewards_NM.mean(axis=0)
+    rewards = {f"reward/{name}": float(mean) for name, mean in zip(names, means_M, strict=True)}
+    num_completions = len(experience.rollout.sequences)
+    return {**rewards, "kl": experience.kl, "completion_tokens": experience.num_tokens / num_completions}
+
+
+def _as_prompts(sequences: Sequence[TokenSequence]) -> Sequence[PromptSequence]:
+    assert all(isinstance(sequence, PromptSequence) for sequence in sequences), "made by Firm.encode"
+    return cast("Sequence[PromptSequence]", sequences)

@@ -1,0 +1,62 @@
+"""``bouquet reward``: reward models for ``method=firm`` out of preference pairs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from conf.compose import load_config
+
+reward_cli = typer.Typer(no_args_is_help=True, help="Reward models for method=firm.")
+
+
+@reward_cli.callback()
+def _commands() -> None:
+    """Reward models for method=firm."""
+
+
+@reward_cli.command()
+def train(
+    folder: Annotated[Path, typer.Argument(help="New folder for the head: weights and what they were trained for.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Settings: data.path, columns, model; key=value.")
+    ] = None,
+    objective: Annotated[
+        str | None, typer.Option(help="Value of data.objective_column to train on; default: every pair.")
+    ] = None,
+    penalty: Annotated[float, typer.Option(min=1e-9, help="Weight of the squared weights in the loss.")] = 0.1,
+) -> None:
+    """Fit a linear reward head on the base model's hidden states to preference pairs.
+
+    Reads data.path with data.prompt_column, data.response_column (the preferred response), data.rejected_column and
+    data.objective_column; a data.split_column says which pairs are held out.
+    """
+    # torch takes seconds to import
+    from client.assemble import model_for  # noqa: PLC0415
+    from client.data import own_site  # noqa: PLC0415
+    from client.reward_training import train_head  # noqa: PLC0415
+
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty: choose another folder")
+    config = load_config(["partition=iid", *(overrides or [])])  # any one: nothing is divided here
+    data = config.data
+    if data.path is None or data.rejected_column is None:
+        raise ValueError("a reward head needs pairs: set data.path and data.rejected_column")
+    if objective is not None and data.objective_column is None:
+        raise ValueError(f"--objective {objective} is a value of a column: set data.objective_column")
+    if objective is not None:
+        config = replace(config, data=replace(data, filter={**data.filter, str(data.objective_column): objective}))
+    pairs = own_site(config, "pairs", data.path)
+    head = train_head(
+        model_for(config), pairs.train, pairs.held_out, objective=objective or "", data=config.data, penalty=penalty
+    )
+    head.save(folder)
+    shares = ", ".join(f"{name} {share:.3f}" for name, share in head.facts.accuracy.items())
+    console = Console(highlight=False)
+    console.print(f"{head.facts.num_pairs} pairs; accuracy: {shares}", soft_wrap=True)
+    console.print(escape(str(folder)), soft_wrap=True)

@@ -1,0 +1,235 @@
+"""FIRM at a site: the step it takes, what of it leaves the site, and its special cases."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.federation import simulated
+from client.experience import gather
+from client.local_rule import Step
+from client.methods.firm import Firm, InClientAlignment
+from client.min_norm import min_norm_weights, normalised_gram
+from client.model import adapted_model, base_model_loads
+from client.private import under
+from client.reward_models import named_rewards
+from conf.alignment import Estimator, FirmConfig, Regulariser
+from conf.compose import load_config
+from conf.schema import DataConfig, LoraConfig, Template
+from tests.client.local_training import live_tensor_bytes
+from tests.client.test_site import TRAIN, assert_same, first_global, make_site, noisy, settings_for
+from tests.client.tiny_models import save_tiny_base
+
+DATA = DataConfig(template=Template.plain, max_length=40)
+
+
+@pytest.fixture(scope="module")
+def base_config(tmp_path_factory):
+    return save_tiny_base(tmp_path_factory.mktemp("base"), "olmoe")
+
+
+@pytest.fixture(scope="module")
+def adapted(base_config):
+    return adapted_model(base_config, LoraConfig(rank=2), torch.device("cpu"))
+
+
+def firm(**settings):
+    """Two rewards, two completions of at most six tokens a prompt."""
+    return FirmConfig(**{"rewards": ["length", "format"], "group_size": 2, "max_new_tokens": 6, **settings})
+
+
+def site_with(base_config, folder, method, **train_settings):
+    config = settings_for(base_config, method, **{"max_steps": 2, **train_settings})
+    return make_site(replace(config, data=DATA), folder)
+
+
+def gradients_of(adapted, config, *, micro_batch=4, seed=0, steps=1, private=None):
+    """What ``steps`` steps without an optimiser leave in the parameters, flattened, and the rule."""
+    adapted.load_adapter(noisy(adapted.initial_adapter(0), seed=3))
+    prompts = Firm(config).encode(TRAIN[:2], adapted.tokenizer, DATA)
+    rule = InClientAlignment(config, named_rewards(config.rewards, adapted), private or {})
+    parameters = adapted.parameters_by_name()
+    torch.manual_seed(seed)
+    with adapted.count_expert_tokens() as counter:
+        step = Step(chosen=prompts, adapted=adapted, counter=counter, micro_batch=micro_batch, loss_scale=1.0)
+        for _ in range(steps):
+            for parameter in parameters.values():
+                parameter.grad = None
+            rule.accumulate(step)
+    found = torch.cat([parameter.grad.flatten() for parameter in parameters.values()]).double().numpy()
+    for parameter in parameters.values():
+        parameter.grad = None
+    return found, rule
+
+
+def test_the_step_is_that_on_the_weighted_loss(adapted):
+    """Against GRPO's loss of the weighted advantages, written as a loop over completions and tokens."""
+    preference = [0.7, 0.3]
+    config = firm(beta=math.inf, preference=preference, kl=0.3)
+    found, _ = gradients_of(adapted, config)
+    torch.manual_seed(0)
+    experience = gather(
+        adapted, Firm(config).encode(TRAIN[:2], adapted.tokenizer, DATA), named_rewards(config.rewards, adapted),
+        per_prompt=2, max_new_tokens=6, temperature=1.0, batch_size=4,
+    )  # fmt: skip
+    rewards, total = experience.rewards_NM, torch.zeros(())
+    adapted.model.train()
+    for index, sequence in enumerate(experience.rollout.sequences):
+        group = rewards[index // 2 * 2 : index // 2 * 2 + 2]
+        advantages = (rewards[index] - group.mean(0)) / (group.std(0) + 1e-6)
+        logits = adapted.model(input_ids=torch.tensor([sequence.input_ids])).logits[0].log_softmax(-1)
+        first = len(sequence.input_ids) - sequence.num_targets
+        for token, place in enumerate(range(first, len(sequence.input_ids))):
+            log_p = logits[place - 1, sequence.input_ids[place]]
+            log_ratio = experience.reference_log_p[index][token] - log_p
+            surrogate = (log_p - log_p.detach()).exp() * float(np.dot(preference, advantages))
+            total = total - surrogate + 0.3 * (log_ratio.exp() - log_ratio - 1)
+    parameters = [*adapted.parameters_by_name().values()]
+    naive = torch.autograd.grad(total / experience.num_tokens, parameters)
+    expected = torch.cat([gradient.flatten() for gradient in naive]).double().numpy()
+    assert np.linalg.norm(found - expected) < 1e-4 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("estimator", Estimator)
+def test_fixed_weights_combine_the_objectives_gradients_and_mgda_finds_a_common_direction(adapted, estimator):
+    """beta = inf is linear scalarisation: linear in the preference. beta = 0 is MGDA: the least combination d of
+    the gradients g, of which every g has at least its own length along it, <g_j, d> >= ||d||^2."""
+    settings = {"estimator": estimator, "kl": 0.1}
+    one, two, mixed = (
+        gradients_of(adapted, firm(beta=math.inf, preference=preference, **settings))[0]
+        for preference in ([1.0, 0.0], [0.0, 1.0], [0.3, 0.7])
+    )
+    np.testing.assert_allclose(mixed, 0.3 * one + 0.7 * two, atol=1e-6 * np.abs(one).max() + 1e-8)
+    least, rule = gradients_of(adapted, firm(beta=0.0, **settings))
+    gram = np.array([[one @ one, one @ two], [one @ two, two @ two]])
+    weights = min_norm_weights(normalised_gram(gram), regulariser="anchor", beta=0.0)
+    np.testing.assert_allclose(rule.to_keep()["firm/weights"], weights, atol=1e-4)
+    for gradient in (one, two):
+        assert gradient @ least >= least @ least * (1 - 1e-3)
+
+
+def test_micro_batches_change_no_gradient(adapted):
+    whole, _ = gradients_of(adapted, firm(), micro_batch=4)
+    parts, _ = gradients_of(adapted, firm(), micro_batch=1)
+    np.testing.assert_allclose(parts, whole, atol=1e-5 * np.abs(whole).max())
+
+
+def test_a_rollout_serves_several_steps_and_weights_are_smoothed(adapted):
+    """lambda goes a fourth of the way to what each step finds, from where the last round left it."""
+    _, first = gradients_of(adapted, firm(beta=1.0))
+    private = {"firm/weights": np.array([1.0, 0.0])}
+    _, smoothed = gradients_of(adapted, firm(beta=1.0, rho=0.25), private=private)
+    found, kept = first.to_keep()["firm/weights"], smoothed.to_keep()["firm/weights"]
+    np.testing.assert_allclose(kept, 0.75 * private["firm/weights"] + 0.25 * found, rtol=1e-6)
+    torch.manual_seed(0)
+    once, _ = gradients_of(adapted, firm(steps_per_rollout=2))
+    twice, _ = gradients_of(adapted, firm(steps_per_rollout=2), steps=2)
+    np.testing.assert_array_equal(once, twice)  # the adapter did not move, and the completions are the same
+    anew, _ = gradients_of(adapted, firm(steps_per_rollout=1), steps=2)
+    assert not np.allclose(anew, once)
+
+
+@pytest.mark.parametrize("estimator", Estimator)
+def test_only_the_adapter_leaves_the_site(base_config, tmp_path, estimator):
+    """Lambda and value heads go into the private store; the messages' types have no field for them."""
+    site = site_with(base_config, tmp_path, firm(estimator=estimator))
+    update = site.train(1, first_global(site))
+    assert update.adapter.keys() == site.adapted.parameters_by_name().keys()
+    assert update.extras == {}
+    private = site.store.load()
+    assert private.pop("firm/weights").sum() == pytest.approx(1)
+    assert under("firm/critic/", private).keys() == ({"weight", "bias"} if estimator is Estimator.ppo else set())
+    assert {"reward/length", "reward/format", "kl", "completion_tokens"} < update.metrics.keys()
+    assert not any(name.startswith("lambda/") for name in update.metrics)
+    for values in update.adapter.values():
+        assert all(values.shape != kept.shape or not np.array_equal(values, kept) for kept in private.values())
+
+
+def test_weights_are_among_the_metrics_only_if_asked(base_config, tmp_path):
+    site = site_with(base_config, tmp_path, firm(send_weights=True))
+    metrics = site.train(1, first_global(site)).metrics
+    assert metrics["lambda/length"] + metrics["lambda/format"] == pytest.approx(1)
+
+
+def test_a_round_asked_for_again_is_the_same_and_the_next_goes_on(base_config, tmp_path):
+    site = site_with(base_config, tmp_path, firm(estimator=Estimator.ppo))
+    first = site.train(1, first_global(site))
+    assert_same(site.train(1, first_global(site)).adapter, first.adapter)
+    kept = site.store.load()
+    site.train(2, first.adapter)
+    assert not np.array_equal(site.store.load()["firm/critic/weight"], kept["firm/critic/weight"])
+
+
+def test_loss_reported_is_kl_less_the_preferred_rewards(base_config, tmp_path):
+    site = site_with(base_config, tmp_path, firm(preference=[0.9, 0.1], kl=0.5), max_steps=1)
+    metrics = site.train(1, noisy(first_global(site), seed=0)).metrics
+    expected = 0.5 * metrics["kl"] - 0.9 * metrics["reward/length"] - 0.1 * metrics["reward/format"]
+    assert metrics["train_loss"] == pytest.approx(expected)
+    assert metrics["kl"] > 0
+
+
+def test_held_out_rewards_are_measured_with_the_same_draws(base_config, tmp_path):
+    site = site_with(base_config, tmp_path, firm(eval_prompts=2))
+    adapter = noisy(first_global(site), seed=0)
+    found = site.evaluate(adapter)["here"]
+    assert found.metrics.keys() == {
+        "held_out_reward/length", "held_out_reward/format", "held_out_kl", "held_out_completion_tokens",
+    }  # fmt: skip
+    torch.rand(1)
+    assert site.evaluate(adapter)["here"] == found
+    assert site.evaluate(first_global(site))["here"].metrics["held_out_kl"] == pytest.approx(0, abs=1e-6)
+    assert site_with(base_config, tmp_path, firm(eval_prompts=0)).evaluate(adapter)["here"].metrics == {}
+
+
+def test_expert_tokens_are_those_of_the_passes_that_train(base_config, tmp_path):
+    """Neither sampling nor the reference counts: tokens times experts per token of prompts and completions."""
+    site = site_with(base_config, tmp_path, firm(), max_steps=1)
+    update = site.train(1, first_global(site))
+    config, adapted = site.method.config, site.adapted
+    completions = update.metrics["completion_tokens"] * config.group_size * site.config.train.batch_size
+    assert update.metrics["num_tokens"] == pytest.approx(completions)
+    prompts = [len(prompt.prompt_ids) for prompt in site.method.encode(TRAIN, adapted.tokenizer, DATA)]
+    (tokens, *others) = (counts.sum() / adapted.experts_per_token for counts in update.expert_tokens.values())
+    assert set(others) == {tokens}
+    assert 2 * config.group_size * min(prompts) <= tokens - completions <= 2 * config.group_size * max(prompts)
+
+
+def test_one_base_model_serves_policy_reference_and_critic(base_config, tmp_path):
+    site = site_with(base_config, tmp_path, firm(estimator=Estimator.ppo))
+    site.train(1, first_global(site))
+    held, loads = live_tensor_bytes(), base_model_loads()
+    site.train(2, first_global(site))
+    base_bytes = sum(parameter.nbytes for parameter in site.adapted.base.model.parameters())
+    assert live_tensor_bytes() - held < base_bytes / 10
+    assert base_model_loads() == loads
+
+
+def test_a_reward_that_fails_ends_the_round_by_name(base_config, tmp_path):
+    site = site_with(base_config, tmp_path, firm(rewards=["length", "kindness"], regulariser=Regulariser.ridge))
+    with pytest.raises(ValueError, match=r"method.rewards: 'kindness' is none of \['brevity', "):
+        site.train(1, first_global(site))
+    assert site.store.load() == {}
+
+
+@pytest.mark.slow
+def test_rounds_of_a_federation_raise_held_out_rewards(tmp_path):
+    """tiny_moe and two programmatic rewards: after two rounds one is much higher and the other has not paid for it."""
+    config = load_config(
+        "strategy=firm partition=iid partition.num_sites=2 data.num_examples=80 rounds=2 train.max_steps=6 "
+        "train.batch_size=4 train.learning_rate=2e-2 method.rewards=[length,format] method.group_size=6 method.kl=0.01 "
+        "method.max_new_tokens=12 method.temperature=1.5 method.beta=1 method.eval_prompts=16"
+    )
+    federation = simulated(config, tmp_path)
+
+    def held_out():
+        found = [site.evaluate(federation.received(name))[name].metrics for name, site in federation.sites.items()]
+        return {name: np.mean([metrics[name] for metrics in found]) for name in found[0]}
+
+    before = held_out()
+    assert len(list(federation.rounds())) == config.rounds
+    after = held_out()
+    assert after["held_out_reward/length"] > 1.5 * before["held_out_reward/length"]
+    assert after["held_out_reward/format"] > before["held_out_reward/format"] - 0.02
+    assert before["held_out_kl"] == pytest.approx(0, abs=1e-6) != after["held_out_kl"]
