@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from server.compare_matrix import matrix_tables
+from server.compare_objectives import objective_tables
 from server.record import RunFolder
 from server.view import number, size
 
@@ -28,7 +29,7 @@ def compare(
     runs = [run for folder in folders for run in _runs_in(folder)]
     if not runs:
         raise ValueError(f"no run folder (one with a summary.json) in {', '.join(map(str, folders))}")
-    _console().print(comparison(runs), *matrix_tables(runs))
+    _console().print(comparison(runs), *matrix_tables(runs), *objective_tables(runs))
     if html is not None:
         _write_page(folders, html)
 

@@ -27,6 +27,8 @@ class RoundRecord:
     global_loss: float | None = None
     """Held-out loss of the global model, nats per response token."""
     aggregation_gap: float | None = None
+    drift: float | None = None
+    """Mean squared distance of the sites' adapters to their mean; measured where sites have several objectives."""
     bytes_by_kind: dict[str, Counter[str]] = field(default_factory=lambda: {"up": Counter(), "down": Counter()})
     """Bytes of adapters, and what went beside them, sent and used: see ``strategies.diagnostics.bytes_by_kind``."""
 
@@ -51,6 +53,7 @@ class RoundRecord:
             "global_loss": self.global_loss,
             "train_loss": float(np.average(losses, weights=weights)) if trained else None,
             "aggregation_gap": self.aggregation_gap,
+            "drift": self.drift,
             "num_sites": len(trained),
             "dropped": self.dropped,
             "bytes_up": self.total("bytes_up"),

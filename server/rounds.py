@@ -32,7 +32,7 @@ from server.exchange import Exchange, send
 from server.record import RunRecord
 from server.roster import Roster
 from server.round_record import RoundRecord, sample_sites
-from strategies.adapters import Arrays, check_finite
+from strategies.adapters import Arrays, check_finite, spread
 from strategies.base import ClientUpdate
 from strategies.diagnostics import bytes_by_kind, round_diagnostics
 from strategies.low_rank import aggregation_gap
@@ -212,6 +212,8 @@ class FederatedRounds(FlowerStrategy):
         self.adapter, self.state, self.personal = aggregation.adapter, aggregation.state, aggregation.personal
         self.expert_tokens = {update.site: update.expert_tokens for update in updates}
         self._round.aggregation_gap = gap
+        if any(key.startswith("reward/") for update in updates for key in update.metrics):
+            self._round.drift = spread([update.adapter for update in updates])
         self._note_verdicts(aggregation.diagnostics.get("verdicts", {}))
 
     def _note_verdicts(self, verdicts: Mapping[str, Mapping[str, Any]]) -> None:

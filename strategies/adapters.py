@@ -67,6 +67,21 @@ def norm(arrays: Arrays) -> float:
     return float(np.sqrt(dot(arrays, arrays)))
 
 
+def spread(terms: Sequence[Arrays]) -> float:
+    """Mean squared distance of the terms, each as one flat vector, to their plain mean, in float64.
+
+    Raises:
+        ValueError: If two terms differ in their names or shapes.
+    """
+    for term in terms[1:]:
+        check_same_layout(terms[0], term)
+    total = 0.0
+    for name in terms[0]:
+        mean = sum(term[name].astype(np.float64) for term in terms) / len(terms)
+        total += sum(float(((term[name] - mean) ** 2).sum()) for term in terms)
+    return total / len(terms)
+
+
 def check_same_layout(left: Arrays, right: Arrays) -> None:
     """Raise ``ValueError`` unless both hold the same names with the same shapes.
 

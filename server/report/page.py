@@ -12,6 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from server.report.charts import LARGE, PANEL, Chart, Series, bounds_of, line_chart
 from server.report.experts import ExpertsView, experts_view, lines_of, scales, short_name
 from server.report.matrix import matrix_views
+from server.report.objectives import objectives_view
 from server.report.runs import Run, read_runs
 from server.view import number, size
 
@@ -78,12 +79,20 @@ def contents(runs: Sequence[Run]) -> dict[str, Any]:
     convergence = _over_rounds("global", "Global model", runs, "global_loss", single="all held-out data")
     panels = _site_panels(runs)
     gap = _over_rounds("gap", "Aggregation gap", runs, "aggregation_gap", single="gap")
-    charts = [convergence, gap, *(panel.chart for panel in panels), *(chart for view in views for chart in view.norms)]
+    objectives = objectives_view(runs)
+    charts = [
+        *(objectives.charts if objectives else ()),
+        convergence,
+        gap,
+        *(panel.chart for panel in panels),
+        *(chart for view in views for chart in view.norms),
+    ]
     return {
         "runs": runs,
         "overview": [_overview(run) for run in runs],
         "convergence": convergence,
         "panels": panels,
+        "objectives": objectives,
         "gap": gap,
         "views": [view for view in views if view.run.diagnostics],
         "matrices": matrix_views(runs),

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from strategies.adapters import check_finite, check_same_layout, difference, dot, norm, weighted_mean
+from strategies.adapters import check_finite, check_same_layout, difference, dot, norm, spread, weighted_mean
 
 adapters = st.builds(lambda a: {"w": a}, arrays(np.float32, (2, 3), elements=st.floats(-100, 100, width=32)))
 weights = st.floats(0.1, 100)
@@ -66,3 +66,12 @@ def test_difference_dot_and_norm_treat_all_arrays_as_one_vector():
 def test_check_finite_names_the_array(value):
     with pytest.raises(ValueError, match="bad holds NaN or infinity"):
         check_finite({"good": np.ones(2), "bad": np.array([1.0, value])})
+
+
+def test_spread_is_the_mean_squared_distance_to_the_mean():
+    """Two arrays at -1 and +1 of their mean in one value, and at -2 and +2 in another: 1 + 4."""
+    left, right = {"a": np.array([1.0]), "b": np.array([[0.0]])}, {"a": np.array([3.0]), "b": np.array([[4.0]])}
+    assert spread([left, right]) == 5
+    assert spread([left]) == spread([left] * 3) == 0
+    with pytest.raises(ValueError, match="names differ"):
+        spread([left, {"a": np.array([1.0])}])

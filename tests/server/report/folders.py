@@ -16,11 +16,17 @@ NASTY = '</script><img src=x onerror="document.title=1"> & {{ 7 * 7 }}'
 SITES = ["bank", "clinic", NASTY]
 
 
-def write_run(path, strategy=None, *, seed=0, rounds=3, sites=SITES, layers=LAYERS, status="completed"):
-    """A run's folder with metrics, diagnostics, summary and settings; returns it."""
+def write_run(
+    path, strategy=None, *, seed=0, rounds=3, sites=SITES, layers=LAYERS, status="completed", share=None, beta=1
+):
+    """A run's folder with metrics, diagnostics, summary and settings; returns it.
+
+    With ``share`` it has two objectives, the first preferred by that much.
+    """
     folder = RunFolder(path)
     folder.create()
-    folder.write_text("config.yaml", "seed: 0  # <b>not bold</b>\n")
+    method = "" if share is None else f"method:\n  beta: {beta}\n  preference: [{share}, {round(1 - share, 6)}]\n"
+    folder.write_text("config.yaml", f"seed: {seed}  # <b>not bold</b>\n{method}")
     rng = np.random.default_rng(seed)
     adapter = {
         f"{layer}.experts.w.lora_{end}": np.zeros((count, *shape), np.float32)
@@ -37,11 +43,13 @@ def write_run(path, strategy=None, *, seed=0, rounds=3, sites=SITES, layers=LAYE
             adapter = result.adapter
             for site, loss in losses.items():
                 row = {"type": "site", "round": number, "site": site, "loss": loss, "bytes_up": 900, "bytes_down": 2000}
+                row |= {} if share is None else _objectives(share, beta, number, sites.index(site))
                 folder.append_row(row | ({"dropped": "late"} if (site, number) == ("bank", 2) else {}))
         kinds = {"up": {"experts": 2000, "router": 100}, "down": {"experts": 4000, "router": 2000}}
         folder.append_row({
             "type": "round", "round": number, "global_loss": 3.0 / (number + 1),
             "aggregation_gap": 0.5 if number else None,
+            "drift": 0.1 * number if number and share is not None else None,
             "bytes_up": 2700 if number else 0, "bytes_down": 6000 if number else 0,
             "bytes_by_kind": kinds if number else {"up": {}, "down": {}},
         })  # fmt: skip
@@ -51,6 +59,17 @@ def write_run(path, strategy=None, *, seed=0, rounds=3, sites=SITES, layers=LAYE
     }  # fmt: skip
     folder.write_text("summary.json", json.dumps(summary))
     return path
+
+
+def _objectives(share, beta, number, place):
+    """Rewards near a quarter circle, reached in three rounds; weights that are further apart with a small beta."""
+    apart = 0.1 * (place - 1) / beta
+    angle = (1 - share) * np.pi / 2
+    reached = min(number, 3) / 3 - 0.01 * place
+    return {
+        "reward/brevity": reached * np.cos(angle), "reward/format": reached * np.sin(angle), "kl": 0.1 * number,
+        "lambda/brevity": share + apart, "lambda/format": 1 - share - apart,
+    }  # fmt: skip
 
 
 def _update(rng, site, adapter, layers):

@@ -177,3 +177,21 @@ def test_page_of_a_run_without_diagnostics_fails_nowhere(browse, tmp_path):
     folder = write_run(tmp_path / "old")
     (folder / "diagnostics/rounds.jsonl").unlink()
     assert browse("return failed;", page=render(read_runs([folder]))) == []
+
+
+@pytest.mark.parametrize("width", [500, 1400])
+def test_page_of_runs_with_objectives_follows_the_slider_and_fits(browse, tmp_path, width):
+    folders = [write_run(tmp_path / f"run-{share}", share=share) for share in (0.1, 0.3, 0.5, 0.7, 0.9)]
+    script = """
+    const slider = document.getElementById("round");
+    const shown = () => [...document.querySelectorAll('[data-chart="kl"] tspan')].map((value) => value.textContent);
+    const last = shown();
+    slider.value = 0;
+    slider.dispatchEvent(new Event("input"));
+    return [failed, last, shown(), innerWidth, document.documentElement.scrollWidth];
+    """
+    page = render(read_runs(folders))
+    failed, last, first, inner, needed = browse(script, f"--window-size={width},900", page=page)
+    assert failed == []
+    assert (set(last), set(first)) == ({"0.3000"}, {"0.1000"})
+    assert needed <= inner

@@ -1,0 +1,158 @@
+"""What a run with several objectives did: rewards, the sites' weights, disagreement, KL; and fronts over runs.
+
+Sites name their numbers ``reward/OBJECTIVE``, ``lambda/OBJECTIVE`` and ``kl`` (of their own samples while training) and
+``held_out_reward/OBJECTIVE`` and ``held_out_kl`` (of the global model).
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+
+from server.pareto import hypervolume
+
+Series = Mapping[int, float]
+"""Round -> value."""
+
+_MARGIN = 0.1
+"""How far below the worst reward the reference of hypervolumes lies, in parts of the range."""
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """One run, over its rounds."""
+
+    objectives: tuple[str, ...]
+    preference: tuple[float, ...] | None
+    """Of the run; None: equal."""
+    held_out: bool
+    """Whether rewards and KL are those of the global model on held-out prompts; else of the sites' training samples."""
+    rewards: Mapping[str, Series]
+    """Objective -> mean over the sites."""
+    kl: Series
+    """Mean over the sites, nats of a completion or token as the method measures it."""
+    weights: Mapping[str, Mapping[str, Series]]
+    """Site -> objective -> its mean weight in the round; empty where sites do not tell."""
+    disagreement: Series
+    """Mean squared distance of the sites' weights to their mean."""
+    drift: Series
+    """Mean squared distance of the sites' adapters to their mean."""
+
+    @property
+    def ends(self) -> tuple[float, ...]:
+        """The last reward of each objective."""
+        return tuple(series[max(series)] for series in self.rewards.values())
+
+
+def alignment_of(rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> Alignment | None:
+    """From a run's rows of metrics and its settings; None if its sites told no rewards."""
+    sites = [row for row in rows if row.get("type") == "site"]
+    names = list(dict.fromkeys(key for row in sites for key in row if "reward/" in key))
+    held_out = any(name.startswith("held_out_") for name in names)
+    prefix = "held_out_" if held_out else ""
+    objectives = tuple(name.partition("/")[2] for name in names if name.startswith(f"{prefix}reward/"))
+    if not objectives:
+        return None
+    weights = {
+        site: {one: _of_site(sites, site, f"lambda/{one}") for one in objectives}
+        for site in sorted({str(row["site"]) for row in sites if f"lambda/{objectives[0]}" in row})
+    }
+    preference = settings.get("method", {}).get("preference")
+    return Alignment(
+        objectives=objectives,
+        preference=tuple(preference) if preference else None,
+        held_out=held_out,
+        rewards={one: _mean_over_sites(sites, f"{prefix}reward/{one}") for one in objectives},
+        kl=_mean_over_sites(sites, f"{prefix}kl"),
+        weights=weights,
+        disagreement=_disagreement(weights),
+        drift={row["round"]: row["drift"] for row in rows if row.get("drift") is not None},
+    )
+
+
+def settings_of(config_yaml: str) -> Mapping[str, Any]:
+    """A run's ``config.yaml``; empty if there is none."""
+    return yaml.safe_load(config_yaml) or {}
+
+
+def _of_site(sites: Sequence[Mapping[str, Any]], site: str, key: str) -> Series:
+    return {row["round"]: row[key] for row in sites if row["site"] == site and key in row}
+
+
+def _mean_over_sites(sites: Sequence[Mapping[str, Any]], key: str) -> Series:
+    found: dict[int, list[float]] = defaultdict(list)
+    for row in sites:
+        if key in row:
+            found[row["round"]].append(row[key])
+    return {number: float(np.mean(values)) for number, values in sorted(found.items())}
+
+
+def _disagreement(weights: Mapping[str, Mapping[str, Series]]) -> Series:
+    """Over the sites that took part in each round."""
+    found: dict[int, list[list[float]]] = defaultdict(list)
+    for of_site in weights.values():
+        for number in next(iter(of_site.values())):
+            found[number].append([series[number] for series in of_site.values()])
+    return {
+        number: float(((np.array(rows) - np.mean(rows, axis=0)) ** 2).sum(axis=1).mean())
+        for number, rows in sorted(found.items())
+    }
+
+
+@dataclass(frozen=True)
+class Front:
+    """Runs that differ in preference and seed only, by their last rewards."""
+
+    label: str
+    """What sets its settings apart from the other fronts'."""
+    runs: tuple[int, ...]
+    """Places in the list of runs."""
+    points_NM: NDArray[np.float64]
+    hypervolume: float
+    """Above a reference point that all fronts share: below the worst reward of any run by a tenth of the range."""
+
+
+def fronts(runs: Sequence[tuple[Mapping[str, Any], Alignment | None]]) -> list[Front]:
+    """Fronts of runs (settings, alignment) with the first aligned run's objectives; the others are left out."""
+    objectives = next((found.objectives for _, found in runs if found), ())
+    chosen = {index: found for index, (_, found) in enumerate(runs) if found and found.objectives == objectives}
+    if not chosen:
+        return []
+    groups: dict[str, list[int]] = defaultdict(list)
+    for index in chosen:
+        groups[json.dumps(_without_preference(runs[index][0]), sort_keys=True)].append(index)
+    ends = np.array([found.ends for found in chosen.values()])
+    span = np.ptp(ends, axis=0)
+    reference = ends.min(axis=0) - _MARGIN * np.where(span > 0, span, 1.0)
+    made = []
+    for label, members in zip(_labels([json.loads(key) for key in groups]), groups.values(), strict=True):
+        points = np.array([chosen[index].ends for index in members])
+        made.append(Front(label, tuple(members), points, hypervolume(points, reference)))
+    return made
+
+
+def _without_preference(settings: Mapping[str, Any]) -> dict[str, Any]:
+    apart = {"method.preference", "method.site_preferences", "seed", "output"}
+    return {key: value for key, value in _flat(settings).items() if key not in apart}
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        name = f"{prefix}{key}"
+        flat |= _flat(value, f"{name}.") if isinstance(value, Mapping) and value else {name: value}
+    return flat
+
+
+def _labels(groups: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The settings in which the groups differ; of groups alike in all, nothing."""
+    names = sorted({name for group in groups for name in group})
+    differing = [name for name in names if len({json.dumps(group.get(name)) for group in groups}) > 1]
+    return [" ".join(f"{name}={group[name]}" for name in differing if name in group) for group in groups]

@@ -1,0 +1,43 @@
+"""Runs with several objectives side by side: the table that ``bouquet compare`` adds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.markup import escape
+from rich.table import Table
+
+from server.alignment import alignment_of, fronts, settings_of
+from server.record import RunFolder
+from server.view import number
+
+
+def objective_tables(folders: Sequence[Path]) -> list[Table]:
+    """One row a run: its last rewards, and what its front dominates; no table if no run has objectives."""
+    settings = [settings_of(_config(folder)) for folder in folders]
+    found = [alignment_of(RunFolder(folder).rows(), one) for folder, one in zip(folders, settings, strict=True)]
+    made = fronts(list(zip(settings, found, strict=True)))
+    if not made:
+        return []
+    front_of = {index: front for front in made for index in front.runs}
+    first = found[min(front_of)]
+    assert first is not None
+    table = Table(title="rewards of the last round; hypervolume of all runs with such settings", title_justify="left")
+    table.add_column("run")
+    for column in ("preference", *map(escape, first.objectives), "KL", "disagreement", "drift", "hypervolume"):
+        table.add_column(column, justify="right")
+    for index, front in sorted(front_of.items()):
+        one = found[index]
+        assert one is not None
+        last = [f"{series[max(series)]:.3g}" if series else "-" for series in (one.kl, one.disagreement, one.drift)]
+        preference = " : ".join(f"{share:g}" for share in one.preference) if one.preference else "equal"
+        table.add_row(
+            escape(folders[index].name), preference, *map(number, one.ends), *last, f"{front.hypervolume:.4g}"
+        )
+    return [table]
+
+
+def _config(folder: Path) -> str:
+    path = folder / "config.yaml"
+    return path.read_text() if path.exists() else ""

@@ -1,0 +1,186 @@
+"""The part of a page for runs with several objectives: rewards, the sites' weights, disagreement, drift, KL, fronts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+
+from server.alignment import Alignment, Front, Series, alignment_of, fronts, settings_of
+from server.pareto import non_dominated
+from server.report.charts import PANEL, Axis, Chart, Size, line_chart, nice_ticks, spread
+from server.report.runs import Run
+
+WIDE_PANEL = PANEL._replace(width=320, height=142, right=126, bottom=34)
+"""Room for labels at the lines' ends."""
+SCATTER = Size(440, 310, 48, 130, 24, 40)
+
+
+@dataclass(frozen=True)
+class Point:
+    """A run's end among the rewards of two objectives."""
+
+    label: str
+    style: str
+    x: float
+    y: float
+    label_y: float
+
+
+@dataclass(frozen=True)
+class Scatter:
+    """Ends of runs, and for each front a line through those that no other run of it beats."""
+
+    title: str
+    across: str
+    upward: str
+    size: Size
+    x: Axis
+    y: Axis
+    points: list[Point]
+    paths: list[str]
+
+
+@dataclass(frozen=True)
+class RunWeights:
+    """Weights of every site of one run."""
+
+    index: int
+    label: str
+    panels: list[Chart]
+
+
+@dataclass(frozen=True)
+class End:
+    """A run's last numbers: a row of the table beside the fronts."""
+
+    label: str
+    style: str
+    preference: str
+    rewards: list[float]
+    kl: float | None
+    disagreement: float | None
+    drift: float | None
+
+
+@dataclass(frozen=True)
+class ObjectivesView:
+    """What the page shows."""
+
+    names: tuple[str, ...]
+    held_out: bool
+    rewards: list[Chart]
+    measures: list[Chart]
+    """KL, disagreement and drift, as far as they were measured."""
+    weights: list[RunWeights]
+    scatters: list[Scatter]
+    fronts: list[Front]
+    ends: list[End]
+
+    @property
+    def charts(self) -> list[Chart]:
+        """All that follow the chosen round."""
+        return [*self.rewards, *self.measures, *(panel for run in self.weights for panel in run.panels)]
+
+
+def objectives_view(runs: Sequence[Run]) -> ObjectivesView | None:
+    """Of the runs that have the first aligned run's objectives; None if no run has any."""
+    settings = [settings_of(run.config_yaml) for run in runs]
+    found = [alignment_of(run.rows, of_run) for run, of_run in zip(runs, settings, strict=True)]
+    first = next((one for one in found if one), None)
+    if first is None:
+        return None
+    found = [one if one and one.objectives == first.objectives else None for one in found]
+    measures = {
+        "kl": ("KL to the base model", lambda one: one.kl),
+        "disagreement": ("Disagreement", lambda one: one.disagreement),
+        "drift": ("Drift", lambda one: one.drift),
+    }
+    made = fronts(list(zip(settings, found, strict=True)))
+    return ObjectivesView(
+        names=first.objectives,
+        held_out=first.held_out,
+        rewards=_charts(
+            runs, found, {f"reward-{i}": (name, _reward_of(name)) for i, name in enumerate(first.objectives)}
+        ),
+        measures=_charts(runs, found, measures),
+        weights=[
+            _weights(index, run, one)
+            for index, (run, one) in enumerate(zip(runs, found, strict=True))
+            if one and one.weights
+        ],
+        scatters=[
+            _scatter(runs, made, *pair, first.objectives) for pair in combinations(range(len(first.objectives)), 2)
+        ],
+        fronts=made,
+        ends=[_end(index, run, one) for index, (run, one) in enumerate(zip(runs, found, strict=True)) if one],
+    )
+
+
+_Of = Callable[[Alignment], Series]
+
+
+def _reward_of(name: str) -> _Of:
+    return lambda one: one.rewards[name]
+
+
+def _charts(runs: Sequence[Run], found: Sequence[Alignment | None], wanted: dict[str, tuple[str, _Of]]) -> list[Chart]:
+    """A chart for each number, a line for each run."""
+    charts = []
+    for name, (title, series_of) in wanted.items():
+        series = [
+            (run.label, f"run-{index}", series_of(one) if one else {})
+            for index, (run, one) in enumerate(zip(runs, found, strict=True))
+        ]
+        charts.append(line_chart(name, title, series, WIDE_PANEL))
+    return [chart for chart in charts if chart]
+
+
+def _weights(index: int, run: Run, one: Alignment) -> RunWeights:
+    """A panel for each site, a line for each objective."""
+    panels = [
+        line_chart(
+            f"weights-{index}-{place}",
+            site,
+            [(name, f"run-{number}", series) for number, (name, series) in enumerate(of_site.items())],
+            WIDE_PANEL,
+            (0.0, 1.0),
+        )
+        for place, (site, of_site) in enumerate(one.weights.items())
+    ]
+    return RunWeights(index, run.label, [panel for panel in panels if panel])
+
+
+def _scatter(runs: Sequence[Run], made: Sequence[Front], across: int, upward: int, names: Sequence[str]) -> Scatter:
+    every = np.concatenate([front.points_NM for front in made])[:, [across, upward]]
+    (left, bottom), (right, top) = every.min(axis=0), every.max(axis=0)
+    columns, lines = nice_ticks(left, right, 4), nice_ticks(bottom, top, 5)
+    size = SCATTER
+    x = Axis(columns[0], columns[-1], size.left, size.width - size.right, columns)
+    y = Axis(lines[0], lines[-1], size.height - size.bottom, size.top, lines)
+    places = [
+        (index, x.at(point[across]), y.at(point[upward]))
+        for front in made
+        for index, point in zip(front.runs, front.points_NM, strict=True)
+    ]
+    labels = spread([place[2] for place in places], 13.0, size.top, size.height - size.bottom)
+    points = [
+        Point(runs[index].label, f"run-{index}", at_x, at_y, label_y)
+        for (index, at_x, at_y), label_y in zip(places, labels, strict=True)
+    ]
+    paths = [_front_path(front.points_NM[:, [across, upward]], x, y) for front in made]
+    title = f"{names[across]} and {names[upward]}"
+    return Scatter(title, names[across], names[upward], size, x, y, points, paths)
+
+
+def _front_path(points_N2: np.ndarray, x: Axis, y: Axis) -> str:
+    best = sorted(points_N2[non_dominated(points_N2)].tolist())
+    return "M" + "L".join(f"{x.at(across):g} {y.at(upward):g}" for across, upward in best)
+
+
+def _end(index: int, run: Run, one: Alignment) -> End:
+    preference = "equal" if one.preference is None else " : ".join(f"{share:g}" for share in one.preference)
+    last = [series[max(series)] if series else None for series in (one.kl, one.disagreement, one.drift)]
+    return End(run.label, f"run-{index}", preference, list(one.ends), *last)

@@ -1,0 +1,85 @@
+"""What runs with several objectives tell: by hand from rows, and fronts over runs."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from server.alignment import alignment_of, fronts, settings_of
+
+
+def site(name, number, **values):
+    return {"type": "site", "site": name, "round": number} | {
+        key.replace("__", "/"): value for key, value in values.items()
+    }
+
+
+ROWS = [
+    site("a", 1, reward__x=1.0, reward__y=0.0, kl=0.2, lambda__x=0.2, lambda__y=0.8),
+    site("b", 1, reward__x=3.0, reward__y=1.0, kl=0.4, lambda__x=0.6, lambda__y=0.4),
+    {"type": "round", "round": 1, "drift": 0.5},
+    site("a", 2, reward__x=2.0, reward__y=0.5, kl=0.6, lambda__x=0.5, lambda__y=0.5),
+    {"type": "round", "round": 2, "drift": None},
+]
+
+
+def test_numbers_by_hand():
+    """Weights (0.2, 0.8) and (0.6, 0.4) are each (0.2, 0.2) from their mean: 0.08."""
+    found = alignment_of(ROWS, {"method": {"preference": [0.3, 0.7]}})
+    assert found.objectives == ("x", "y")
+    assert found.preference == (0.3, 0.7)
+    assert found.rewards == {"x": {1: 2.0, 2: 2.0}, "y": {1: 0.5, 2: 0.5}}
+    assert found.kl == pytest.approx({1: 0.3, 2: 0.6})
+    assert found.weights["a"] == {"x": {1: 0.2, 2: 0.5}, "y": {1: 0.8, 2: 0.5}}
+    assert found.disagreement == pytest.approx({1: 0.08, 2: 0.0})
+    assert found.drift == {1: 0.5}
+    assert found.ends == (2.0, 0.5)
+    assert not found.held_out
+
+
+def test_what_was_measured_on_held_out_prompts_counts_more():
+    rows = [*ROWS, site("a", 2, held_out_reward__x=7.0, held_out_reward__y=8.0, held_out_kl=9.0)]
+    found = alignment_of(rows, {})
+    assert (found.ends, found.kl, found.held_out, found.preference) == ((7.0, 8.0), {2: 9.0}, True, None)
+
+
+def test_run_without_rewards_has_no_objectives():
+    assert alignment_of([{"type": "site", "site": "a", "round": 1, "loss": 2.0}], {}) is None
+    assert fronts([({}, None)]) == []
+
+
+def test_sites_that_keep_their_weights_to_themselves_do_not_disagree():
+    found = alignment_of([site("a", 1, reward__x=1.0)], {})
+    assert (found.weights, found.disagreement) == ({}, {})
+
+
+def ended(x, y):
+    return alignment_of([site("a", 1, reward__x=x, reward__y=y)], {})
+
+
+def test_runs_that_differ_in_preference_and_seed_are_one_front():
+    """Range (2, 2), so the reference is (-0.2, -0.2); the steps (0, 2), (1, 1), (2, 0), and (1, 1) alone: 1.2 * 1.2."""
+    settings = [{"seed": i, "method": {"beta": 0.1, "preference": [i, 1 - i]}, "output": str(i)} for i in range(3)]
+    other = {"seed": 0, "method": {"beta": 0, "preference": [0, 1]}, "output": "o"}
+    runs = [
+        (settings[0], ended(0.0, 2.0)), (other, ended(1.0, 1.0)), (settings[1], ended(1.0, 1.0)), (other, None),
+        (settings[2], ended(2.0, 0.0)),
+    ]  # fmt: skip
+    first, second = fronts(runs)
+    assert (first.runs, second.runs) == ((0, 2, 4), (1,))
+    assert (first.label, second.label) == ("method.beta=0.1", "method.beta=0")
+    assert first.hypervolume == pytest.approx(0.2 * 2.2 + 1.0 * 1.2 + 1.0 * 0.2)
+    assert second.hypervolume == pytest.approx(1.44)
+    np.testing.assert_array_equal(first.points_NM, [[0, 2], [1, 1], [2, 0]])
+
+
+def test_runs_with_other_objectives_are_left_out():
+    other = alignment_of([site("a", 1, reward__z=1.0)], {})
+    (front,) = fronts([({}, ended(1.0, 1.0)), ({}, other)])
+    assert front.runs == (0,)
+    assert front.label == ""
+
+
+def test_settings_are_read_from_the_run_folders_text():
+    assert settings_of("method:\n  preference: [0.1, 0.9]\n") == {"method": {"preference": [0.1, 0.9]}}
+    assert settings_of("") == {}
