@@ -69,7 +69,7 @@ class Quadratics:
         optima_MD = np.linalg.qr(rng.normal(size=(size, num_objectives)))[0].T
         apart_CMD = rng.normal(size=(num_sites, num_objectives, size)) / np.sqrt(size)
         centres = optima_MD + apart_CMD - apart_CMD.mean(axis=0)
-        return cls(centres, 2.0 ** np.arange(num_objectives), noise=0.1)
+        return cls(centres, np.exp2(np.arange(num_objectives, dtype=np.float64)), noise=0.1)
 
     @property
     def num_sites(self) -> int:
@@ -79,12 +79,12 @@ class Quadratics:
     @property
     def start(self) -> Array:
         """Twice as far from the origin as the optima, away from them."""
-        return -2 * self.optima.mean(axis=0)
+        return np.asarray(-2 * self.optima.mean(axis=0))
 
     @property
     def optima(self) -> Array:
         """(M, D)."""
-        return self.centres_CMD.mean(axis=0)
+        return np.asarray(self.centres_CMD.mean(axis=0))
 
     def gradients(self, points_CD: Array, rng: np.random.Generator) -> Array:
         """(C, M, D)."""
@@ -93,12 +93,12 @@ class Quadratics:
 
     def losses(self, point_D: Array) -> Array:
         """(M,), without the constants."""
-        return self.steepness_M / 2 * ((point_D - self.optima) ** 2).sum(axis=1)
+        return np.asarray(self.steepness_M / 2 * ((point_D - self.optima) ** 2).sum(axis=1))
 
     def best(self, preference_M: Array) -> Array:
         """The centres' mean, weighted by preference times steepness."""
         pulls = preference_M * self.steepness_M
-        return pulls @ self.optima / pulls.sum()
+        return np.asarray(pulls @ self.optima / pulls.sum())
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ class Bandit:
     def optima(self) -> Array:
         """(M, D)."""
         logits = self.common_rewards / self.temperature
-        return (logits - logits.mean(axis=-1, keepdims=True)).reshape(len(logits), -1)
+        return np.asarray((logits - logits.mean(axis=-1, keepdims=True)).reshape(len(logits), -1))
 
     def gradients(self, points_CD: Array, rng: np.random.Generator) -> Array:
         """(C, M, D): REINFORCE over drawn arms; the KL's part is exact."""

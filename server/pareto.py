@@ -42,4 +42,4 @@ def _volume(gains: Points) -> float:
         return float(gains.max())
     falling = gains[np.argsort(-gains[:, -1])]
     depths = -np.diff(falling[:, -1], append=0.0)
-    return sum(depth * _volume(falling[: index + 1, :-1]) for index, depth in enumerate(depths) if depth > 0)
+    return float(sum(depth * _volume(falling[: index + 1, :-1]) for index, depth in enumerate(depths) if depth > 0))

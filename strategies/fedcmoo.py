@@ -31,7 +31,7 @@ def truncated(gradients_MD: NDArray[np.floating], rank: int) -> NDArray[np.float
     The authors draw a randomised singular value decomposition; of so few rows the exact one costs less.
     """
     left, values, right = np.linalg.svd(gradients_MD.astype(np.float64), full_matrices=False)
-    return (left[:, :rank] * values[:rank]) @ right[:rank]
+    return np.asarray((left[:, :rank] * values[:rank]) @ right[:rank])
 
 
 def sparsified(gradients_MD: NDArray[np.floating], count: int) -> NDArray[np.float64]:

@@ -41,7 +41,7 @@ def projection(point_M: Weights) -> Weights:
     """The point of the simplex nearest to ``point_M`` (Held, Wolfe & Crowder 1974): a common shift, cut at zero."""
     falling = np.sort(point_M)[::-1]
     shifts = (np.cumsum(falling) - 1) / np.arange(1, len(falling) + 1)
-    return np.maximum(point_M - shifts[falling > shifts][-1], 0)
+    return np.asarray(np.maximum(point_M - shifts[falling > shifts][-1], 0))
 
 
 def _by_active_sets(hessian: Matrix, linear: Weights) -> Weights:
