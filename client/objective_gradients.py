@@ -43,9 +43,15 @@ class ObjectiveGradients:
                 gram[row, column] = gram[column, row] = torch.stack(products).sum().item()
         return gram
 
+    def combined(self, weights_M: NDArray[np.floating]) -> list[Tensor]:
+        """The sum of the gradients, each times its weight: a tensor for each parameter."""
+        columns = zip(*self._sums, strict=True)
+        return [
+            torch.stack([float(weight) * one for weight, one in zip(weights_M, column, strict=True)]).sum(dim=0)
+            for column in columns
+        ]
+
     def combine(self, weights_M: NDArray[np.floating]) -> None:
         """Add the gradients, each times its weight, to those that the parameters hold."""
-        for index, parameter in enumerate(self._parameters):
-            total = sum(float(weight) * sums[index] for weight, sums in zip(weights_M, self._sums, strict=True))
-            assert isinstance(total, Tensor)
+        for parameter, total in zip(self._parameters, self.combined(weights_M), strict=True):
             parameter.grad = total if parameter.grad is None else parameter.grad + total

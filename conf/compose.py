@@ -37,6 +37,7 @@ from strategies.fc_moe import FcMoe
 from strategies.fc_moe_plus import FcMoePlus
 from strategies.fedalign_moe import FedAlignMoe
 from strategies.fedavg import FedAvg, FedProx
+from strategies.fedcmoo import FedCmoo
 from strategies.fedmoe import FedMoe
 from strategies.fedopt import FedAdagrad, FedAdam, FedAvgM, FedYogi
 from strategies.firm import Firm
@@ -47,7 +48,7 @@ from strategies.scaffold import Scaffold
 
 STRATEGIES: tuple[type[Strategy], ...] = (
     FedAvg, FedProx, FedAvgM, FedAdam, FedAdagrad, FedYogi, Scaffold,
-    FedMoe, FedAlignMoe, FcMoe, FcMoePlus, PflMoe, Flex, Clair, Firm, LocalOnly, Centralised,
+    FedMoe, FedAlignMoe, FcMoe, FcMoePlus, PflMoe, Flex, Clair, Firm, FedCmoo, LocalOnly, Centralised,
 )  # fmt: skip
 METHODS: tuple[type[MethodConfig], ...] = (
     schema.SftConfig, schema.ScaffoldConfig, schema.FcMoeConfig, schema.FedAlignMoeConfig, schema.PflMoeConfig,

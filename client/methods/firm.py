@@ -5,14 +5,12 @@ Shape suffixes: T tokens, M objectives.
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import cast
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -21,9 +19,9 @@ from client.evaluation import HeldOutLoss
 from client.experience import Experience, advantages_by_critic, advantages_by_group, gather
 from client.local_rule import LocalRule, Step, StepLoss
 from client.methods.base import Evaluator, Method
-from client.min_norm import min_norm_weights, normalised_gram
 from client.model import AdaptedModel
 from client.objective_gradients import ObjectiveGradients
+from client.objective_weights import ObjectiveWeights, OwnWeights, ServerWeights
 from client.policy_gradient import clipped_losses, kl_estimates
 from client.private import under
 from client.prompts import PromptSequence, prompt_sequences
@@ -31,12 +29,12 @@ from client.reward_models import named_rewards
 from client.rewards import Rewards
 from client.rollouts import token_log_probabilities
 from client.text import Example, TokenSequence, collate, response_sequence
-from conf.alignment import Estimator, FirmConfig, Regulariser, preference_of
+from conf.alignment import Estimator, FirmConfig, preference_of
 from conf.schema import DataConfig, MethodConfig
 from strategies.adapters import Arrays
+from strategies.fedcmoo import WEIGHTS
 
 _CRITIC = "firm/critic/"
-_WEIGHTS = "firm/weights"
 _EVALUATION_SEED = 0
 """Every adapter is measured with the same draws."""
 
@@ -76,13 +74,17 @@ class Firm(Method):
         """Prompts; the responses of the data are there for the held-out loss alone."""
         return prompt_sequences(examples, tokenizer, data, self.config.max_new_tokens)
 
-    def local_rule(self, adapted: AdaptedModel, broadcast: Arrays, private: Arrays) -> LocalRule:  # noqa: ARG002
-        """Policy gradients, combined.
+    def local_rule(self, adapted: AdaptedModel, broadcast: Arrays, private: Arrays) -> LocalRule:
+        """Policy gradients, combined by the site's own weights, or by the server's if it sends any (FedCMOO).
 
         Raises:
             ValueError: If a reward cannot be had.
         """
-        return InClientAlignment(self.config, named_rewards(self.config.rewards, adapted), private)
+        rewards = named_rewards(self.config.rewards, adapted)
+        if WEIGHTS in broadcast:
+            weights = ServerWeights(broadcast, len(rewards.names), adapted)
+            return InClientAlignment(self.config, rewards, private, weights)
+        return InClientAlignment(self.config, rewards, private)
 
     def remember(self, received: Arrays, trained: Arrays) -> Arrays:  # noqa: ARG002
         """Nothing beyond what the rule keeps."""
@@ -130,13 +132,16 @@ class Firm(Method):
 class InClientAlignment(LocalRule):
     """One site's rounds of FIRM: what a step's gradients are, and lambda."""
 
-    def __init__(self, config: FirmConfig, rewards: Rewards, private: Arrays) -> None:
+    def __init__(
+        self, config: FirmConfig, rewards: Rewards, private: Arrays, weights: ObjectiveWeights | None = None
+    ) -> None:
+        """Begin a round; ``weights``: who weighs the objectives, by default the site itself."""
         self._config = config
         self._rewards = rewards
         self._preference_M = np.array(preference_of(config.preference, len(rewards.names)))
         self._critic_arrays = under(_CRITIC, private)
         self._critic: Critic | None = None
-        self._weights_M: NDArray[np.floating] | None = private.get(_WEIGHTS)
+        self._weights = weights or OwnWeights(config, len(rewards.names), private)
         self._experience: Experience | None = None
         self._advantages: list[Tensor] = []
         self._returns: list[Tensor] = []
@@ -166,7 +171,7 @@ class InClientAlignment(LocalRule):
         sequences = experience.rollout.sequences
         for indices in step.passes(sequences):
             gradients.add(self._losses(step, experience, indices) * step.loss_scale)
-        weights_M = self._next_weights(gradients.gram())
+        weights_M = self._weights.of(gradients)
         gradients.combine(weights_M)
         self._weights_sum_M += weights_M
         if self._critic is not None:
@@ -184,11 +189,14 @@ class InClientAlignment(LocalRule):
             }
         return found
 
+    def to_send(self) -> Arrays:
+        """What the server needs to weigh the objectives, if it does."""
+        return self._weights.to_send()
+
     def to_keep(self) -> Arrays:
         """Lambda and the value heads."""
         critic = self._critic.arrays() if self._critic is not None else {}
-        weights = {} if self._weights_M is None else {_WEIGHTS: self._weights_M}
-        return {**weights, **{_CRITIC + name: array for name, array in critic.items()}}
+        return {**self._weights.to_keep(), **{_CRITIC + name: array for name, array in critic.items()}}
 
     def _gather(self, step: Step) -> Experience:
         config = self._config
@@ -236,23 +244,6 @@ class InClientAlignment(LocalRule):
         if self._config.estimator is Estimator.group:
             losses_M = losses_M + self._config.kl * kl_estimates(log_p_T, reference_T).sum()
         return losses_M / experience.num_tokens
-
-    def _next_weights(self, gram_MM: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Lambda of this step: found anew, then smoothed (MOAC's momentum, https://arxiv.org/abs/2405.03082)."""
-        config = self._config
-        if math.isinf(config.beta):
-            found_M = self._preference_M
-        else:
-            preference_M = None if config.regulariser is Regulariser.ridge else self._preference_M
-            found_M = min_norm_weights(
-                normalised_gram(gram_MM),
-                regulariser=config.regulariser.value,
-                beta=config.beta,
-                preference=preference_M,
-            )
-        before_M = found_M if self._weights_M is None else self._weights_M
-        self._weights_M = (1 - config.rho) * before_M + config.rho * found_M
-        return self._weights_M
 
 
 def _measures(experience: Experience, names: Sequence[str]) -> dict[str, float]:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-import numpy as np
+from dataclasses import replace
 
-from strategies.fedcmoo import next_weights, sparsified, truncated
+import numpy as np
+import pytest
+
+from strategies.base import ClientUpdate
+from strategies.fedcmoo import GRADIENT, SHARES, WEIGHTS, FedCmoo, next_weights, sparsified, truncated
 from strategies.simplex import minimiser
 
 
@@ -44,3 +48,50 @@ def test_the_largest_entries_stay():
     gradients = np.array([[3.0, -1.0, 0.5], [0.1, -4.0, 2.0]])
     np.testing.assert_array_equal(sparsified(gradients, 3), [[3, 0, 0], [0, -4, 2]])
     np.testing.assert_array_equal(sparsified(gradients, 6), gradients)
+
+
+def an_update(site, gradients_MD, num_examples):
+    """What a site of one array with D values sends: its gradients at rank 1."""
+    left, values, right = np.linalg.svd(gradients_MD)
+    extras = {SHARES: left[:, 0], GRADIENT + "w": (values[0] * right[0])}
+    extras = {name: array.astype(np.float32) for name, array in extras.items()}
+    adapter = {"w": np.full(gradients_MD.shape[1], float(num_examples), np.float32)}
+    return ClientUpdate(site=site, adapter=adapter, num_examples=num_examples, extras=extras)
+
+
+ADAPTER = {"w": np.zeros(6, np.float32)}
+
+
+def test_weights_come_from_the_mean_of_the_sites_gradients():
+    """Against the dense mean of the truncated gradients."""
+    rng = np.random.default_rng(2)
+    gradients, examples = rng.normal(size=(3, 2, 6)), [1, 2, 5]
+    updates = [an_update(str(i), gradients[i], examples[i]) for i in range(3)]
+    strategy = FedCmoo()
+    result = strategy.aggregate(ADAPTER, strategy.init_state(ADAPTER), updates)
+    mean = np.average([truncated(one, 1) for one in gradients], axis=0, weights=examples)
+    expected = next_weights(mean @ mean.T, np.array([0.5, 0.5]))
+    np.testing.assert_allclose(result.state[WEIGHTS], expected, atol=1e-6)
+    np.testing.assert_allclose(result.adapter["w"], (1 + 4 + 25) / 8)
+    again = strategy.aggregate(ADAPTER, result.state, updates)
+    np.testing.assert_allclose(again.state[WEIGHTS], next_weights(mean @ mean.T, expected), atol=1e-6)
+
+
+def test_weights_are_broadcast_and_none_before_the_first_round():
+    strategy = FedCmoo()
+    assert strategy.broadcast(strategy.init_state(ADAPTER))[WEIGHTS].shape == (0,)
+    sent = strategy.broadcast({WEIGHTS: np.array([0.25, 0.75])})[WEIGHTS]
+    assert sent.dtype == np.float32
+    np.testing.assert_array_equal(sent, [0.25, 0.75])
+
+
+def test_update_without_gradients_or_with_other_objectives_is_refused():
+    strategy, update = FedCmoo(), an_update("a", np.ones((2, 6)), 1)
+    strategy.check_update(ADAPTER, update)
+    with pytest.raises(ValueError, match="names differ"):
+        strategy.check_update(ADAPTER, replace(update, extras={}))
+    without_shares = {name: array for name, array in update.extras.items() if name != SHARES}
+    with pytest.raises(ValueError, match="one number for each objective"):
+        strategy.check_update(ADAPTER, replace(update, extras=without_shares))
+    with pytest.raises(ValueError, match=r"sites have \[2, 3\] objectives"):
+        strategy.aggregate(ADAPTER, strategy.init_state(ADAPTER), [update, an_update("b", np.ones((3, 6)), 1)])

@@ -1,0 +1,86 @@
+"""From the cells of ``benchmarks.firm`` to its tables: means over seeds with 95 % intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.fc_moe_tables import interval
+from server.pareto import hypervolume
+
+Row = Mapping[str, Any]
+
+
+def markdown(rows: Sequence[Row], titles: Mapping[str, str]) -> str:
+    """Contenders by their fronts; below, where every preference ends."""
+    good = [row for row in rows if "failed" not in row]
+    if not good:
+        return "No run has finished."
+    objectives = [key for key in good[0]["ends"][0] if key.startswith("reward/")]
+    reference = np.min([_end(row, objectives) for row in good], axis=0)
+    found = {name: [row for row in good if row["contender"] == name] for name in titles}
+    lines = _table(
+        [
+            "",
+            "hypervolume",
+            "at equal preference",
+            "preference respected",
+            "disagreement",
+            "drift",
+            "KL",
+            "uploads",
+            "s",
+        ],
+        [[titles[name], *_summary(of_name, objectives, reference)] for name, of_name in found.items() if of_name],
+    )
+    names = [objective.removeprefix("reward/") for objective in objectives]
+    ends = _table(
+        ["", f"preference for {names[0]}", *names, "seeds"],
+        [
+            [titles[name], f"{share:g}", *_rewards(of_name, share, objectives)]
+            for name, of_name in found.items()
+            for share in sorted({row["share"] for row in of_name})
+        ],
+    )
+    failed = [f"{titles[row['contender']]}, seed {row['seed']}: {row['failed']}" for row in rows if "failed" in row]
+    return "\n".join([*lines, "", *ends, *(["", "Failed: " + "; ".join(failed)] if failed else [])])
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows]]
+
+
+def _summary(rows: Sequence[Row], objectives: Sequence[str], reference: NDArray[np.float64]) -> list[str]:
+    by_seed: dict[int, list[Row]] = {}
+    for row in sorted(rows, key=lambda row: row["share"]):
+        by_seed.setdefault(row["seed"], []).append(row)
+    most = max(len(of_seed) for of_seed in by_seed.values())
+    whole = [of_seed for of_seed in by_seed.values() if len(of_seed) == most]
+    volumes = [hypervolume(np.array([_end(row, objectives) for row in of_seed]), reference) for of_seed in whole]
+    equal = [hypervolume(_end(row, objectives)[None], reference) for row in rows if row["share"] == 0.5]
+    firsts = [[_end(row, objectives)[0] for row in of_seed] for of_seed in whole]
+    respected = f"{np.mean([np.diff(first) > 0 for first in firsts]):.2f}" if most > 1 else ""
+    means = [[float(np.mean(row[key])) for row in rows] for key in ("disagreement", "drift")]
+    kl = [float(np.mean([end["kl"] for end in row["ends"]])) for row in rows]
+    sizes = [np.mean([row[key] for row in rows]) for key in ("uploads", "seconds")]
+    return [
+        _with_interval(volumes), _with_interval(equal), respected, *map(_with_interval, means), _with_interval(kl),
+        f"{sizes[0]:.2f}", f"{sizes[1]:.0f}",
+    ]  # fmt: skip
+
+
+def _rewards(rows: Sequence[Row], share: float, objectives: Sequence[str]) -> list[str]:
+    ends = np.array([_end(row, objectives) for row in rows if row["share"] == share])
+    return [*(_with_interval(column) for column in ends.T.tolist()), str(len(ends))]
+
+
+def _end(row: Row, objectives: Sequence[str]) -> NDArray[np.float64]:
+    return np.array([np.mean([end[name] for end in row["ends"]]) for name in objectives])
+
+
+def _with_interval(values: Sequence[float]) -> str:
+    mean, half = interval(values)
+    return f"{mean:.3g} ± {half:.2g}" if len(values) > 1 else f"{mean:.3g}"
