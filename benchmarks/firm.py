@@ -75,8 +75,8 @@ CONTENDERS: dict[str, Contender] = {
 
 WORKLOADS: dict[str, tuple[str, ...]] = {
     "tiny": (
-        "partition=dirichlet", "partition.alpha=0.1", "partition.num_sites=4", "data.num_examples=400", "rounds=12",
-        "train.max_steps=4", "train.batch_size=4", "train.learning_rate=5e-3", "lora.rank=4", "method.group_size=4",
+        "partition=dirichlet", "partition.alpha=0.1", "partition.num_sites=4", "data.num_examples=400", "rounds=10",
+        "train.max_steps=3", "train.batch_size=4", "train.learning_rate=5e-3", "lora.rank=4", "method.group_size=4",
         "method.max_new_tokens=16", "method.eval_prompts=32", "eval.max_examples=32", "eval.batch_size=32",
     ),
     "smollm2": (
@@ -87,7 +87,7 @@ WORKLOADS: dict[str, tuple[str, ...]] = {
         "method.max_new_tokens=64", "method.eval_prompts=64", "eval.max_examples=64",
     ),
 }  # fmt: skip
-REWARDS = {"tiny": ("length", "brevity"), "smollm2": ("helpful:heads/helpful", "harmless:heads/harmless")}
+REWARDS = {"tiny": ("length", "format"), "smollm2": ("helpful:heads/helpful", "harmless:heads/harmless")}
 
 
 @dataclass(frozen=True)

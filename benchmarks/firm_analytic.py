@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.fc_moe_tables import interval
 from benchmarks.firm_methods import Play, Schedule, fedcmoo, firm, fsmgda, scalarised, spread
 from benchmarks.firm_problems import Array, Bandit, Problem, Quadratics, distance_to_pareto_set
 from benchmarks.render import write_results
+from server.intervals import interval
 from server.pareto import hypervolume
 from strategies.simplex import Weights
 

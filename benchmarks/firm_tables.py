@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.fc_moe_tables import interval
+from server.intervals import interval
 from server.pareto import hypervolume
 
 Row = Mapping[str, Any]
