@@ -62,6 +62,7 @@ WITHOUT_PREFERENCE: Mapping[str, Callable[[Schedule], Play]] = {
     "FSMGDA": fsmgda,
     "FedCMOO, svd": lambda schedule: fedcmoo("svd", schedule),
     "FedCMOO, topk": lambda schedule: fedcmoo("topk", schedule),
+    "FedCMOO, whole gradients": lambda schedule: fedcmoo("none", schedule),
 }
 
 

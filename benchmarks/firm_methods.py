@@ -107,7 +107,7 @@ def fedcmoo(compression: str, schedule: Schedule = Schedule()) -> Play:
     """FedCMOO (Askin et al. 2024): one set of weights for all sites, from their gradients at the global parameters.
 
     The sites' gradients are compressed to about D numbers: by the best approximation of rank 1 (``svd``) or by the
-    largest D / 2 entries and their places (``topk``).
+    largest D / 2 entries and their places (``topk``); or sent whole (``none``).
     """
 
     def play(problem: Problem, point_D: Array, last_M: Weights, rng: np.random.Generator) -> Round:
@@ -116,8 +116,10 @@ def fedcmoo(compression: str, schedule: Schedule = Schedule()) -> Play:
         _, num, size = gradients_CMD.shape
         if compression == "svd":
             sent, numbers = [truncated(one, rank=1) for one in gradients_CMD], num + size
-        else:
+        elif compression == "topk":
             sent, numbers = [sparsified(one, size // 2) for one in gradients_CMD], 2 * (size // 2)
+        else:
+            sent, numbers = list(gradients_CMD), num * size
         weights_M = next_weights(gram_matrix(np.mean(sent, axis=0)), last_M)
         points_CD, weights_CM = _trained(problem, point_D, _fixed(weights_M, problem), schedule, rng)
         return Round(points_CD.mean(axis=0), weights_CM, spread(points_CD), size + numbers)

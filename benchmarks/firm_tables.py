@@ -63,8 +63,11 @@ def _summary(rows: Sequence[Row], objectives: Sequence[str], reference: NDArray[
     equal = [hypervolume(_end(row, objectives)[None], reference) for row in rows if row["share"] == 0.5]
     firsts = [[_end(row, objectives)[0] for row in of_seed] for of_seed in whole]
     respected = f"{np.mean([np.diff(first) > 0 for first in firsts]):.2f}" if most > 1 else ""
-    means = [[float(np.mean(row[key])) for row in rows] for key in ("disagreement", "drift")]
-    kl = [float(np.mean([end["kl"] for end in row["ends"]])) for row in rows]
+    means = [
+        [float(np.mean([np.mean(row[key]) for row in of_seed])) for of_seed in by_seed.values()]
+        for key in ("disagreement", "drift")
+    ]
+    kl = [float(np.mean([end["kl"] for row in of_seed for end in row["ends"]])) for of_seed in by_seed.values()]
     sizes = [np.mean([row[key] for row in rows]) for key in ("uploads", "seconds")]
     return [
         _with_interval(volumes), _with_interval(equal), respected, *map(_with_interval, means), _with_interval(kl),

@@ -107,6 +107,10 @@ def _check_alignment(config: Config) -> None:
             f"method.max_new_tokens={method.max_new_tokens} leaves less than {MIN_PROMPT_TOKENS} tokens of "
             f"data.max_length={data.max_length} for a prompt"
         )
+    if config.strategy.name == "fedcmoo" and (method.preference is not None or method.site_preferences):
+        raise ValueError(
+            "strategy=fedcmoo takes no method.preference, its server weighs the objectives: strategy=firm does"
+        )
     if isinstance(method, DpoConfig) and data.rejected_column is None:
         raise ValueError("method=dpo compares two responses: set data.rejected_column, and data.path to such data")
     if isinstance(method, DpoConfig) and method.objectives and data.objective_column is None:

@@ -76,6 +76,10 @@ def test_aggregation_of_firms_updates_is_replaceable():
     [
         ("strategy=firm data.packing=true", "method=firm takes examples one by one: it needs data.packing=false"),
         (
+            "strategy=fedcmoo method.preference=[0.3,0.7]",
+            "strategy=fedcmoo takes no method.preference",
+        ),
+        (
             "strategy=firm method.max_new_tokens=249",
             "method.max_new_tokens=249 leaves less than 8 tokens of data.max_length=256 for",
         ),

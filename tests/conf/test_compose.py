@@ -42,6 +42,7 @@ METHOD_OF = dict.fromkeys(
     "sft",
 )
 METHOD_OF |= {name: name for name in ("scaffold", "fedalign_moe", "pfl_moe", "fc_moe", "firm", "flex", "local_only")}
+METHOD_OF |= {"fedcmoo": "firm"}
 
 
 @pytest.fixture(scope="module")
