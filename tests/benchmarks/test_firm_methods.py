@@ -70,10 +70,10 @@ def test_fedcmoo_moves_its_weights_towards_the_min_norm_ones():
         (fedcmoo("svd"), 14),
         (fedcmoo("topk"), 12),
         (fedcmoo("none"), 18),
-    ],  # fmt: skip
+    ],
 )
 def test_what_a_site_sends_is_counted(method, numbers):
-    """Six parameters, two objectives: FedCMOO adds 2 + 6 for rank 1, or three entries and their places, or both gradients."""
+    """Six parameters, two objectives: FedCMOO adds 2 + 6 for rank 1, three entries and places, or both gradients."""
     assert played(method).numbers_up == numbers
 
 
