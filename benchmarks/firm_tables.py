@@ -85,5 +85,7 @@ def _end(row: Row, objectives: Sequence[str]) -> NDArray[np.float64]:
 
 
 def _with_interval(values: Sequence[float]) -> str:
+    if not values:
+        return ""
     mean, half = interval(values)
     return f"{mean:.3g} ± {half:.2g}" if len(values) > 1 else f"{mean:.3g}"

@@ -52,7 +52,8 @@ class Firm(Method):
     model in every objective, and the smoothing of lambda.
 
     Only the adapter is sent. Value heads and lambda stay in the private store, and Adam's moments if they are kept;
-    mean rewards, KL and, if ``method.send_weights``, the round's mean lambda are among the metrics.
+    mean rewards, KL and, if ``method.send_weights``, the round's mean lambda are among the metrics. Under
+    ``strategy=fedcmoo`` the server chooses lambda, and gets the first step's gradients for it.
     """
 
     def __init__(self, config: MethodConfig) -> None:

@@ -41,7 +41,7 @@ class Size(NamedTuple):
     bottom: int
 
 
-LARGE = Size(560, 280, 44, 66, 12, 34)
+LARGE = Size(560, 280, 52, 66, 12, 34)
 PANEL = Size(236, 132, 40, 12, 10, 24)
 
 

@@ -13,7 +13,7 @@ from server.pareto import non_dominated
 from server.report.charts import PANEL, Axis, Chart, Size, line_chart, nice_ticks, spread
 from server.report.runs import Run
 
-WIDE_PANEL = PANEL._replace(width=320, height=142, right=126, bottom=34)
+WIDE_PANEL = PANEL._replace(width=336, height=142, left=56, right=126, bottom=34)
 """Room for labels at the lines' ends."""
 SCATTER = Size(440, 310, 48, 130, 24, 40)
 
