@@ -21,6 +21,7 @@ from conf.compose import load_config
 from server.personal import export_personal, join_run
 from server.record import RunFolder
 from tests.client.tiny_models import random_tokens
+from tests.server.loopback import Loopback, Node, run_server
 
 FLEX = "strategy=flex train.optimizer_state=keep"
 ALONE = """
@@ -121,6 +122,26 @@ def test_what_cannot_be_exported_is_refused_with_the_reason(honest, flex, tmp_pa
     (tmp_path / "full/notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="is not empty"):
         export_personal(flex, "bank", tmp_path / "full")
+
+
+def test_a_real_site_exports_at_home_from_a_copy_of_the_run_folder(small, tmp_path):
+    words = (
+        "strategy=flex partition=files federation=remote federation.superlink=host:1 federation.min_sites=2 worker=off"
+    )
+    grid = Loopback(f"{small} {words} rounds=1 eval.max_examples=null")
+    homes = {}
+    for site in ("bank", "court"):
+        rows = [row for row in embedded_rows(60, seed=0) if row["domain"] == site]
+        (tmp_path / f"{site}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        homes[site] = tmp_path / f"home of {site}"
+        data = str(tmp_path / f"{site}.jsonl")
+        grid.connect(Node({"site": site, "data": data, "private": str(homes[site])}))
+    result = run_server(grid, tmp_path / "run")
+    assert result.error is None
+    export_personal(result.folder.path, "bank", tmp_path / "exported", homes["bank"])
+    assert load_personal(tmp_path / "exported").generate(input_ids=random_tokens(1), max_new_tokens=2).shape[0] == 1
+    with pytest.raises(ValueError, match="private state of site 'bank' is not on this machine"):
+        export_personal(result.folder.path, "bank", tmp_path / "again", homes["court"])
 
 
 @pytest.fixture
