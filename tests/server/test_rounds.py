@@ -14,6 +14,7 @@ from client.evaluation import HeldOutLoss
 from client.messages import EVALUATE, JOIN, TRAIN, decode_losses, decode_request, decode_update, encode_losses
 from client.site import POOLED
 from conf.compose import load_config
+from server.alignment import alignment_of
 from server.app import Run
 from server.record import RunFolder, RunRecord, adapter_sha256
 from server.round_record import sample_sites
@@ -286,3 +287,23 @@ def test_rounds_refuse_an_adapter_that_no_float32_can_hold(run):
     )
     text = r"round 1: strategy=fedavgm got good replies, but no adapter out of them: .* holds NaN or infinity"
     assert re.fullmatch(text, str(result.error))
+
+
+@pytest.mark.slow
+def test_run_with_several_objectives_tells_rewards_weights_and_drift(run):
+    """Under FedCMOO, whose first broadcast is empty: the weights that the server found count in the next round."""
+    result = run(
+        "strategy=fedcmoo method.rewards=[length,format] method.group_size=2 method.max_new_tokens=4 "
+        "method.eval_prompts=2"
+    )
+    assert result.error is None
+    found = alignment_of(result.folder.rows(), {})
+    assert (found.objectives, found.held_out, sorted(found.weights)) == (("length", "format"), True, SITES)
+    assert found.disagreement == {1: 0.0, 2: 0.0}
+    assert all(found.drift[number] > 0 for number in (1, 2))
+    told = [line["weights"] for line in result.folder.diagnostics()]
+    for of_site in found.weights.values():
+        assert [of_site[name][1] for name in found.objectives] == [0.5, 0.5]
+        assert [of_site[name][2] for name in found.objectives] == pytest.approx(told[0])
+    by_kind = result.rounds()[-1]["bytes_by_kind"]["up"]
+    assert by_kind["extras"] == pytest.approx(sum(by_kind.values()) / 2, rel=0.01)
