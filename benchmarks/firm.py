@@ -80,7 +80,7 @@ WORKLOADS: dict[str, tuple[str, ...]] = {
         "method.max_new_tokens=16", "method.temperature=1.5", "method.eval_prompts=32", "eval.max_examples=32",
     ),
     "smollm2": (
-        "model=smollm2_moe", "data.path=../shared/data/preferences.parquet", "data.filter.split=train",
+        "model=smollm2_moe", "data.path=../shared/data/preferences.parquet", "data.split_column=split",
         "data.prompt_column=prompt", "data.response_column=chosen", "data.context_column=null",
         "partition=dirichlet", "partition.column=objective", "partition.alpha=0.3", "partition.num_sites=4",
         "rounds=30", "train.max_steps=8", "train.batch_size=8", "train.learning_rate=2e-4", "method.group_size=4",
