@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from benchmarks.federation import simulated
+from client.examination import examine
 from client.experience import gather
 from client.local_rule import Step
+from client.measured import BASE, GLOBAL
 from client.methods.firm import Firm, InClientAlignment
 from client.min_norm import min_norm_weights, normalised_gram
 from client.model import adapted_model, base_model_loads
@@ -181,6 +183,12 @@ def test_held_out_rewards_are_measured_with_the_same_draws(base_config, tmp_path
     assert site.evaluate(adapter)["here"] == found
     assert site.evaluate(first_global(site))["here"].metrics["held_out_kl"] == pytest.approx(0, abs=1e-6)
     assert site_with(base_config, tmp_path, firm(eval_prompts=0)).evaluate(adapter)["here"].metrics == {}
+
+
+def test_in_the_evaluation_matrix_the_model_in_use_is_the_global_one(base_config, tmp_path):
+    site = site_with(base_config, tmp_path, firm())
+    received = first_global(site)
+    assert {scored.model for scored in examine(site, received, received).scores} == {BASE, GLOBAL}
 
 
 def test_expert_tokens_are_those_of_the_passes_that_train(base_config, tmp_path):
