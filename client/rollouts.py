@@ -31,9 +31,6 @@ class Rollout:
     prompts: list[str]
     completions: list[str]
 
-    def __len__(self) -> int:
-        return len(self.sequences)
-
 
 def sample(
     adapted: AdaptedModel,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cache, cached_property
 
@@ -148,7 +148,7 @@ class Site:
         )
 
     def evaluate(self, received: Arrays) -> dict[str, HeldOutLoss]:
-        """Loss on each held-out set of the model in use at this site.
+        """Loss on each held-out set of the model in use at this site, and what the method measures besides.
 
         That is the global adapter, completed with the site's own value of whatever is not shared: all of it, under a
         personal method. A method may use more than one adapter (``Method.evaluator``).
@@ -157,8 +157,13 @@ class Site:
             ValueError: If ``received`` is not the shared part of this model's adapter, the store cannot be used, or a
                 held-out set is empty.
         """
-        loss = self.in_use(received).loss
-        return {name: loss(sequences) for name, sequences in self._held_out_sequences.items()}
+        using = self._using(received)
+        loss = self.method.evaluator(*using)
+        adapted, adapter, *_, size = using
+        return {
+            name: replace(loss(sequences), metrics=self.method.measures(adapted, adapter, sequences, size))
+            for name, sequences in self._held_out_sequences.items()
+        }
 
     def in_use(self, received: Arrays) -> ModelInUse:
         """The model in use at this site, as ``evaluate`` measures it.
@@ -166,13 +171,19 @@ class Site:
         Raises:
             ValueError: If ``received`` is not the shared part of this model's adapter, or the store cannot be used.
         """
+        using = self._using(received)
+        return ModelInUse(self.method.evaluator(*using), cache(lambda: self.method.generator(*using)))
+
+    def _using(
+        self, received: Arrays
+    ) -> tuple[AdaptedModel, Arrays, Arrays, Callable[[], Sequence[TokenSequence]], int]:
+        """What ``Method.evaluator`` is given."""
         configure_torch(self.config.train)
         private = self.store.load()
         adapter = self._completed(received, private)
-        using = (
+        return (
             self._with_rank_of(adapter), adapter, private, lambda: self._train_sequences, self.config.eval.batch_size
         )  # fmt: skip
-        return ModelInUse(self.method.evaluator(*using), cache(lambda: self.method.generator(*using)))
 
     def adapter_in_use(self, received: Arrays) -> Arrays:
         """The global adapter, completed with the site's own value of whatever is not shared.

@@ -18,6 +18,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from conf.alignment import FirmConfig
 from conf.check import check_num_sites
 from conf.compose import expand_sweep, load_config, quoted, swept_keys
 from conf.schema import Config, Files, Mode, ModelSource
@@ -295,6 +296,7 @@ def _job(name: str, config: Config, overrides: Sequence[str], output: Path) -> J
     if sites is not None:
         # The run's processes start elsewhere: relative paths are made absolute here, where the user wrote them.
         words += [f"{key}={quoted(path)}" for key, path in _local_paths(config).items()]
+        words += _with_absolute_sources(config)
         words += [f"output={quoted(str(output))}"]
     return Job(name or config.strategy.name, config, tuple(words), output, sites)
 
@@ -317,6 +319,17 @@ def _local_paths(config: Config) -> dict[str, str]:
         for key, path in local.items()
         if Path(path).expanduser().exists() or (is_pattern and key == "data.path")
     }
+
+
+def _with_absolute_sources(config: Config) -> list[str]:
+    """``method.rewards`` again, if it names a folder that is here."""
+    if not isinstance(config.method, FirmConfig):
+        return []
+    named = [spec.partition(":") for spec in config.method.rewards]
+    folders = {source: str(Path(source).expanduser().absolute()) for _, _, source in named if source}
+    present = {source: folder for source, folder in folders.items() if Path(folder).is_dir()}
+    specs = [quoted(f"{name}{colon}{present.get(source, source)}") for name, colon, source in named]
+    return [f"method.rewards=[{','.join(specs)}]"] if present else []
 
 
 def _count_sites(config: Config) -> int:

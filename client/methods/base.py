@@ -123,6 +123,23 @@ class Method(ABC):
         """
         return partial(held_out_loss, adapted, adapter, batch_size=batch_size)
 
+    def measures(
+        self,
+        adapted: AdaptedModel,  # noqa: ARG002
+        adapter: Arrays,  # noqa: ARG002
+        sequences: Sequence[TokenSequence],  # noqa: ARG002
+        batch_size: int,  # noqa: ARG002
+    ) -> dict[str, float]:
+        """What is measured on held-out data beside the loss, for the run's records; by default nothing.
+
+        Args:
+            adapted: The model.
+            adapter: As given to ``evaluator``.
+            sequences: What ``encode`` made of a held-out set.
+            batch_size: Sequences of a forward pass.
+        """
+        return {}
+
     def generator(
         self,
         adapted: AdaptedModel,

@@ -6,7 +6,7 @@ Shape suffixes: P pairs, T tokens.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import cast
 
@@ -15,9 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 
-from client.evaluation import HeldOutLoss
 from client.local_rule import LocalRule, Step, StepLoss
-from client.methods.base import Evaluator, Method
+from client.methods.base import Method
 from client.model import AdaptedModel
 from client.prompts import PreferencePair, encode_pairs
 from client.rollouts import reference_log_probabilities, token_log_probabilities
@@ -71,32 +70,22 @@ class Dpo(Method):
         """Nothing."""
         return {}
 
-    def evaluator(
-        self,
-        adapted: AdaptedModel,
-        adapter: Arrays,
-        private: Arrays,
-        training: Callable[[], Sequence[TokenSequence]],
-        batch_size: int,
-    ) -> Evaluator:
-        """Loss of the preferred responses, and how often and by how much each objective's pairs are ranked right."""
-        loss_of = super().evaluator(adapted, adapter, private, training, batch_size)
-
-        def measured(sequences: Sequence[TokenSequence]) -> HeldOutLoss:
-            found = loss_of(sequences)  # leaves the adapter loaded
-            margins: dict[str, list[float]] = {}
-            with torch.no_grad():
-                for first in range(0, len(sequences), batch_size):
-                    pairs = _as_pairs(sequences[first : first + batch_size])
-                    for pair, margin in zip(pairs, margins_of(adapted, pairs).tolist(), strict=True):
-                        margins.setdefault(pair.objective or "pairs", []).append(margin)
-            metrics = {}
-            for name, values in sorted(margins.items()):
-                metrics[f"held_out_accuracy/{name}"] = sum(value > 0 for value in values) / len(values)
-                metrics[f"held_out_margin/{name}"] = sum(values) / len(values)
-            return replace(found, metrics=metrics)
-
-        return measured
+    def measures(
+        self, adapted: AdaptedModel, adapter: Arrays, sequences: Sequence[TokenSequence], batch_size: int
+    ) -> dict[str, float]:
+        """How often and by how much, in nats, each objective's pairs are ranked right."""
+        adapted.load_adapter(adapter)
+        margins: dict[str, list[float]] = {}
+        with adapted.evaluating(), torch.no_grad():
+            for first in range(0, len(sequences), batch_size):
+                pairs = _as_pairs(sequences[first : first + batch_size])
+                for pair, margin in zip(pairs, margins_of(adapted, pairs).tolist(), strict=True):
+                    margins.setdefault(pair.objective or "pairs", []).append(margin)
+        found = {}
+        for name, values in sorted(margins.items()):
+            found[f"held_out_accuracy/{name}"] = sum(value > 0 for value in values) / len(values)
+            found[f"held_out_margin/{name}"] = sum(values) / len(values)
+        return found
 
 
 class PairwiseLoss(LocalRule):

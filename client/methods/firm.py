@@ -6,7 +6,7 @@ Shape suffixes: T tokens, M objectives.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import cast
 
 import numpy as np
@@ -15,10 +15,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from client.critic import Critic
-from client.evaluation import HeldOutLoss
 from client.experience import Experience, advantages_by_critic, advantages_by_group, gather
 from client.local_rule import LocalRule, Step, StepLoss
-from client.methods.base import Evaluator, Method
+from client.methods.base import Method
 from client.model import AdaptedModel
 from client.objective_gradients import ObjectiveGradients
 from client.objective_weights import ObjectiveWeights, OwnWeights, ServerWeights
@@ -91,32 +90,14 @@ class Firm(Method):
         """Nothing beyond what the rule keeps."""
         return {}
 
-    def evaluator(
-        self,
-        adapted: AdaptedModel,
-        adapter: Arrays,
-        private: Arrays,
-        training: Callable[[], Sequence[TokenSequence]],
-        batch_size: int,
-    ) -> Evaluator:
-        """Held-out loss, and mean rewards and KL of completions sampled for the first ``eval_prompts`` prompts."""
-        loss_of = super().evaluator(adapted, adapter, private, training, batch_size)
-
-        def measured(sequences: Sequence[TokenSequence]) -> HeldOutLoss:
-            found = loss_of(sequences)  # leaves the adapter loaded
-            prompts = _as_prompts(sequences)[: self.config.eval_prompts]
-            metrics = self._sampled_metrics(adapted, prompts, batch_size) if prompts else {}
-            return HeldOutLoss(
-                loss=found.loss, num_tokens=found.num_tokens, num_examples=found.num_examples, metrics=metrics
-            )
-
-        return measured
-
-    def _sampled_metrics(
-        self, adapted: AdaptedModel, prompts: Sequence[PromptSequence], batch_size: int
+    def measures(
+        self, adapted: AdaptedModel, adapter: Arrays, sequences: Sequence[TokenSequence], batch_size: int
     ) -> dict[str, float]:
+        """Mean rewards, KL and length of completions sampled for the first ``eval_prompts`` prompts."""
+        prompts = _as_prompts(sequences)[: self.config.eval_prompts]
         rewards = named_rewards(self.config.rewards, adapted)
         sums: dict[str, float] = defaultdict(float)
+        adapted.load_adapter(adapter)
         with torch.random.fork_rng(devices=[adapted.device] if adapted.device.type == "cuda" else []):
             torch.manual_seed(_EVALUATION_SEED)
             for first in range(0, len(prompts), batch_size):

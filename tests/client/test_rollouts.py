@@ -15,7 +15,7 @@ from client.rollouts import (
     token_log_probabilities,
 )
 from client.text import Example, collate
-from conf.schema import DataConfig, LoraConfig, RouterTraining, Template
+from conf.schema import DataConfig, ExpertTraining, LoraConfig, RouterTraining, Template
 from tests.client.local_training import live_tensor_bytes, noisy
 from tests.client.tiny_models import save_tiny_base
 
@@ -141,6 +141,16 @@ def test_reference_is_the_base_and_the_adapter_is_as_it_was(adapted, prompts):
     torch.testing.assert_close(again, policy, rtol=0, atol=0)
     for name, array in before.items():
         assert array.shape == adapted.read_adapter()[name].shape
+    assert {name: parameter.requires_grad for name, parameter in adapted.model.named_parameters()} == trained
+
+
+def test_without_adapter_leaves_frozen_what_was_frozen(tmp_path):
+    """GPT-OSS's experts trained whole: their biases stay the base's, and PEFT would let them train from then on."""
+    config = replace(save_tiny_base(tmp_path, "gpt_oss"), experts=ExpertTraining.full)
+    adapted = adapted_model(config, LoraConfig(rank=2), torch.device("cpu"))
+    trained = {name: parameter.requires_grad for name, parameter in adapted.model.named_parameters()}
+    with adapted.without_adapter():
+        pass
     assert {name: parameter.requires_grad for name, parameter in adapted.model.named_parameters()} == trained
 
 

@@ -26,6 +26,14 @@ def test_single_run_gets_a_folder_and_absolute_paths(tmp_path, monkeypatch):
     )  # fmt: skip
 
 
+def test_folders_of_reward_models_become_absolute_and_hub_names_stay(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "heads" / "kind").mkdir(parents=True)
+    jobs, _ = plan(["strategy=firm", "method.rewards=[kind:heads/kind,safe:org/safe,length]"], multirun=False)
+    expected = [f"kind:{tmp_path}/heads/kind", "safe:org/safe", "length"]
+    assert launch.load_config(jobs[0].overrides).method.rewards == expected
+
+
 def test_sweep_makes_one_folder_a_run_named_after_what_is_swept(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     jobs, folder = plan(["strategy=fedavg,fc_moe", "seed=0,1", "output=both"], multirun=True)

@@ -95,13 +95,13 @@ def test_at_the_base_model_the_loss_is_log_two_and_training_ranks_pairs_right(ad
 def test_held_out_pairs_are_counted_by_objective(adapted, start):
     config = DpoConfig(objectives=["helpful", "harmless"])
     pairs = pairs_of(adapted, config)
-    found = Dpo(config).evaluator(adapted, start, {}, lambda: [], 2)(pairs)
+    found = Dpo(config).measures(adapted, start, pairs, 2)
     with torch.no_grad():
         margins = margins_of(adapted, pairs)
     helpful = margins[[0, 1, 3]]
-    assert found.metrics["held_out_accuracy/helpful"] == pytest.approx((helpful > 0).float().mean().item())
-    assert found.metrics["held_out_margin/helpful"] == pytest.approx(helpful.mean().item(), rel=1e-4)
-    assert found.metrics["held_out_margin/harmless"] == pytest.approx(margins[2].item(), rel=1e-4)
+    assert found["held_out_accuracy/helpful"] == pytest.approx((helpful > 0).float().mean().item())
+    assert found["held_out_margin/helpful"] == pytest.approx(helpful.mean().item(), rel=1e-4)
+    assert found["held_out_margin/harmless"] == pytest.approx(margins[2].item(), rel=1e-4)
 
 
 def test_weights_make_a_mean_over_pairs_the_preferred_mean_over_objectives(adapted):

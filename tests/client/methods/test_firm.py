@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from benchmarks.federation import simulated
+from client.examination import examine
 from client.experience import gather
 from client.local_rule import Step
+from client.measured import BASE, GLOBAL
 from client.methods.firm import Firm, InClientAlignment
 from client.min_norm import min_norm_weights, normalised_gram
 from client.model import adapted_model, base_model_loads
@@ -45,14 +47,19 @@ def site_with(base_config, folder, method, **train_settings):
     return make_site(replace(config, data=DATA), folder)
 
 
-def gradients_of(adapted, config, *, micro_batch=4, seed=0, steps=1, private=None):
-    """What ``steps`` steps without an optimiser leave in the parameters, flattened, and the rule."""
+def gradients_of(adapted, config, *, micro_batch=4, seed=0, steps=1, private=None, last_mask=None):
+    """What ``steps`` steps without an optimiser leave in the parameters, flattened, and the rule.
+
+    ``last_mask`` is that of a pass that was made before.
+    """
     adapted.load_adapter(noisy(adapted.initial_adapter(0), seed=3))
     prompts = Firm(config).encode(TRAIN[:2], adapted.tokenizer, DATA)
     rule = InClientAlignment(config, named_rewards(config.rewards, adapted), private or {})
     parameters = adapted.parameters_by_name()
     torch.manual_seed(seed)
     with adapted.count_expert_tokens() as counter:
+        if last_mask is not None:
+            counter.set_mask(last_mask)
         step = Step(chosen=prompts, adapted=adapted, counter=counter, micro_batch=micro_batch, loss_scale=1.0)
         for _ in range(steps):
             for parameter in parameters.values():
@@ -114,6 +121,12 @@ def test_micro_batches_change_no_gradient(adapted):
     whole, _ = gradients_of(adapted, firm(), micro_batch=4)
     parts, _ = gradients_of(adapted, firm(), micro_batch=1)
     np.testing.assert_allclose(parts, whole, atol=1e-5 * np.abs(whole).max())
+
+
+def test_sampling_does_not_take_the_last_passs_padding_for_its_own(adapted):
+    first, _ = gradients_of(adapted, firm())
+    later, _ = gradients_of(adapted, firm(), last_mask=torch.arange(40).reshape(2, 20) % 3 > 0)
+    np.testing.assert_array_equal(first, later)
 
 
 def test_a_rollout_serves_several_steps_and_weights_are_smoothed(adapted):
@@ -181,6 +194,12 @@ def test_held_out_rewards_are_measured_with_the_same_draws(base_config, tmp_path
     assert site.evaluate(adapter)["here"] == found
     assert site.evaluate(first_global(site))["here"].metrics["held_out_kl"] == pytest.approx(0, abs=1e-6)
     assert site_with(base_config, tmp_path, firm(eval_prompts=0)).evaluate(adapter)["here"].metrics == {}
+
+
+def test_in_the_evaluation_matrix_the_model_in_use_is_the_global_one(base_config, tmp_path):
+    site = site_with(base_config, tmp_path, firm())
+    received = first_global(site)
+    assert {scored.model for scored in examine(site, received, received).scores} == {BASE, GLOBAL}
 
 
 def test_expert_tokens_are_those_of_the_passes_that_train(base_config, tmp_path):
