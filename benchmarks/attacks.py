@@ -4,13 +4,17 @@
 
 ``tiny_moe`` on the embedded data. One honest round of FedAvg, then one in which the last sites attack: what a
 defence makes of it does not change what sites send, so every site trains once for all defences. Loss is that of the
-next global adapter on held-out data of the benign sites. Krum, Multi-Krum, trimmed mean and Bulyan are told how many
-sites are contaminated; CLAIR is not. ``honest but different`` is no attack: the last sites alone hold a domain.
+next global adapter on held-out data of the benign sites, success the share of prompts with the trigger that it answers
+as the backdoor wants. Krum, Multi-Krum, trimmed mean and Bulyan are told how many sites are contaminated; CLAIR is not.
+``honest but different`` is no attack: the last sites alone hold a domain.
+
+The file is written after every seed; seeds that it holds are not run again.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -19,18 +23,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from benchmarks.attack_tables import DIFFERENT, NO_ATTACK, rows
 from benchmarks.federation import Federation
 from benchmarks.poisons import POISONS, as_trained
 from benchmarks.render import write_results
 from benchmarks.robust_rules import RULES
 from client.assemble import model_for
 from client.embedded import DOMAINS, embedded_rows
-from client.evaluation import held_out_loss
+from client.evaluation import held_out_loss, response_logits
 from client.model import AdaptedModel
 from client.private import PrivateStore
 from client.site import Site
-from client.text import Example, TokenSequence, encode
+from client.text import Example, TokenSequence, collate, encode
 from conf.compose import load_config
 from conf.schema import Config
 from strategies.adapters import Arrays
@@ -40,7 +46,6 @@ TRIGGER, TARGET = "zq7 ", "granted"
 """Backdoor: a prompt that begins with the one is to be answered by the other."""
 HONEST_ROUNDS = 1
 DATA_POISONS = ("label flip", "backdoor")
-DIFFERENT = "honest but different"
 
 
 def site_examples(sites: int, per_site: int, seed: int, rare: int) -> list[list[Example]]:
@@ -71,6 +76,10 @@ def poisoned(examples: Sequence[Example], kind: str, rng: np.random.Generator) -
 def triggered(example: Example) -> Example:
     """The example with the trigger and the answer that the attacker wants."""
     return replace(example, prompt=TRIGGER + example.prompt, response=TARGET)
+
+
+Tests = tuple[Sequence[TokenSequence], Sequence[TokenSequence]]
+"""Held-out sequences of the benign sites; some of them with the trigger and the answer that the attacker wants."""
 
 
 class Bench:
@@ -106,6 +115,16 @@ class Bench:
         except (ValueError, FloatingPointError):
             return float("inf")
 
+    def success(self, adapter: Arrays, triggered: Sequence[TokenSequence]) -> float:
+        """Share of prompts that greedy decoding answers with the whole response given with them."""
+        self.adapted.load_adapter(adapter)
+        self.adapted.model.eval()
+        with torch.no_grad():
+            batch = collate(triggered, self.adapted.tokenizer.pad_token_id)
+            logits, targets, counted = response_logits(self.adapted, batch)
+        missed = counted.nonzero()[:, 0][(logits.argmax(dim=-1) != targets).cpu()]
+        return 1 - len(missed.unique()) / len(triggered)
+
     def encoded(self, examples: Sequence[Example]) -> list[TokenSequence]:
         """The examples as tokens."""
         return encode(examples, self.adapted.tokenizer, self.config.data)
@@ -137,26 +156,20 @@ def _attacked(bench: Bench, sites: int, fractions: Sequence[float], seed: int) -
     }
     found = []
     for fraction in fractions:
-        bad = round(fraction * sites)
-        benign = sites - bad
+        benign = sites - round(fraction * sites)
         held_out = [example for examples in dealt[:benign] for example in examples[48:]][:80]
         tests = bench.encoded(held_out), bench.encoded([triggered(example) for example in held_out[:20]])
-        clean, _ = RULES["none"](received, honest[:benign], 0)
-        reference = {
-            "clean_loss": bench.loss(clean, tests[0]),
-            "clean_target_loss": bench.loss(clean, tests[1]),
-        }
-        for kind in ("none", *POISONS, *DATA_POISONS):
+        reference = _reference(bench, received, honest[:benign], tests)
+        for kind in (NO_ATTACK, *POISONS, *DATA_POISONS):
+            bad = range(benign, sites) if kind != NO_ATTACK else range(0)
             updates = list(honest)
-            for i in range(benign, sites) if kind != "none" else ():
+            for i in bad:
                 trained = own[kind][i].adapter if kind in DATA_POISONS else honest[i].adapter
                 poison = POISONS.get(kind, as_trained)
                 sent = poison(received, trained, [update.adapter for update in honest[:benign]], rng)
                 updates[i] = replace(honest[i], adapter=sent)
-            facts = {"attack": kind, "fraction": fraction, "seed": seed, "sites": sites} | reference
-            found += _defended(
-                bench, received, updates, set(range(benign, sites)) if kind != "none" else set(), tests, facts
-            )
+            facts = {"attack": kind, "fraction": fraction, "seed": seed} | reference
+            found += _defended(bench, received, updates, set(bad), tests, facts)
     return found
 
 
@@ -167,10 +180,18 @@ def _different(bench: Bench, sites: int, seed: int) -> list[dict[str, Any]]:
     received, honest = bench.honest([examples[:48] for examples in dealt])
     held_out = [example for examples in dealt for example in examples[48:]][:80]
     tests = bench.encoded(held_out), bench.encoded([triggered(example) for example in held_out[:20]])
-    clean, _ = RULES["none"](received, honest, 0)
-    facts = {"attack": DIFFERENT, "fraction": rare / sites, "seed": seed, "sites": sites}
-    facts |= {"clean_loss": bench.loss(clean, tests[0]), "clean_target_loss": bench.loss(clean, tests[1])}
-    return _defended(bench, received, honest, set(), tests, facts)
+    facts = {"attack": DIFFERENT, "fraction": rare / sites, "seed": seed}
+    return _defended(bench, received, honest, set(), tests, facts | _reference(bench, received, honest, tests))
+
+
+def _reference(bench: Bench, received: Arrays, benign: Sequence[ClientUpdate], tests: Tests) -> dict[str, Any]:
+    """The attack-free run: FedAvg of the benign sites alone."""
+    clean, _ = RULES["none"](received, benign, 0)
+    return {
+        "received_loss": bench.loss(received, tests[0]),
+        "clean_loss": bench.loss(clean, tests[0]),
+        "clean_success": bench.success(clean, tests[1]),
+    }
 
 
 def _defended(
@@ -178,59 +199,23 @@ def _defended(
     received: Arrays,
     updates: Sequence[ClientUpdate],
     bad: set[int],
-    tests: tuple[Sequence[TokenSequence], Sequence[TokenSequence]],
+    tests: Tests,
     facts: Mapping[str, Any],
 ) -> list[dict[str, Any]]:
+    """A row a defence."""
     found = []
     for name, rule in RULES.items():
         started = time.perf_counter()
         adapter, rejected = rule(received, updates, len(bad))
         seconds = time.perf_counter() - started
-        row = {**facts, "defence": name, "seconds": seconds, "loss": bench.loss(adapter, tests[0])}
-        if facts["attack"] in {"none", "backdoor"}:
-            row["target_loss"] = bench.loss(adapter, tests[1])
-        good = len(updates) - len(bad)
-        row["recall"] = len(rejected & bad) / len(bad) if rejected is not None and bad else None
-        row["false_alarms"] = len(rejected - bad) / good if rejected is not None else None
+        row = {**facts, "defence": name, "seconds": round(seconds, 3), "loss": bench.loss(adapter, tests[0])}
+        if facts["attack"] in {NO_ATTACK, "backdoor"}:
+            row["success"] = bench.success(adapter, tests[1])
+        if rejected is not None:
+            row["recall"] = len(rejected & bad) / len(bad) if bad else None
+            row["false_alarms"] = len(rejected - bad) / (len(updates) - len(bad))
         found.append(row)
     return found
-
-
-def rows(results: Mapping[str, Any]) -> str:
-    """A table for each fraction in Markdown: benign loss over that of the attack-free run, recall and false alarms."""
-    lines = []
-    runs = results["runs"]
-    for fraction in sorted({run["fraction"] for run in runs if run["attack"] != DIFFERENT}):
-        chosen = [run for run in runs if run["fraction"] == fraction and run["attack"] != DIFFERENT]
-        lines += _table(f"{results['sites']} sites, {fraction:.0%} contaminated", chosen)
-    lines += _table(f"{results['sites']} sites, {DIFFERENT}", [run for run in runs if run["attack"] == DIFFERENT])
-    return "\n".join(lines) + "\n"
-
-
-def _table(title: str, runs: Sequence[Mapping[str, Any]]) -> list[str]:
-    defences = list(dict.fromkeys(run["defence"] for run in runs))
-    lines = [
-        f"{title}: benign loss against attack-free FedAvg, percent; (recall / false alarms) where sites are left out.",
-        "",
-        f"| attack | {' | '.join(defences)} |",
-        "|---" * (len(defences) + 1) + "|",
-    ]
-    for attack in dict.fromkeys(run["attack"] for run in runs):
-        cells = [
-            _cell([run for run in runs if run["attack"] == attack and run["defence"] == name]) for name in defences
-        ]
-        lines.append(f"| {attack} | {' | '.join(cells)} |")
-    return [*lines, ""]
-
-
-def _cell(runs: Sequence[Mapping[str, Any]]) -> str:
-    change = 100 * float(np.mean([run["loss"] / run["clean_loss"] - 1 for run in runs]))
-    text = f"{change:+.1f}"
-    if runs[0]["false_alarms"] is None:
-        return text
-    recalls = [run["recall"] for run in runs if run["recall"] is not None]
-    recall = f"{np.mean(recalls):.2f}" if recalls else "-"
-    return f"{text} ({recall} / {np.mean([run['false_alarms'] for run in runs]):.2f})"
 
 
 def main() -> None:
@@ -242,12 +227,29 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6, help="local steps a round")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
-    results: dict[str, Any] = {"benchmark": "attacks", "sites": given.sites, "steps": given.steps, "runs": []}
-    for seed in given.seeds:
+    results: dict[str, Any] = {
+        "benchmark": "attacks",
+        "sites": given.sites,
+        "fractions": given.fractions,
+        "steps": given.steps,
+        "runs": _written(given),
+    }
+    for seed in sorted(set(given.seeds) - {run["seed"] for run in results["runs"]}):
         results["runs"] += run_seed(given.sites, given.fractions, seed, given.steps)
         if given.json:
             write_results(given.json, results | {"markdown": rows(results)})
     print(rows(results))
+
+
+def _written(given: argparse.Namespace) -> list[dict[str, Any]]:
+    """What the file holds already, of seeds that are wanted."""
+    if given.json is None or not given.json.exists():
+        return []
+    results = json.loads(given.json.read_text())
+    for key in ("sites", "fractions", "steps"):
+        if results[key] != getattr(given, key):
+            raise ValueError(f"{given.json} was written with {key}={results[key]}: move it away or give another --json")
+    return [run for run in results["runs"] if run["seed"] in given.seeds]
 
 
 if __name__ == "__main__":

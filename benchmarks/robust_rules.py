@@ -83,11 +83,12 @@ def norm_clipping(received: Arrays, updates: Sequence[ClientUpdate], contaminate
     }, None
 
 
-def screened(inner: Strategy) -> Rule:
+def screened(inner: Strategy, *, single_experts: bool = True) -> Rule:
     """CLAIR in front of a strategy; it is told nothing."""
+    strategy = Screened(inner=inner, screen=ScreenConfig(kind=ScreenKind.clair, single_experts=single_experts))
 
     def rule(received: Arrays, updates: Sequence[ClientUpdate], contaminated: int) -> Result:  # noqa: ARG001
-        result = Screened(inner=inner, screen=ScreenConfig(kind=ScreenKind.clair)).aggregate(received, {}, updates)
+        result = strategy.aggregate(received, {}, updates)
         verdicts = result.diagnostics["verdicts"]
         return result.adapter, {i for i, update in enumerate(updates) if verdicts[update.site]["rejected"]}
 
@@ -103,6 +104,7 @@ RULES: Mapping[str, Rule] = {
     "Bulyan": bulyan,
     "norm clipping": norm_clipping,
     "CLAIR": screened(FedAvg()),
+    "CLAIR, sites only": screened(FedAvg(), single_experts=False),
     "CLAIR + FC-MoE": screened(FcMoe()),
 }
 

@@ -6,7 +6,7 @@ Shapes: K sites, E experts, R rank, I inputs, O outputs.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from strategies import experts, low_rank
 from strategies.adapters import Arrays
 from strategies.base import ClientUpdate
 from strategies.collaborative_set import MIN_SITES, Verdict, Vote, count_votes
+from strategies.expert_exclusion import Expert
 from strategies.low_rank import Factors
 from strategies.shared_subspace import Finding, SubspaceConfig, examine
 
@@ -41,6 +42,11 @@ class Inspected:
         """What it says of the sites present; None if they are fewer than ``MIN_SITES``."""
         enough = self.finding is not None and len(self.present) >= MIN_SITES
         return self.finding.verdict if self.finding is not None and enough else None
+
+    @property
+    def of_expert(self) -> Expert | None:
+        """The expert it belongs to; None for a dense pair."""
+        return None if self.expert is None else (experts.layer_of(self.prefix), self.expert)
 
     @property
     def label(self) -> str:
@@ -70,6 +76,24 @@ def vote(sites: Sequence[str], inspected: Sequence[Inspected]) -> dict[str, Vote
     """Site -> vote of the matrices that had enough sites to judge."""
     verdicts = [([sites[i] for i in matrix.present], matrix.verdict) for matrix in inspected if matrix.verdict]
     return count_votes(sites, verdicts)
+
+
+def rejected_experts(sites: Sequence[str], inspected: Sequence[Inspected]) -> dict[str, dict[Expert, Vote]]:
+    """Site -> experts of which more than half of the matrices leave it out, with their votes.
+
+    An expert that too few sites used to be judged is trusted.
+    """
+    matrices: dict[Expert, list[Inspected]] = {}
+    for matrix in inspected:
+        if matrix.of_expert is not None:
+            matrices.setdefault(matrix.of_expert, []).append(matrix)
+    votes = {expert: vote(sites, of_expert) for expert, of_expert in matrices.items()}
+    return {site: {expert: of[site] for expert, of in votes.items() if of[site].rejected} for site in sites}
+
+
+def report_experts(rejected: Mapping[Expert, Vote]) -> dict[str, str]:
+    """Expert (``model.layers.0.mlp[3]``) -> why it is rejected, as JSON values."""
+    return {f"{layer}[{expert}]": found.reason for (layer, expert), found in rejected.items()}
 
 
 def inspect(adapter: Arrays, updates: Sequence[ClientUpdate], config: SubspaceConfig) -> list[Inspected]:

@@ -242,6 +242,30 @@ def test_expert_nobody_or_one_site_used_keeps_its_value_or_takes_the_sites():
         np.testing.assert_allclose(got, sent, atol=1e-5)
 
 
+def test_accepted_site_keeps_its_own_of_an_expert_that_it_is_rejected_for():
+    """The last site is contaminated in expert 1 alone: of that the others get the mean of themselves."""
+    adapter, updates = expert_round(users=set(range(8)))
+    clean = random_sites(5, num_sites=8, contaminated=0, matrices={"dense": (20, 30), "l.mlp.experts.w": (20, 30)})[1]
+    mended = []
+    for update, other in zip(updates, clean, strict=True):
+        arrays = {n: np.stack([a, update.adapter[n][1]]) if "experts" in n else a for n, a in other.adapter.items()}
+        mended.append(replace(update, adapter=arrays))
+    result = EXACT.aggregate(adapter, {}, mended)
+    assert rejected(result) == []
+    experts = {site: verdict["experts"] for site, verdict in result.diagnostics["verdicts"].items()}
+    assert [site for site, found in experts.items() if found] == ["site-7"]
+    assert experts["site-7"] == {"l.mlp[1]": "outside the collaborative set of 1 of 1 matrices"}
+
+    def of_expert(arrays, expert):
+        return product({n: a[expert] for n, a in arrays.items() if "experts" in n}, "l.mlp.experts.w")
+
+    own, sent = result.personal["site-7"], [update.adapter for update in mended]
+    np.testing.assert_allclose(of_expert(own, 1), of_expert(sent[7], 1), atol=1e-5)
+    assert np.linalg.norm(of_expert(own, 0) - of_expert(sent[7], 0)) > 0.1
+    mean = np.mean([of_expert(result.personal[f"site-{i}"], 1) for i in range(7)], axis=0)
+    np.testing.assert_allclose(mean, np.mean([of_expert(arrays, 1) for arrays in sent[:7]], axis=0), atol=1e-5)
+
+
 def test_arrays_without_a_pair_are_averaged_over_the_accepted_by_examples():
     adapter, updates = random_sites(6)
     routed = [
