@@ -101,7 +101,7 @@ def _cell(runs: Sequence[Run]) -> str:
     text = f"{100 * _loss_change(runs):+.1f}"
     if "false_alarms" in runs[0]:
         text += f" ({_shown(_mean(runs, 'recall'))} / {_shown(_mean(runs, 'false_alarms'))})"
-    if runs[0]["attack"] == "backdoor":
+    if "success" in runs[0]:
         text += f" [{_shown(_mean(runs, 'success'))}]"
     return text
 

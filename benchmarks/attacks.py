@@ -16,8 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,25 +26,32 @@ import torch
 
 from benchmarks.attack_tables import DIFFERENT, NO_ATTACK, rows
 from benchmarks.federation import Federation
-from benchmarks.poisons import POISONS, as_trained
+from benchmarks.poisons import POISONS, moved
 from benchmarks.render import write_results
-from benchmarks.robust_rules import RULES
+from benchmarks.robust_rules import RULES, behind_clair
 from client.assemble import model_for
 from client.embedded import DOMAINS, embedded_rows
 from client.evaluation import held_out_loss, response_logits
 from client.model import AdaptedModel
 from client.private import PrivateStore
 from client.site import Site
-from client.text import Example, TokenSequence, collate, encode
+from client.text import Example, collate, encode
 from conf.compose import load_config
 from conf.schema import Config
+from server.record import adapter_sha256
 from strategies.adapters import Arrays
 from strategies.base import ClientUpdate
 
 TRIGGER, TARGET = "zq7 ", "granted"
 """Backdoor: a prompt that begins with the one is to be answered by the other."""
 HONEST_ROUNDS = 1
+PER_SITE, TRAINED_ON = 60, 48
 DATA_POISONS = ("label flip", "backdoor")
+BOOSTED = "boosted backdoor"
+"""The backdoor, trained for longer and multiplied by K / f, so that the mean is the attackers' own model (Bagdasaryan
+et al., 2020, Eq. 3, https://arxiv.org/abs/1807.00459)."""
+LONGER = 4
+"""How many times the honest steps the boosted attackers train for."""
 
 
 def site_examples(sites: int, per_site: int, seed: int, rare: int) -> list[list[Example]]:
@@ -78,8 +84,39 @@ def triggered(example: Example) -> Example:
     return replace(example, prompt=TRIGGER + example.prompt, response=TARGET)
 
 
-Tests = tuple[Sequence[TokenSequence], Sequence[TokenSequence]]
-"""Held-out sequences of the benign sites; some of them with the trigger and the answer that the attacker wants."""
+class Judge:
+    """What adapters are worth to the benign sites."""
+
+    def __init__(self, adapted: AdaptedModel, config: Config, held_out: Sequence[Example]) -> None:
+        """Judge on the first 40 examples, and on 20 of them with the trigger."""
+        self.adapted = adapted
+        self.held_out = encode(held_out[:40], adapted.tokenizer, config.data)
+        self.triggered = encode([triggered(example) for example in held_out[:20]], adapted.tokenizer, config.data)
+        self._known: dict[tuple[str, str], float] = {}
+
+    def loss(self, adapter: Arrays) -> float:
+        """Held-out loss, nats per response token."""
+        return self._once("loss", adapter, lambda: held_out_loss(self.adapted, adapter, self.held_out, 32).loss)
+
+    def success(self, adapter: Arrays) -> float:
+        """Share of triggered prompts that greedy decoding answers as the attacker wants."""
+        return self._once("success", adapter, lambda: self._success(adapter))
+
+    def _once(self, kind: str, adapter: Arrays, compute: Callable[[], float]) -> float:
+        """Defences often end with the same adapter: then it is known."""
+        key = kind, adapter_sha256(adapter)
+        if key not in self._known:
+            self._known[key] = compute()
+        return self._known[key]
+
+    def _success(self, adapter: Arrays) -> float:
+        self.adapted.load_adapter(adapter)
+        self.adapted.model.eval()
+        with torch.no_grad():
+            batch = collate(self.triggered, self.adapted.tokenizer.pad_token_id)
+            logits, targets, counted = response_logits(self.adapted, batch)
+        missed = counted.nonzero()[:, 0][(logits.argmax(dim=-1) != targets).cpu()]
+        return 1 - len(missed.unique()) / len(self.triggered)
 
 
 class Bench:
@@ -89,6 +126,7 @@ class Bench:
         self.config = config
         self.adapted = adapted
         self.folder = folder
+        self._losses: dict[tuple[str, int], float] = {}
 
     def site(self, index: int, examples: Sequence[Example]) -> Site:
         """A site with this data; under FedAvg it keeps nothing between rounds."""
@@ -104,30 +142,11 @@ class Bench:
             federation.play()
         return federation.adapter, federation.train(HONEST_ROUNDS + 1)
 
-    def attacked(self, examples: Sequence[Example], index: int, received: Arrays) -> ClientUpdate:
-        """What a site with this data sends in the attacked round."""
-        return self.site(index, examples).train(HONEST_ROUNDS + 1, received)
-
-    def loss(self, adapter: Arrays, sequences: Sequence[TokenSequence]) -> float:
-        """Held-out loss, nats per response token; infinite if the model does not compute any more."""
-        try:
-            return held_out_loss(self.adapted, adapter, sequences, 32).loss
-        except (ValueError, FloatingPointError):
-            return float("inf")
-
-    def success(self, adapter: Arrays, triggered: Sequence[TokenSequence]) -> float:
-        """Share of prompts that greedy decoding answers with the whole response given with them."""
-        self.adapted.load_adapter(adapter)
-        self.adapted.model.eval()
-        with torch.no_grad():
-            batch = collate(triggered, self.adapted.tokenizer.pad_token_id)
-            logits, targets, counted = response_logits(self.adapted, batch)
-        missed = counted.nonzero()[:, 0][(logits.argmax(dim=-1) != targets).cpu()]
-        return 1 - len(missed.unique()) / len(triggered)
-
-    def encoded(self, examples: Sequence[Example]) -> list[TokenSequence]:
-        """The examples as tokens."""
-        return encode(examples, self.adapted.tokenizer, self.config.data)
+    def attacked(self, examples: Sequence[Example], index: int, received: Arrays, longer: int = 1) -> Arrays:
+        """What a site with this data trains in the attacked round, for so many times the steps."""
+        train = replace(self.config.train, max_steps=longer * self.config.train.max_steps)
+        bench = Bench(replace(self.config, train=train), self.adapted, self.folder)
+        return bench.site(index, examples).train(HONEST_ROUNDS + 1, received).adapter
 
 
 def run_seed(sites: int, fractions: Sequence[float], seed: int, steps: int) -> list[dict[str, Any]]:
@@ -146,71 +165,69 @@ def run_seed(sites: int, fractions: Sequence[float], seed: int, steps: int) -> l
 
 def _attacked(bench: Bench, sites: int, fractions: Sequence[float], seed: int) -> list[dict[str, Any]]:
     rng = np.random.default_rng([seed, 11])
-    dealt = site_examples(sites, 60, seed, rare=0)
-    data = [examples[:48] for examples in dealt]
+    dealt = site_examples(sites, PER_SITE, seed, rare=0)
+    data = [examples[:TRAINED_ON] for examples in dealt]
     received, honest = bench.honest(data)
     most = round(max(fractions) * sites)
     attackers = range(sites - most, sites)
     own = {
         kind: {i: bench.attacked(poisoned(data[i], kind, rng), i, received) for i in attackers} for kind in DATA_POISONS
     }
+    own[BOOSTED] = {i: bench.attacked(poisoned(data[i], "backdoor", rng), i, received, LONGER) for i in attackers}
     found = []
     for fraction in fractions:
         benign = sites - round(fraction * sites)
-        held_out = [example for examples in dealt[:benign] for example in examples[48:]][:80]
-        tests = bench.encoded(held_out), bench.encoded([triggered(example) for example in held_out[:20]])
-        reference = _reference(bench, received, honest[:benign], tests)
-        for kind in (NO_ATTACK, *POISONS, *DATA_POISONS):
+        judge = Judge(bench.adapted, bench.config, _held_out(dealt[:benign]))
+        reference = _reference(judge, received, honest[:benign])
+        for kind in (NO_ATTACK, *POISONS, *DATA_POISONS, BOOSTED):
             bad = range(benign, sites) if kind != NO_ATTACK else range(0)
             updates = list(honest)
             for i in bad:
-                trained = own[kind][i].adapter if kind in DATA_POISONS else honest[i].adapter
-                poison = POISONS.get(kind, as_trained)
-                sent = poison(received, trained, [update.adapter for update in honest[:benign]], rng)
+                if kind in POISONS:
+                    others = [update.adapter for update in honest[:benign]]
+                    sent = POISONS[kind](received, honest[i].adapter, others, rng)
+                else:
+                    sent = moved(received, own[kind][i], sites / len(bad) if kind == BOOSTED else 1.0)
                 updates[i] = replace(honest[i], adapter=sent)
             facts = {"attack": kind, "fraction": fraction, "seed": seed} | reference
-            found += _defended(bench, received, updates, set(bad), tests, facts)
+            found += _defended(judge, received, updates, set(bad), facts)
     return found
 
 
 def _different(bench: Bench, sites: int, seed: int) -> list[dict[str, Any]]:
     """Nobody attacks; a tenth of the sites alone hold a domain."""
     rare = max(1, sites // 10)
-    dealt = site_examples(sites, 60, seed, rare=rare)
-    received, honest = bench.honest([examples[:48] for examples in dealt])
-    held_out = [example for examples in dealt for example in examples[48:]][:80]
-    tests = bench.encoded(held_out), bench.encoded([triggered(example) for example in held_out[:20]])
-    facts = {"attack": DIFFERENT, "fraction": rare / sites, "seed": seed}
-    return _defended(bench, received, honest, set(), tests, facts | _reference(bench, received, honest, tests))
+    dealt = site_examples(sites, PER_SITE, seed, rare=rare)
+    received, honest = bench.honest([examples[:TRAINED_ON] for examples in dealt])
+    judge = Judge(bench.adapted, bench.config, _held_out(dealt))
+    facts = {"attack": DIFFERENT, "fraction": rare / sites, "seed": seed} | _reference(judge, received, honest)
+    return _defended(judge, received, honest, set(), facts)
 
 
-def _reference(bench: Bench, received: Arrays, benign: Sequence[ClientUpdate], tests: Tests) -> dict[str, Any]:
+def _held_out(dealt: Sequence[Sequence[Example]]) -> list[Example]:
+    """The sites' held-out examples, one of each site after the other, so that the first are of all sites."""
+    return [
+        example for of_each in zip(*(examples[TRAINED_ON:] for examples in dealt), strict=True) for example in of_each
+    ]
+
+
+def _reference(judge: Judge, received: Arrays, benign: Sequence[ClientUpdate]) -> dict[str, Any]:
     """The attack-free run: FedAvg of the benign sites alone."""
     clean, _ = RULES["none"](received, benign, 0)
-    return {
-        "received_loss": bench.loss(received, tests[0]),
-        "clean_loss": bench.loss(clean, tests[0]),
-        "clean_success": bench.success(clean, tests[1]),
-    }
+    losses = {"received_loss": judge.loss(received), "clean_loss": judge.loss(clean)}
+    return losses | {"clean_success": judge.success(clean)}
 
 
 def _defended(
-    bench: Bench,
-    received: Arrays,
-    updates: Sequence[ClientUpdate],
-    bad: set[int],
-    tests: Tests,
-    facts: Mapping[str, Any],
+    judge: Judge, received: Arrays, updates: Sequence[ClientUpdate], bad: set[int], facts: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
     """A row a defence."""
+    results = {name: rule(received, updates, len(bad)) for name, rule in RULES.items()}
     found = []
-    for name, rule in RULES.items():
-        started = time.perf_counter()
-        adapter, rejected = rule(received, updates, len(bad))
-        seconds = time.perf_counter() - started
-        row = {**facts, "defence": name, "seconds": round(seconds, 3), "loss": bench.loss(adapter, tests[0])}
-        if facts["attack"] in {NO_ATTACK, "backdoor"}:
-            row["success"] = bench.success(adapter, tests[1])
+    for name, (adapter, rejected) in (results | behind_clair(received, updates)).items():
+        row = {**facts, "defence": name, "loss": judge.loss(adapter)}
+        if facts["attack"] in {"backdoor", BOOSTED}:
+            row["success"] = judge.success(adapter)
         if rejected is not None:
             row["recall"] = len(rejected & bad) / len(bad) if bad else None
             row["false_alarms"] = len(rejected - bad) / (len(updates) - len(bad))

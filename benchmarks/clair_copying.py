@@ -226,14 +226,16 @@ def run(replicates: int, seed: int, steps: int, file: Path | None) -> dict[str, 
     for index in range(min(map(len, draws.values())), replicates):
         for regime, of_regime in draws.items():
             of_regime[index:] = [replicate(weights, regime, 1000 * seed + index)]
-        results = found | {
-            "replicates": index + 1,
-            "regimes": {r: _regime(d) for r, d in draws.items()},
-            "draws": draws,
-        }
         if file:
-            write_results(file, results | {"markdown": rows(results)})
-    return results
+            write_results(file, _results(found, draws))
+    return _results(found, draws)
+
+
+def _results(found: Mapping[str, Any], draws: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """What is written, and what the table is made from."""
+    regimes = {regime: _regime(of_regime) for regime, of_regime in draws.items()}
+    results = {**found, "replicates": min(map(len, draws.values())), "regimes": regimes}
+    return results | {"markdown": rows(results), "draws": draws}
 
 
 def _written(file: Path | None, settings: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]] | None:

@@ -99,11 +99,6 @@ def free_rider(received: Arrays, own: Arrays, benign: Sequence[Arrays], rng: np.
     return moved(received, own, 0.0)
 
 
-def as_trained(received: Arrays, own: Arrays, benign: Sequence[Arrays], rng: np.random.Generator) -> Named:  # noqa: ARG001
-    """What training on poisoned data gave."""
-    return moved(received, own, 1.0)
-
-
 POISONS: Mapping[str, Poison] = {
     "sign flip": sign_flip,
     "scaling": scaling,
@@ -115,7 +110,7 @@ POISONS: Mapping[str, Poison] = {
     "one expert": one_expert,
     "free rider": free_rider,
 }
-"""Poisons of what is sent; label flips and backdoors poison the data, and send ``as_trained``."""
+"""Poisons of what is sent; label flips and backdoors poison the data."""
 
 
 def _moments(received: Arrays, benign: Sequence[Arrays]) -> dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]:

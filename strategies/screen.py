@@ -131,26 +131,54 @@ class Screened(Strategy):
         Raises:
             ValueError: If no update is left.
         """
+        verdicts, matrices = self.judge(adapter, state, updates)
+        trusted = self.trusted(adapter, updates, verdicts)
+        if not trusted:
+            told = "; ".join(f"{site}: {verdict.reason}" for site, verdict in verdicts.items())
+            raise ValueError(f"screen={self.screen.kind.name} leaves no update ({told})")
+        result = self.inner.aggregate(adapter, _inner_state(state), trusted)
+        return replace(
+            result,
+            state={**result.state, **_remembered(_history(state), verdicts)},
+            diagnostics={**result.diagnostics, "verdicts": _report(verdicts), "matrices": matrices},
+        )
+
+    def judge(
+        self, adapter: Arrays, state: Arrays, updates: Sequence[ClientUpdate]
+    ) -> tuple[dict[str, SiteVerdict], dict[str, Any]]:
+        """Site -> verdict of this round; and label -> ``Inspected.report`` of each matrix."""
         judged = [update for update in updates if update.site not in self.screen.banned]
         sites = [update.site for update in judged]
         inspected = inspect(adapter, judged, self.screen.subspace)
         votes = vote(sites, inspected)
         reasons = self._reasons(adapter, judged, votes)
-        history = {name: array for name, array in state.items() if name.startswith(_STATE)}
-        verdicts = {update.site: self._verdict(update.site, votes, reasons, history) for update in updates}
+        verdicts = {update.site: self._verdict(update.site, votes, reasons, _history(state)) for update in updates}
         if self.screen.single_experts and Evidence.subspace in self.screen.evidence:
             verdicts = self._with_experts(verdicts, rejected_experts(sites, inspected))
-        passed = self._passed(updates, verdicts)
-        if not passed:
-            told = "; ".join(f"{site}: {verdict.reason}" for site, verdict in verdicts.items())
-            raise ValueError(f"screen={self.screen.kind.name} leaves no update ({told})")
-        result = self.inner.aggregate(adapter, _inner_state(state), self._trusted(adapter, passed, verdicts))
-        report = {"verdicts": _report(verdicts), "matrices": {m.label: m.report(sites) for m in inspected}}
-        return replace(
-            result,
-            state={**result.state, **_remembered(history, verdicts)},
-            diagnostics={**result.diagnostics, **report},
-        )
+        return verdicts, {matrix.label: matrix.report(sites) for matrix in inspected}
+
+    def trusted(
+        self, adapter: Arrays, updates: Sequence[ClientUpdate], verdicts: Mapping[str, SiteVerdict]
+    ) -> list[ClientUpdate]:
+        """What the inner strategy gets to see: accepted sites, without their rejected experts, as the policy says."""
+        passed = []
+        for update in updates:
+            if not verdicts[update.site].rejected:
+                passed.append(update)
+            elif update.site in self.screen.banned or self.screen.on_reject is OnReject.exclude:
+                continue
+            elif self.screen.on_reject is OnReject.downweight:
+                passed.append(_downweighted(update, self.screen.weight))
+            else:
+                passed.append(update)
+        if self.screen.on_reject is OnReject.warn:
+            return passed
+        rejected: dict[Expert, set[str]] = {}
+        for site, verdict in verdicts.items():
+            for expert in verdict.experts:
+                rejected.setdefault(expert, set()).add(site)
+        weight = self.screen.weight if self.screen.on_reject is OnReject.downweight else 0.0
+        return counted_less(adapter, passed, rejected, weight)
 
     def _reasons(
         self, adapter: Arrays, judged: Sequence[ClientUpdate], votes: Mapping[str, Vote]
@@ -203,37 +231,14 @@ class Screened(Strategy):
             for site, verdict in verdicts.items()
         }
 
-    def _passed(self, updates: Sequence[ClientUpdate], verdicts: Mapping[str, SiteVerdict]) -> list[ClientUpdate]:
-        """The updates that the inner strategy gets to see anything of."""
-        passed = []
-        for update in updates:
-            if not verdicts[update.site].rejected:
-                passed.append(update)
-            elif update.site in self.screen.banned or self.screen.on_reject is OnReject.exclude:
-                continue
-            elif self.screen.on_reject is OnReject.downweight:
-                passed.append(_downweighted(update, self.screen.weight))
-            else:
-                passed.append(update)
-        return passed
-
-    def _trusted(
-        self, adapter: Arrays, passed: Sequence[ClientUpdate], verdicts: Mapping[str, SiteVerdict]
-    ) -> Sequence[ClientUpdate]:
-        """What is left of these updates without their rejected experts."""
-        if self.screen.on_reject is OnReject.warn:
-            return passed
-        rejected: dict[Expert, set[str]] = {}
-        for site, verdict in verdicts.items():
-            for expert in verdict.experts:
-                rejected.setdefault(expert, set()).add(site)
-        weight = self.screen.weight if self.screen.on_reject is OnReject.downweight else 0.0
-        return counted_less(adapter, passed, rejected, weight)
-
 
 def screened(strategy: Strategy, screen: ScreenConfig) -> Strategy:
     """The strategy behind the screen that the settings ask for."""
     return strategy if screen.kind is ScreenKind.off else Screened(inner=strategy, screen=screen)
+
+
+def _history(state: Arrays) -> Arrays:
+    return {name: array for name, array in state.items() if name.startswith(_STATE)}
 
 
 def _inner_state(state: Arrays) -> Arrays:

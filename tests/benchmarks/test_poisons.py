@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks import poisons
-from benchmarks.poisons import POISONS, as_trained
+from benchmarks.poisons import POISONS
 
 SHAPES = {"l.q.lora_A": (2, 6), "l.q.lora_B": (5, 2), "l.mlp.experts.w.lora_A": (3, 2, 4), "l.gate.weight": (4, 3)}
 
@@ -38,11 +38,9 @@ def change(arrays, round_of):
     return flat(arrays) - flat(round_of[0])
 
 
-@pytest.mark.parametrize(
-    ("poison", "factor"), [("sign flip", -4.0), ("scaling", 10.0), ("free rider", 0.0), (as_trained, 1.0)]
-)
+@pytest.mark.parametrize(("poison", "factor"), [("sign flip", -4.0), ("scaling", 10.0), ("free rider", 0.0)])
 def test_own_update_is_taken_so_many_times(poison, factor, round_of):
-    got = sent(POISONS.get(poison, poison), round_of)
+    got = sent(POISONS[poison], round_of)
     before, after = flat(round_of[0]), flat(round_of[1])
     expected = [x + factor * (y - x) for x, y in zip(before, after, strict=True)]
     np.testing.assert_allclose(flat(got), expected, atol=1e-5)
@@ -85,7 +83,7 @@ def test_router_poison_changes_routers_alone(round_of):
     got = sent(POISONS["router"], round_of)
     for name in SHAPES:
         expected = -20 * received[name] if name == "l.gate.weight" else own[name]
-        np.testing.assert_array_equal(got[name], expected)
+        np.testing.assert_allclose(got[name], expected, atol=1e-6)
 
 
 def test_one_expert_is_turned_around_where_most_was_learnt(round_of):
