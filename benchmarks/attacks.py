@@ -8,7 +8,7 @@ next global adapter on held-out data of the benign sites, success the share of p
 as the backdoor wants. Krum, Multi-Krum, trimmed mean and Bulyan are told how many sites are contaminated; CLAIR is not.
 ``honest but different`` is no attack: the last sites alone hold a domain.
 
-The file is written after every seed; seeds that it holds are not run again.
+The file is written after every fraction; seeds that it holds are not run again.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -149,8 +149,8 @@ class Bench:
         return bench.site(index, examples).train(HONEST_ROUNDS + 1, received).adapter
 
 
-def run_seed(sites: int, fractions: Sequence[float], seed: int, steps: int) -> list[dict[str, Any]]:
-    """Every attack at every fraction under every defence."""
+def run_seed(sites: int, fractions: Sequence[float], seed: int, steps: int) -> Iterator[list[dict[str, Any]]]:
+    """Every attack under every defence, one fraction after the other; ``DIFFERENT`` comes last."""
     config = load_config(
         f"strategy=fedavg seed={seed} model.router=averaged lora.rank=4 train.max_steps={steps} "
         "train.learning_rate=3e-3 train.num_threads=1 data.max_length=128"
@@ -158,12 +158,11 @@ def run_seed(sites: int, fractions: Sequence[float], seed: int, steps: int) -> l
     adapted = model_for(config)
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(config, adapted, Path(folder))
-        found = _attacked(bench, sites, fractions, seed)
-        found += _different(bench, sites, seed)
-    return found
+        yield from _attacked(bench, sites, fractions, seed)
+        yield _different(bench, sites, seed)
 
 
-def _attacked(bench: Bench, sites: int, fractions: Sequence[float], seed: int) -> list[dict[str, Any]]:
+def _attacked(bench: Bench, sites: int, fractions: Sequence[float], seed: int) -> Iterator[list[dict[str, Any]]]:
     rng = np.random.default_rng([seed, 11])
     dealt = site_examples(sites, PER_SITE, seed, rare=0)
     data = [examples[:TRAINED_ON] for examples in dealt]
@@ -174,8 +173,8 @@ def _attacked(bench: Bench, sites: int, fractions: Sequence[float], seed: int) -
         kind: {i: bench.attacked(poisoned(data[i], kind, rng), i, received) for i in attackers} for kind in DATA_POISONS
     }
     own[BOOSTED] = {i: bench.attacked(poisoned(data[i], "backdoor", rng), i, received, LONGER) for i in attackers}
-    found = []
     for fraction in fractions:
+        found = []
         benign = sites - round(fraction * sites)
         judge = Judge(bench.adapted, bench.config, _held_out(dealt[:benign]))
         reference = _reference(judge, received, honest[:benign])
@@ -191,7 +190,7 @@ def _attacked(bench: Bench, sites: int, fractions: Sequence[float], seed: int) -
                 updates[i] = replace(honest[i], adapter=sent)
             facts = {"attack": kind, "fraction": fraction, "seed": seed} | reference
             found += _defended(judge, received, updates, set(bad), facts)
-    return found
+        yield found
 
 
 def _different(bench: Bench, sites: int, seed: int) -> list[dict[str, Any]]:
@@ -236,7 +235,7 @@ def _defended(
 
 
 def main() -> None:
-    """Run, write after every seed, and print the tables."""
+    """Run, write after every fraction, and print the tables."""
     parser = argparse.ArgumentParser(description="attacks on a round of fine-tuning")
     parser.add_argument("--sites", type=int, default=10)
     parser.add_argument("--fractions", type=float, nargs="+", default=[0.1, 0.2, 0.3, 0.4])
@@ -252,21 +251,23 @@ def main() -> None:
         "runs": _written(given),
     }
     for seed in sorted(set(given.seeds) - {run["seed"] for run in results["runs"]}):
-        results["runs"] += run_seed(given.sites, given.fractions, seed, given.steps)
-        if given.json:
-            write_results(given.json, results | {"markdown": rows(results)})
+        for found in run_seed(given.sites, given.fractions, seed, given.steps):
+            results["runs"] += found
+            if given.json:
+                write_results(given.json, results | {"markdown": rows(results)})
     print(rows(results))
 
 
 def _written(given: argparse.Namespace) -> list[dict[str, Any]]:
-    """What the file holds already, of seeds that are wanted."""
+    """What the file holds already, of wanted seeds that are whole."""
     if given.json is None or not given.json.exists():
         return []
     results = json.loads(given.json.read_text())
     for key in ("sites", "fractions", "steps"):
         if results[key] != getattr(given, key):
             raise ValueError(f"{given.json} was written with {key}={results[key]}: move it away or give another --json")
-    return [run for run in results["runs"] if run["seed"] in given.seeds]
+    whole = {run["seed"] for run in results["runs"] if run["attack"] == DIFFERENT}
+    return [run for run in results["runs"] if run["seed"] in whole.intersection(given.seeds)]
 
 
 if __name__ == "__main__":

@@ -231,6 +231,15 @@ def test_copies_are_rejected_together_and_only_as_such():
     assert rejected(screen(evidence=list(Evidence)).aggregate(adapter, {}, updates)) == []
 
 
+def test_honest_sites_are_no_copies_of_each_other_beside_colluders_far_away():
+    """Four of ten: most pairs are of an attacker and an honest site, and 300 times as far apart as two honest ones."""
+    adapter, updates = drawn(10)
+    poisoned = swapped(updates, {i: {"l.gate.weight": 30 + adapter["l.gate.weight"]} for i in range(6, 10)})
+    colluders = [f"site-{i}" for i in range(6, 10)]
+    assert rejected(screen(evidence=[Evidence.copies]).aggregate(adapter, {}, poisoned)) == colluders
+    assert rejected(screen(evidence=list(Evidence)).aggregate(adapter, {}, poisoned)) == colluders
+
+
 def test_distance_is_that_of_the_changes_as_one_vector():
     adapter, updates = drawn(6)
     (factors, routers) = compare(adapter, updates, agreement=0.5, min_gap=1.0)
