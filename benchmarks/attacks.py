@@ -116,7 +116,7 @@ class Judge:
             batch = collate(self.triggered, self.adapted.tokenizer.pad_token_id)
             logits, targets, counted = response_logits(self.adapted, batch)
         missed = counted.nonzero()[:, 0][(logits.argmax(dim=-1) != targets).cpu()]
-        return 1 - len(missed.unique()) / len(self.triggered)
+        return 1 - len(set(missed.tolist())) / len(self.triggered)
 
 
 class Bench:
@@ -144,7 +144,8 @@ class Bench:
 
     def attacked(self, examples: Sequence[Example], index: int, received: Arrays, longer: int = 1) -> Arrays:
         """What a site with this data trains in the attacked round, for so many times the steps."""
-        train = replace(self.config.train, max_steps=longer * self.config.train.max_steps)
+        steps = self.config.train.max_steps
+        train = replace(self.config.train, max_steps=longer * steps if steps else None)
         bench = Bench(replace(self.config, train=train), self.adapted, self.folder)
         return bench.site(index, examples).train(HONEST_ROUNDS + 1, received).adapter
 
