@@ -126,7 +126,6 @@ class Bench:
         self.config = config
         self.adapted = adapted
         self.folder = folder
-        self._losses: dict[tuple[str, int], float] = {}
 
     def site(self, index: int, examples: Sequence[Example]) -> Site:
         """A site with this data; under FedAvg it keeps nothing between rounds."""
