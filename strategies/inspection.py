@@ -19,6 +19,7 @@ from strategies.base import ClientUpdate
 from strategies.collaborative_set import MIN_SITES, Verdict, Vote, count_votes
 from strategies.expert_exclusion import Expert
 from strategies.low_rank import Factors
+from strategies.product_cores import pairs_of
 from strategies.shared_subspace import Finding, SubspaceConfig, examine
 
 
@@ -63,6 +64,7 @@ class Inspected:
             "sites": present,
             "judged": self.verdict is not None,
             "distance": verdict.distances.tolist(),
+            "block_norm": _median_of_pairs(self.finding.block_norms, len(present)),
             "threshold": verdict.threshold if math.isfinite(verdict.threshold) else None,
             "gap": None if math.isnan(verdict.gap) else verdict.gap,
             "rejected": [site for site, ok in zip(present, verdict.accepted, strict=True) if not ok],
@@ -70,6 +72,12 @@ class Inspected:
             "iterations": self.finding.iterations,
             "relative_gap": self.finding.relative_gap,
         }
+
+
+def _median_of_pairs(values_G: NDArray[np.float64], num_sites: int) -> list[float]:
+    """Of each site, the median over the pairs that it is in."""
+    pairs = pairs_of(num_sites)
+    return [float(np.median(values_G[(pairs == k).any(axis=1)])) for k in range(num_sites)]
 
 
 def vote(sites: Sequence[str], inspected: Sequence[Inspected]) -> dict[str, Vote]:

@@ -113,6 +113,22 @@ def test_grown_adapters_have_room_for_the_accepted_sites_products():
     assert shapes["l.q.lora_B"] == (12, 4 * 2)
 
 
+def test_verdicts_say_by_how_much_a_site_is_outside():
+    adapter, updates = random_sites(0)
+    found = Clair().aggregate(adapter, {}, updates).diagnostics
+    for k, verdict in enumerate(found["verdicts"].values()):
+        ratios = [
+            found["matrices"][prefix]["distance"][k] / found["matrices"][prefix]["threshold"] for prefix in MATRICES
+        ]
+        blocks = [found["matrices"][prefix]["block_norm"] for prefix in MATRICES]
+        if k < 4:
+            assert (verdict["against"], verdict["distance_ratio"]) == (0, None)
+        else:
+            assert verdict["distance_ratio"] == pytest.approx(np.median(ratios))
+            assert f"2 of 2 matrices, there at {np.median(ratios):.1f} times" in verdict["reason"]
+            assert all(of[k] > max(of[:4]) for of in blocks)
+
+
 @settings(deadline=None, max_examples=5)
 @given(seed=seeds, scale=st.floats(0.01, 100))
 def test_scaling_all_updates_scales_the_products_and_changes_no_verdict(seed, scale):
@@ -161,7 +177,9 @@ def test_order_of_sites_changes_nothing_but_rounding(seed):
     adapter, updates = random_sites(seed)
     order = np.random.default_rng(seed).permutation(len(updates))
     plain, result = Clair().aggregate(adapter, {}, updates), Clair().aggregate(adapter, {}, [updates[i] for i in order])
-    assert plain.diagnostics["verdicts"] == result.diagnostics["verdicts"]
+    for site, verdict in plain.diagnostics["verdicts"].items():
+        again = result.diagnostics["verdicts"][site]
+        assert (verdict["judged"], verdict["against"]) == (again["judged"], again["against"])
     for site, arrays in plain.personal.items():
         np.testing.assert_allclose(product(arrays, "l.v"), product(result.personal[site], "l.v"), atol=1e-4)
 
@@ -255,7 +273,8 @@ def test_accepted_site_keeps_its_own_of_an_expert_that_it_is_rejected_for():
     assert rejected(result) == []
     experts = {site: verdict["experts"] for site, verdict in result.diagnostics["verdicts"].items()}
     assert [site for site, found in experts.items() if found] == ["site-7"]
-    assert experts["site-7"] == {"l.mlp[1]": "outside the collaborative set of 1 of 1 matrices"}
+    assert list(experts["site-7"]) == ["l.mlp[1]"]
+    assert experts["site-7"]["l.mlp[1]"].startswith("outside the collaborative set of 1 of 1 matrices, there at ")
 
     def of_expert(arrays, expert):
         return product({n: a[expert] for n, a in arrays.items() if "experts" in n}, "l.mlp.experts.w")
