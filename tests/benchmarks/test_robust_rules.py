@@ -7,8 +7,9 @@ import statistics
 import numpy as np
 import pytest
 
-from benchmarks.robust_rules import RULES
+from benchmarks.robust_rules import RULES, behind_clair
 from strategies.base import ClientUpdate
+from tests.strategies.naive_clair import random_sites
 
 SHAPES = {"l.q.lora_A": (2, 6), "l.q.lora_B": (5, 2)}
 ROBUST = {"median", "trimmed mean", "norm clipping", "Krum", "Multi-Krum", "Bulyan"}
@@ -133,3 +134,12 @@ def test_order_of_sites_changes_nothing_but_rounding(name):
     got, _ = RULES[name](received, updates, 2)
     again, _ = RULES[name](received, updates[::-1], 2)
     np.testing.assert_allclose(flat(got), flat(again), atol=1e-6)
+
+
+def test_behind_clair_every_strategy_works_on_the_sites_that_pass():
+    received, updates = random_sites(0)
+    found = behind_clair(received, updates)
+    assert [left_out for _, left_out in found.values()] == [{4, 5}] * 3
+    honest, _ = RULES["none"](received, updates[:4], 0)
+    for name in ("CLAIR", "CLAIR, whole sites"):
+        np.testing.assert_array_equal(found[name][0]["l.q.lora_B"], honest["l.q.lora_B"])
