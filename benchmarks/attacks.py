@@ -253,9 +253,14 @@ def main() -> None:
     for seed in sorted(set(given.seeds) - {run["seed"] for run in results["runs"]}):
         for found in run_seed(given.sites, given.fractions, seed, given.steps):
             results["runs"] += found
-            if given.json:
-                write_results(given.json, results | {"markdown": rows(results)})
+            _write(given.json, results)
+    _write(given.json, results)
     print(rows(results))
+
+
+def _write(path: Path | None, results: Mapping[str, Any]) -> None:
+    if path is not None:
+        write_results(path, results | {"markdown": rows(results)})
 
 
 def _written(given: argparse.Namespace) -> list[dict[str, Any]]:
