@@ -260,7 +260,7 @@ def main() -> None:
 
 def _write(path: Path | None, results: Mapping[str, Any]) -> None:
     if path is not None:
-        write_results(path, results | {"markdown": rows(results)})
+        write_results(path, {**results, "markdown": rows(results)})
 
 
 def _written(given: argparse.Namespace) -> list[dict[str, Any]]:
