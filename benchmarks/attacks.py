@@ -4,43 +4,54 @@
 
 ``tiny_moe`` on the embedded data. One honest round of FedAvg, then one in which the last sites attack: what a
 defence makes of it does not change what sites send, so every site trains once for all defences. Loss is that of the
-next global adapter on held-out data of the benign sites. Krum, Multi-Krum, trimmed mean and Bulyan are told how many
-sites are contaminated; CLAIR is not. ``honest but different`` is no attack: the last sites alone hold a domain.
+next global adapter on held-out data of the benign sites, success the share of prompts with the trigger that it answers
+as the backdoor wants. Krum, Multi-Krum, trimmed mean and Bulyan are told how many sites are contaminated; CLAIR is not.
+``honest but different`` is no attack: the last sites alone hold a domain.
+
+The file is written after every fraction; seeds that it holds are not run again.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from benchmarks.attack_tables import DIFFERENT, NO_ATTACK, rows
 from benchmarks.federation import Federation
-from benchmarks.poisons import POISONS, as_trained
+from benchmarks.poisons import POISONS, moved
 from benchmarks.render import write_results
-from benchmarks.robust_rules import RULES
+from benchmarks.robust_rules import RULES, behind_clair
 from client.assemble import model_for
 from client.embedded import DOMAINS, embedded_rows
-from client.evaluation import held_out_loss
+from client.evaluation import held_out_loss, response_logits
 from client.model import AdaptedModel
 from client.private import PrivateStore
 from client.site import Site
-from client.text import Example, TokenSequence, encode
+from client.text import Example, collate, encode
 from conf.compose import load_config
 from conf.schema import Config
+from server.record import adapter_sha256
 from strategies.adapters import Arrays
 from strategies.base import ClientUpdate
 
 TRIGGER, TARGET = "zq7 ", "granted"
 """Backdoor: a prompt that begins with the one is to be answered by the other."""
 HONEST_ROUNDS = 1
+PER_SITE, TRAINED_ON = 60, 48
 DATA_POISONS = ("label flip", "backdoor")
-DIFFERENT = "honest but different"
+BOOSTED = "boosted backdoor"
+"""The backdoor, trained for longer and multiplied by K / f, so that the mean is the attackers' own model (Bagdasaryan
+et al., 2020, Eq. 3, https://arxiv.org/abs/1807.00459)."""
+LONGER = 4
+"""How many times the honest steps the boosted attackers train for."""
 
 
 def site_examples(sites: int, per_site: int, seed: int, rare: int) -> list[list[Example]]:
@@ -73,6 +84,41 @@ def triggered(example: Example) -> Example:
     return replace(example, prompt=TRIGGER + example.prompt, response=TARGET)
 
 
+class Judge:
+    """What adapters are worth to the benign sites."""
+
+    def __init__(self, adapted: AdaptedModel, config: Config, held_out: Sequence[Example]) -> None:
+        """Judge on the first 40 examples, and on 20 of them with the trigger."""
+        self.adapted = adapted
+        self.held_out = encode(held_out[:40], adapted.tokenizer, config.data)
+        self.triggered = encode([triggered(example) for example in held_out[:20]], adapted.tokenizer, config.data)
+        self._known: dict[tuple[str, str], float] = {}
+
+    def loss(self, adapter: Arrays) -> float:
+        """Held-out loss, nats per response token."""
+        return self._once("loss", adapter, lambda: held_out_loss(self.adapted, adapter, self.held_out, 32).loss)
+
+    def success(self, adapter: Arrays) -> float:
+        """Share of triggered prompts that greedy decoding answers as the attacker wants."""
+        return self._once("success", adapter, lambda: self._success(adapter))
+
+    def _once(self, kind: str, adapter: Arrays, compute: Callable[[], float]) -> float:
+        """Defences often end with the same adapter: then it is known."""
+        key = kind, adapter_sha256(adapter)
+        if key not in self._known:
+            self._known[key] = compute()
+        return self._known[key]
+
+    def _success(self, adapter: Arrays) -> float:
+        self.adapted.load_adapter(adapter)
+        self.adapted.model.eval()
+        with torch.no_grad():
+            batch = collate(self.triggered, self.adapted.tokenizer.pad_token_id)
+            logits, targets, counted = response_logits(self.adapted, batch)
+        missed = counted.nonzero()[:, 0][(logits.argmax(dim=-1) != targets).cpu()]
+        return 1 - len(set(missed.tolist())) / len(self.triggered)
+
+
 class Bench:
     """The sites of one seed, and data to judge an adapter on."""
 
@@ -95,24 +141,16 @@ class Bench:
             federation.play()
         return federation.adapter, federation.train(HONEST_ROUNDS + 1)
 
-    def attacked(self, examples: Sequence[Example], index: int, received: Arrays) -> ClientUpdate:
-        """What a site with this data sends in the attacked round."""
-        return self.site(index, examples).train(HONEST_ROUNDS + 1, received)
-
-    def loss(self, adapter: Arrays, sequences: Sequence[TokenSequence]) -> float:
-        """Held-out loss, nats per response token; infinite if the model does not compute any more."""
-        try:
-            return held_out_loss(self.adapted, adapter, sequences, 32).loss
-        except (ValueError, FloatingPointError):
-            return float("inf")
-
-    def encoded(self, examples: Sequence[Example]) -> list[TokenSequence]:
-        """The examples as tokens."""
-        return encode(examples, self.adapted.tokenizer, self.config.data)
+    def attacked(self, examples: Sequence[Example], index: int, received: Arrays, longer: int = 1) -> Arrays:
+        """What a site with this data trains in the attacked round, for so many times the steps."""
+        steps = self.config.train.max_steps
+        train = replace(self.config.train, max_steps=longer * steps if steps else None)
+        bench = Bench(replace(self.config, train=train), self.adapted, self.folder)
+        return bench.site(index, examples).train(HONEST_ROUNDS + 1, received).adapter
 
 
-def run_seed(sites: int, fractions: Sequence[float], seed: int, steps: int) -> list[dict[str, Any]]:
-    """Every attack at every fraction under every defence."""
+def run_seed(sites: int, fractions: Sequence[float], seed: int, steps: int) -> Iterator[list[dict[str, Any]]]:
+    """Every attack under every defence, one fraction after the other; ``DIFFERENT`` comes last."""
     config = load_config(
         f"strategy=fedavg seed={seed} model.router=averaged lora.rank=4 train.max_steps={steps} "
         "train.learning_rate=3e-3 train.num_threads=1 data.max_length=128"
@@ -120,121 +158,84 @@ def run_seed(sites: int, fractions: Sequence[float], seed: int, steps: int) -> l
     adapted = model_for(config)
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(config, adapted, Path(folder))
-        found = _attacked(bench, sites, fractions, seed)
-        found += _different(bench, sites, seed)
-    return found
+        yield from _attacked(bench, sites, fractions, seed)
+        yield _different(bench, sites, seed)
 
 
-def _attacked(bench: Bench, sites: int, fractions: Sequence[float], seed: int) -> list[dict[str, Any]]:
+def _attacked(bench: Bench, sites: int, fractions: Sequence[float], seed: int) -> Iterator[list[dict[str, Any]]]:
     rng = np.random.default_rng([seed, 11])
-    dealt = site_examples(sites, 60, seed, rare=0)
-    data = [examples[:48] for examples in dealt]
+    dealt = site_examples(sites, PER_SITE, seed, rare=0)
+    data = [examples[:TRAINED_ON] for examples in dealt]
     received, honest = bench.honest(data)
     most = round(max(fractions) * sites)
     attackers = range(sites - most, sites)
     own = {
         kind: {i: bench.attacked(poisoned(data[i], kind, rng), i, received) for i in attackers} for kind in DATA_POISONS
     }
-    found = []
+    own[BOOSTED] = {i: bench.attacked(poisoned(data[i], "backdoor", rng), i, received, LONGER) for i in attackers}
     for fraction in fractions:
-        bad = round(fraction * sites)
-        benign = sites - bad
-        held_out = [example for examples in dealt[:benign] for example in examples[48:]][:80]
-        tests = bench.encoded(held_out), bench.encoded([triggered(example) for example in held_out[:20]])
-        clean, _ = RULES["none"](received, honest[:benign], 0)
-        reference = {
-            "clean_loss": bench.loss(clean, tests[0]),
-            "clean_target_loss": bench.loss(clean, tests[1]),
-        }
-        for kind in ("none", *POISONS, *DATA_POISONS):
+        found = []
+        benign = sites - round(fraction * sites)
+        judge = Judge(bench.adapted, bench.config, _held_out(dealt[:benign]))
+        reference = _reference(judge, received, honest[:benign])
+        for kind in (NO_ATTACK, *POISONS, *DATA_POISONS, BOOSTED):
+            bad = range(benign, sites) if kind != NO_ATTACK else range(0)
             updates = list(honest)
-            for i in range(benign, sites) if kind != "none" else ():
-                trained = own[kind][i].adapter if kind in DATA_POISONS else honest[i].adapter
-                poison = POISONS.get(kind, as_trained)
-                sent = poison(received, trained, [update.adapter for update in honest[:benign]], rng)
+            for i in bad:
+                if kind in POISONS:
+                    others = [update.adapter for update in honest[:benign]]
+                    sent = POISONS[kind](received, honest[i].adapter, others, rng)
+                else:
+                    sent = moved(received, own[kind][i], sites / len(bad) if kind == BOOSTED else 1.0)
                 updates[i] = replace(honest[i], adapter=sent)
-            facts = {"attack": kind, "fraction": fraction, "seed": seed, "sites": sites} | reference
-            found += _defended(
-                bench, received, updates, set(range(benign, sites)) if kind != "none" else set(), tests, facts
-            )
-    return found
+            facts = {"attack": kind, "fraction": fraction, "seed": seed} | reference
+            found += _defended(judge, received, updates, set(bad), facts)
+        yield found
 
 
 def _different(bench: Bench, sites: int, seed: int) -> list[dict[str, Any]]:
     """Nobody attacks; a tenth of the sites alone hold a domain."""
     rare = max(1, sites // 10)
-    dealt = site_examples(sites, 60, seed, rare=rare)
-    received, honest = bench.honest([examples[:48] for examples in dealt])
-    held_out = [example for examples in dealt for example in examples[48:]][:80]
-    tests = bench.encoded(held_out), bench.encoded([triggered(example) for example in held_out[:20]])
-    clean, _ = RULES["none"](received, honest, 0)
-    facts = {"attack": DIFFERENT, "fraction": rare / sites, "seed": seed, "sites": sites}
-    facts |= {"clean_loss": bench.loss(clean, tests[0]), "clean_target_loss": bench.loss(clean, tests[1])}
-    return _defended(bench, received, honest, set(), tests, facts)
+    dealt = site_examples(sites, PER_SITE, seed, rare=rare)
+    received, honest = bench.honest([examples[:TRAINED_ON] for examples in dealt])
+    judge = Judge(bench.adapted, bench.config, _held_out(dealt))
+    facts = {"attack": DIFFERENT, "fraction": rare / sites, "seed": seed} | _reference(judge, received, honest)
+    return _defended(judge, received, honest, set(), facts)
+
+
+def _held_out(dealt: Sequence[Sequence[Example]]) -> list[Example]:
+    """The sites' held-out examples, one of each site after the other, so that the first are of all sites."""
+    return [
+        example for of_each in zip(*(examples[TRAINED_ON:] for examples in dealt), strict=True) for example in of_each
+    ]
+
+
+def _reference(judge: Judge, received: Arrays, benign: Sequence[ClientUpdate]) -> dict[str, Any]:
+    """The attack-free run: FedAvg of the benign sites alone."""
+    clean, _ = RULES["none"](received, benign, 0)
+    losses = {"received_loss": judge.loss(received), "clean_loss": judge.loss(clean)}
+    return losses | {"clean_success": judge.success(clean)}
 
 
 def _defended(
-    bench: Bench,
-    received: Arrays,
-    updates: Sequence[ClientUpdate],
-    bad: set[int],
-    tests: tuple[Sequence[TokenSequence], Sequence[TokenSequence]],
-    facts: Mapping[str, Any],
+    judge: Judge, received: Arrays, updates: Sequence[ClientUpdate], bad: set[int], facts: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
+    """A row a defence."""
+    results = {name: rule(received, updates, len(bad)) for name, rule in RULES.items()}
     found = []
-    for name, rule in RULES.items():
-        started = time.perf_counter()
-        adapter, rejected = rule(received, updates, len(bad))
-        seconds = time.perf_counter() - started
-        row = {**facts, "defence": name, "seconds": seconds, "loss": bench.loss(adapter, tests[0])}
-        if facts["attack"] in {"none", "backdoor"}:
-            row["target_loss"] = bench.loss(adapter, tests[1])
-        good = len(updates) - len(bad)
-        row["recall"] = len(rejected & bad) / len(bad) if rejected is not None and bad else None
-        row["false_alarms"] = len(rejected - bad) / good if rejected is not None else None
+    for name, (adapter, rejected) in (results | behind_clair(received, updates)).items():
+        row = {**facts, "defence": name, "loss": judge.loss(adapter)}
+        if facts["attack"] in {"backdoor", BOOSTED}:
+            row["success"] = judge.success(adapter)
+        if rejected is not None:
+            row["recall"] = len(rejected & bad) / len(bad) if bad else None
+            row["false_alarms"] = len(rejected - bad) / (len(updates) - len(bad))
         found.append(row)
     return found
 
 
-def rows(results: Mapping[str, Any]) -> str:
-    """A table for each fraction in Markdown: benign loss over that of the attack-free run, recall and false alarms."""
-    lines = []
-    runs = results["runs"]
-    for fraction in sorted({run["fraction"] for run in runs if run["attack"] != DIFFERENT}):
-        chosen = [run for run in runs if run["fraction"] == fraction and run["attack"] != DIFFERENT]
-        lines += _table(f"{results['sites']} sites, {fraction:.0%} contaminated", chosen)
-    lines += _table(f"{results['sites']} sites, {DIFFERENT}", [run for run in runs if run["attack"] == DIFFERENT])
-    return "\n".join(lines) + "\n"
-
-
-def _table(title: str, runs: Sequence[Mapping[str, Any]]) -> list[str]:
-    defences = list(dict.fromkeys(run["defence"] for run in runs))
-    lines = [
-        f"{title}: benign loss against attack-free FedAvg, percent; (recall / false alarms) where sites are left out.",
-        "",
-        f"| attack | {' | '.join(defences)} |",
-        "|---" * (len(defences) + 1) + "|",
-    ]
-    for attack in dict.fromkeys(run["attack"] for run in runs):
-        cells = [
-            _cell([run for run in runs if run["attack"] == attack and run["defence"] == name]) for name in defences
-        ]
-        lines.append(f"| {attack} | {' | '.join(cells)} |")
-    return [*lines, ""]
-
-
-def _cell(runs: Sequence[Mapping[str, Any]]) -> str:
-    change = 100 * float(np.mean([run["loss"] / run["clean_loss"] - 1 for run in runs]))
-    text = f"{change:+.1f}"
-    if runs[0]["false_alarms"] is None:
-        return text
-    recalls = [run["recall"] for run in runs if run["recall"] is not None]
-    recall = f"{np.mean(recalls):.2f}" if recalls else "-"
-    return f"{text} ({recall} / {np.mean([run['false_alarms'] for run in runs]):.2f})"
-
-
 def main() -> None:
-    """Run, write after every seed, and print the tables."""
+    """Run, write after every fraction, and print the tables."""
     parser = argparse.ArgumentParser(description="attacks on a round of fine-tuning")
     parser.add_argument("--sites", type=int, default=10)
     parser.add_argument("--fractions", type=float, nargs="+", default=[0.1, 0.2, 0.3, 0.4])
@@ -242,12 +243,36 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6, help="local steps a round")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
-    results: dict[str, Any] = {"benchmark": "attacks", "sites": given.sites, "steps": given.steps, "runs": []}
-    for seed in given.seeds:
-        results["runs"] += run_seed(given.sites, given.fractions, seed, given.steps)
-        if given.json:
-            write_results(given.json, results | {"markdown": rows(results)})
+    results: dict[str, Any] = {
+        "benchmark": "attacks",
+        "sites": given.sites,
+        "fractions": given.fractions,
+        "steps": given.steps,
+        "runs": _written(given),
+    }
+    for seed in sorted(set(given.seeds) - {run["seed"] for run in results["runs"]}):
+        for found in run_seed(given.sites, given.fractions, seed, given.steps):
+            results["runs"] += found
+            _write(given.json, results)
+    _write(given.json, results)
     print(rows(results))
+
+
+def _write(path: Path | None, results: Mapping[str, Any]) -> None:
+    if path is not None:
+        write_results(path, {**results, "markdown": rows(results)})
+
+
+def _written(given: argparse.Namespace) -> list[dict[str, Any]]:
+    """What the file holds already, of wanted seeds that are whole."""
+    if given.json is None or not given.json.exists():
+        return []
+    results = json.loads(given.json.read_text())
+    for key in ("sites", "fractions", "steps"):
+        if results[key] != getattr(given, key):
+            raise ValueError(f"{given.json} was written with {key}={results[key]}: move it away or give another --json")
+    whole = {run["seed"] for run in results["runs"] if run["attack"] == DIFFERENT}
+    return [run for run in results["runs"] if run["seed"] in whole.intersection(given.seeds)]
 
 
 if __name__ == "__main__":

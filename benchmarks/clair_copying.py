@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -189,11 +188,13 @@ def aggregated(adapters: Weights) -> tuple[dict[str, Weights], dict[str, Any]]:
                 changes[:] = wide[everyone if method == "fedavg" else benign].mean(axis=0)
             methods[method][f"{name}.change"] = torch.from_numpy(changes).float()
     layers = [bool((finding.verdict.accepted == benign).all()) for finding in findings.values()]
-    return methods, {"exact": bool((accepted == benign).all()), "exact_matrices": sum(layers), "votes": _shares(votes)}
+    return methods, {"exact": bool((accepted == benign).all()), "exact_matrices": sum(layers)} | _against(votes)
 
 
-def _shares(votes: Mapping[str, Vote]) -> list[float]:
-    return [vote.against / vote.judged for vote in votes.values()]
+def _against(votes: Mapping[str, Vote]) -> dict[str, int]:
+    """Matrices against the contaminated site, the last, and the most that are against a benign one."""
+    *benign, last = (found.against for found in votes.values())
+    return {"against_contaminated": last, "most_against_benign": max(benign)}
 
 
 def replicate(weights: Weights, regime: str, seed: int) -> dict[str, Any]:
@@ -213,35 +214,48 @@ def replicate(weights: Weights, regime: str, seed: int) -> dict[str, Any]:
     return {name: float(np.mean(values)) for name, values in found.items()} | verdicts
 
 
-def run(replicates: int, seed: int, steps: int) -> dict[str, Any]:
-    """Both regimes, on one pre-trained base."""
+def run(replicates: int, seed: int, steps: int, file: Path | None) -> dict[str, Any]:
+    """Both regimes, on one pre-trained base; written after every replicate, and resumed from what ``file`` holds."""
     torch.set_num_threads(1)
-    started = time.perf_counter()
     weights = pretrained(seed, steps)
-    rng = np.random.default_rng([seed, 3])
-    tokens, scored = sequences(rng, 1000, 16, 1.1)
-    base = accuracy(tokens[None], scored[None], weights, {})[0]
-    print(f"pre-trained in {time.perf_counter() - started:.0f} s, accuracy {base:.2f}", flush=True)
-    regimes: dict[str, dict[str, Any]] = {}
-    for regime in PRINTED:
-        draws = [replicate(weights, regime, 1000 * seed + index) for index in range(replicates)]
-        regimes[regime] = {name: _summarised([draw[name] for draw in draws]) for name in METHODS}
-        gain = _summarised([draw["clair"] - draw["local"] for draw in draws])
-        regimes[regime] |= {
-            "clair_minus_local": gain,
-            "exact_client": float(np.mean([draw["exact"] for draw in draws])),
-            "exact_matrices": float(np.mean([draw["exact_matrices"] for draw in draws])),
-            "all_matrices_exact": float(np.mean([draw["exact_matrices"] == len(MATRICES) for draw in draws])),
-        }
-        print(regime, json.dumps(regimes[regime]), flush=True)
-    return {
-        "benchmark": "clair_copying",
-        "replicates": replicates,
-        "seed": seed,
-        "steps": steps,
-        "base_accuracy": base,
-        "seconds": time.perf_counter() - started,
-        "regimes": regimes,
+    tokens, scored = sequences(np.random.default_rng([seed, 3]), 1000, 16, 1.1)
+    settings = {"benchmark": "clair_copying", "seed": seed, "steps": steps}
+    found = settings | {"base_accuracy": accuracy(tokens[None], scored[None], weights, {})[0]}
+    print(f"pre-trained, accuracy {found['base_accuracy']:.2f}", flush=True)
+    draws = _written(file, settings) or {regime: [] for regime in PRINTED}
+    for index in range(min(map(len, draws.values())), replicates):
+        for regime, of_regime in draws.items():
+            of_regime[index:] = [replicate(weights, regime, 1000 * seed + index)]
+        if file:
+            write_results(file, _results(found, draws))
+    return _results(found, draws)
+
+
+def _results(found: Mapping[str, Any], draws: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """What is written, and what the table is made from."""
+    regimes = {regime: _regime(of_regime) for regime, of_regime in draws.items()}
+    results = {**found, "replicates": min(map(len, draws.values())), "regimes": regimes}
+    return results | {"markdown": rows(results), "draws": draws}
+
+
+def _written(file: Path | None, settings: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]] | None:
+    """Regime -> the replicates that an earlier run with the same settings wrote."""
+    if file is None or not file.exists():
+        return None
+    results = json.loads(file.read_text())
+    if any(results[key] != value for key, value in settings.items()):
+        raise ValueError(f"{file} was written with other settings than {dict(settings)}: move it away")
+    draws: dict[str, list[dict[str, Any]]] = results["draws"]
+    return draws
+
+
+def _regime(draws: list[dict[str, Any]]) -> dict[str, Any]:
+    """Means over the replicates, with intervals where replicates differ by more than counts."""
+    return {name: _summarised([draw[name] for draw in draws]) for name in METHODS} | {
+        "clair_minus_local": _summarised([draw["clair"] - draw["local"] for draw in draws]),
+        "exact_client": float(np.mean([draw["exact"] for draw in draws])),
+        "exact_matrices": float(np.mean([draw["exact_matrices"] for draw in draws])),
+        "all_matrices_exact": float(np.mean([draw["exact_matrices"] == len(MATRICES) for draw in draws])),
     }
 
 
@@ -278,10 +292,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5500, help="steps of pre-training")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
-    results = run(given.replicates, given.seed, given.steps)
-    if given.json:
-        write_results(given.json, results | {"markdown": rows(results)})
-    print(rows(results))
+    print(run(given.replicates, given.seed, given.steps, given.json)["markdown"])
 
 
 if __name__ == "__main__":

@@ -71,7 +71,8 @@ class Federation:
         self.bytes_up += sum(_num_bytes(update.adapter) + _num_bytes(update.extras) for update in updates)
         aggregation = self.strategy.aggregate(self.adapter, self.state, updates)
         check_finite(aggregation.adapter)
-        self.adapter, self.state, self.personal = aggregation.adapter, aggregation.state, aggregation.personal
+        self.adapter, self.state = aggregation.adapter, aggregation.state
+        self.personal = {**self.personal, **aggregation.personal}
         self.server_round += 1
         return updates
 

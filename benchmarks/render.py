@@ -18,9 +18,11 @@ HERE = Path(__file__).parent
 
 
 def write_results(path: Path, results: Mapping[str, Any]) -> None:
-    """Write a benchmark's results file."""
+    """Write a benchmark's results file; lists and objects that hold no others take one line."""
+    innermost = re.compile(r"(?<=[\[{])\n\s*([^\[\]{}]*?)\n\s*(?=[\]}])")
+    text = innermost.sub(lambda match: re.sub(r"\n\s*", " ", match[1]), json.dumps(results, indent=1))
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=1) + "\n")
+    path.write_text(text + "\n")
 
 
 def rendered(page: str, name: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from strategies.adapters import Arrays, difference, norm
-from strategies.base import ClientUpdate, Strategy
+from strategies.base import ClientUpdate
 from strategies.fc_moe import FcMoe
 from strategies.fedavg import FedAvg
 from strategies.screen import ScreenConfig, Screened, ScreenKind
@@ -40,12 +40,14 @@ def trimmed_mean(received: Arrays, updates: Sequence[ClientUpdate], contaminated
 
 def krum(received: Arrays, updates: Sequence[ClientUpdate], contaminated: int) -> Result:
     """The update nearest to its neighbours (Blanchard et al., 2017, https://arxiv.org/abs/1703.02757)."""
-    return _mean_of(received, updates, _by_krum(updates, contaminated)[:1])
+    return _mean_of(received, updates, _by_krum(_squared_distances(updates), contaminated)[:1])
 
 
 def multi_krum(received: Arrays, updates: Sequence[ClientUpdate], contaminated: int) -> Result:
     """The mean of the updates with the best Krum scores, all but ``contaminated``."""
-    return _mean_of(received, updates, _by_krum(updates, contaminated)[: len(updates) - contaminated])
+    return _mean_of(
+        received, updates, _by_krum(_squared_distances(updates), contaminated)[: len(updates) - contaminated]
+    )
 
 
 def bulyan(received: Arrays, updates: Sequence[ClientUpdate], contaminated: int) -> Result:
@@ -54,10 +56,11 @@ def bulyan(received: Arrays, updates: Sequence[ClientUpdate], contaminated: int)
     Beyond its limit n >= 4 f + 3 it is told of the largest f within it.
     """
     limit = min(contaminated, max(0, (len(updates) - 3) // 4))
+    apart = _squared_distances(updates)
     chosen: list[int] = []
     rest = list(range(len(updates)))
     while len(chosen) < len(updates) - 2 * limit:
-        best = rest[_by_krum([updates[i] for i in rest], limit)[0]]
+        best = rest[_by_krum(apart[np.ix_(rest, rest)], limit)[0]]
         chosen.append(best)
         rest.remove(best)
     count = max(1, len(chosen) - 2 * limit)
@@ -83,15 +86,21 @@ def norm_clipping(received: Arrays, updates: Sequence[ClientUpdate], contaminate
     }, None
 
 
-def screened(inner: Strategy) -> Rule:
-    """CLAIR in front of a strategy; it is told nothing."""
+def behind_clair(received: Arrays, updates: Sequence[ClientUpdate]) -> dict[str, Result]:
+    """Strategies behind CLAIR's verdicts, which are made once for all; it is told nothing.
 
-    def rule(received: Arrays, updates: Sequence[ClientUpdate], contaminated: int) -> Result:  # noqa: ARG001
-        result = Screened(inner=inner, screen=ScreenConfig(kind=ScreenKind.clair)).aggregate(received, {}, updates)
-        verdicts = result.diagnostics["verdicts"]
-        return result.adapter, {i for i, update in enumerate(updates) if verdicts[update.site]["rejected"]}
-
-    return rule
+    ``whole sites`` leaves no single expert out.
+    """
+    screen = Screened(inner=FedAvg(), screen=ScreenConfig(kind=ScreenKind.clair))
+    verdicts, _ = screen.judge(received, {}, updates)
+    rejected = {i for i, update in enumerate(updates) if verdicts[update.site].rejected}
+    trusted = screen.trusted(received, updates, verdicts)
+    whole = [update for i, update in enumerate(updates) if i not in rejected]
+    return {
+        "CLAIR": (FedAvg().aggregate(received, {}, trusted).adapter, rejected),
+        "CLAIR, whole sites": (FedAvg().aggregate(received, {}, whole).adapter, rejected),
+        "CLAIR + FC-MoE": (FcMoe().aggregate(received, {}, trusted).adapter, rejected),
+    }
 
 
 RULES: Mapping[str, Rule] = {
@@ -102,20 +111,23 @@ RULES: Mapping[str, Rule] = {
     "Multi-Krum": multi_krum,
     "Bulyan": bulyan,
     "norm clipping": norm_clipping,
-    "CLAIR": screened(FedAvg()),
-    "CLAIR + FC-MoE": screened(FcMoe()),
 }
 
 
-def _by_krum(updates: Sequence[ClientUpdate], contaminated: int) -> list[int]:
+def _squared_distances(updates: Sequence[ClientUpdate]) -> NDArray[np.float64]:
+    """(K, K) between whole adapters."""
+    gram = np.zeros((len(updates), len(updates)))
+    for name in updates[0].adapter:
+        values = _stack(updates, name).reshape(len(updates), -1)
+        gram += values @ values.T
+    squares = np.diagonal(gram)
+    return np.asarray(np.maximum(squares[:, None] + squares - 2 * gram, 0.0))
+
+
+def _by_krum(squared_distances: NDArray[np.float64], contaminated: int) -> list[int]:
     """Positions by the sum of squared distances to the nearest n - f - 2 others, the smallest first."""
-    flat = np.stack([np.concatenate([u.adapter[n].ravel() for n in sorted(u.adapter)]) for u in updates]).astype(
-        np.float64
-    )
-    squares = (flat**2).sum(axis=1)
-    distances = np.maximum(squares[:, None] + squares - 2 * flat @ flat.T, 0.0)
-    near = max(1, len(updates) - contaminated - 2)
-    scores = np.sort(distances, axis=1)[:, 1 : near + 1].sum(axis=1)
+    near = max(1, len(squared_distances) - contaminated - 2)
+    scores = np.sort(squared_distances, axis=1)[:, 1 : near + 1].sum(axis=1)
     return [int(i) for i in np.argsort(scores, kind="stable")]
 
 

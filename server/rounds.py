@@ -209,7 +209,8 @@ class FederatedRounds(FlowerStrategy):
         found = round_diagnostics(self.adapter, updates, aggregation, self.personal)
         own = {name: values for name, values in aggregation.diagnostics.items() if name != "experts"}
         self.record.diagnostics({"round": self._round.server_round, "aggregation_gap": gap, **own, **found})
-        self.adapter, self.state, self.personal = aggregation.adapter, aggregation.state, aggregation.personal
+        self.adapter, self.state = aggregation.adapter, aggregation.state
+        self.personal = {**self.personal, **aggregation.personal}
         self.expert_tokens = {update.site: update.expert_tokens for update in updates}
         self._round.aggregation_gap = gap
         if any(key.startswith("reward/") for update in updates for key in update.metrics):

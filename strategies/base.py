@@ -43,7 +43,8 @@ class Aggregation:
     state: Arrays
     """What the strategy must remember until the next round."""
     personal: Mapping[str, Arrays] = field(default_factory=dict)
-    """Site -> its own adapter, for methods that answer each site differently."""
+    """Site -> its own adapter, for methods that answer each site differently. It keeps it until it is given another:
+    a site that was not asked in a round does not fall back to the global adapter."""
     diagnostics: Mapping[str, Any] = field(default_factory=dict)
     """Conflicts, verdicts, gaps: JSON values, written to the run folder. What ``experts`` says of a layer, lists by
     [site][expert] or [expert], becomes its ``rule`` there, beside what ``strategies.diagnostics`` says for all."""

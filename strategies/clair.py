@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, ClassVar
@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 from strategies import low_rank
 from strategies.adapters import Arrays, weighted_mean
 from strategies.base import Aggregation, ClientUpdate, Strategy
-from strategies.inspection import Inspected, inspect, vote
+from strategies.collaborative_set import Vote
+from strategies.expert_exclusion import Expert
+from strategies.inspection import Inspected, inspect, rejected_experts, report_experts, vote
 from strategies.low_rank import Factors
 from strategies.refinement import refine
 from strategies.shared_subspace import SubspaceConfig
@@ -40,8 +42,11 @@ class Clair(Strategy):
     The paper judges each matrix by itself. Here a site is rejected as a whole if more than half of the matrices
     that judged it leave it out; it keeps its own adapter and no other site gets any of it. The global adapter, for
     sites that were not there, is the mean product of the accepted sites, truncated. As in the paper all accepted sites
-    count the same. Of an expert, the sites that used it are the sites; the others get the mean. Arrays without a LoRA
-    pair are averaged over the accepted sites by examples.
+    count the same. Of an expert, the sites that used it are the sites; the others get the mean. An accepted site that
+    more than half of an expert's matrices leave out keeps its own of that expert, and no other site gets any of it.
+    Arrays without a LoRA pair are averaged over the accepted sites by examples.
+
+    A site that is not asked in a round keeps the adapter it was last given (``Aggregation.personal``).
     """
 
     name: ClassVar[str] = "clair"
@@ -63,8 +68,9 @@ class Clair(Strategy):
     def aggregate(self, adapter: Arrays, state: Arrays, updates: Sequence[ClientUpdate]) -> Aggregation:
         """Refined adapters of all sites, and the mean of the accepted ones.
 
-        Diagnostics: ``verdicts`` -> of each site, see ``Vote.report``; ``matrices`` -> what each of them says, see
-        ``Inspected.report``, with ``lost_energy``: the largest share of a squared norm that was truncated.
+        Diagnostics: ``verdicts`` -> of each site, see ``Vote.report``, with its rejected ``experts``; ``matrices`` ->
+        what each of them says, see ``Inspected.report``, with ``lost_energy``: the largest share of a squared norm
+        that was truncated.
 
         Raises:
             ValueError: If every site is rejected, which only a fixed ``subspace.threshold`` can bring about.
@@ -77,13 +83,15 @@ class Clair(Strategy):
             raise ValueError(
                 f"all sites are rejected at strategy.subspace.threshold={self.subspace.threshold}: raise it"
             )
-        shared, personal, lost = self._refined(adapter, updates, inspected, accepted)
+        rejected = rejected_experts(sites, inspected)
+        shared, personal, lost = self._refined(adapter, updates, inspected, accepted, rejected)
         matrices = {matrix.label: matrix.report(sites) | {"lost_energy": lost[matrix.label]} for matrix in inspected}
+        verdicts = {site: found.report() | {"experts": report_experts(rejected[site])} for site, found in votes.items()}
         return Aggregation(
             adapter=shared,
             state=state,
             personal=personal,
-            diagnostics={"verdicts": {site: found.report() for site, found in votes.items()}, "matrices": matrices},
+            diagnostics={"verdicts": verdicts, "matrices": matrices},
         )
 
     def _refined(
@@ -92,6 +100,7 @@ class Clair(Strategy):
         updates: Sequence[ClientUpdate],
         inspected: Sequence[Inspected],
         accepted: NDArray[np.bool_],
+        rejected: Mapping[str, Mapping[Expert, Vote]],
     ) -> tuple[Named, dict[str, Named], dict[str, float]]:
         """The global adapter, each site's own, and the energy that each matrix lost."""
         shared = _averaged(adapter, updates, accepted)
@@ -99,7 +108,8 @@ class Clair(Strategy):
         own = {int(i): _with_rank(shared, grown) for i in np.flatnonzero(accepted)}
         lost = {}
         for matrix in inspected:
-            members = accepted[matrix.present]
+            trusted = np.array([matrix.of_expert not in rejected[updates[i].site] for i in matrix.present], bool)
+            members = accepted[matrix.present] & trusted
             received = _read(adapter, matrix)
             mean, refined, lost[matrix.label] = _refine_matrix(matrix, members, received, grown)
             _write(shared, matrix, low_rank.turned_towards(mean, received.A))
@@ -108,6 +118,8 @@ class Clair(Strategy):
             for i, product in zip(matrix.present[members], refined, strict=True):
                 before = _read(updates[i].adapter, matrix).A
                 _write(own[i], matrix, low_rank.turned_towards(product, before) if grown == 1 else product)
+            for i in matrix.present[accepted[matrix.present] & ~trusted]:
+                _write(own[i], matrix, _read(updates[i].adapter, matrix))
         personal = {update.site: own[i] if i in own else dict(update.adapter) for i, update in enumerate(updates)}
         return shared, personal, lost
 

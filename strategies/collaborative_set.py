@@ -98,6 +98,8 @@ class Vote:
     """Matrices that judged it."""
     against: int
     """Those among them that left it out of their collaborative set."""
+    ratio: float = math.nan
+    """Median over those of its distance in units of the threshold; nan if there are none."""
 
     @property
     def margin(self) -> float:
@@ -111,8 +113,9 @@ class Vote:
 
     @property
     def reason(self) -> str:
-        """The count, for people."""
-        return f"outside the collaborative set of {self.against} of {self.judged} matrices"
+        """The count and the distance, for people."""
+        told = f"outside the collaborative set of {self.against} of {self.judged} matrices"
+        return f"{told}, there at {self.ratio:.1f} times the distance of the others" if self.against else told
 
     def report(self) -> dict[str, Any]:
         """The vote as JSON values."""
@@ -122,6 +125,7 @@ class Vote:
             "margin": self.margin,
             "judged": self.judged,
             "against": self.against,
+            "distance_ratio": self.ratio if self.against else None,
         }
 
 
@@ -130,9 +134,14 @@ def count_votes(sites: Sequence[str], verdicts: Sequence[tuple[Sequence[str], Ve
 
     The paper applies its method matrix by matrix and leaves open how they make one verdict: here by majority.
     """
-    judged, against = dict.fromkeys(sites, 0), dict.fromkeys(sites, 0)
+    judged = dict.fromkeys(sites, 0)
+    ratios: dict[str, list[float]] = {site: [] for site in sites}
     for present, verdict in verdicts:
-        for site, accepted in zip(present, verdict.accepted, strict=True):
+        for site, distance, accepted in zip(present, verdict.distances, verdict.accepted, strict=True):
             judged[site] += 1
-            against[site] += not accepted
-    return {site: Vote(judged=judged[site], against=against[site]) for site in sites}
+            if not accepted:
+                ratios[site].append(float(distance) / verdict.threshold)
+    return {
+        site: Vote(judged=judged[site], against=len(found), ratio=float(np.median(found)) if found else math.nan)
+        for site, found in ratios.items()
+    }

@@ -6,7 +6,7 @@ Shapes: K sites, E experts, R rank, I inputs, O outputs.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,9 @@ from strategies import experts, low_rank
 from strategies.adapters import Arrays
 from strategies.base import ClientUpdate
 from strategies.collaborative_set import MIN_SITES, Verdict, Vote, count_votes
+from strategies.expert_exclusion import Expert
 from strategies.low_rank import Factors
+from strategies.product_cores import pairs_of
 from strategies.shared_subspace import Finding, SubspaceConfig, examine
 
 
@@ -43,6 +45,11 @@ class Inspected:
         return self.finding.verdict if self.finding is not None and enough else None
 
     @property
+    def of_expert(self) -> Expert | None:
+        """The expert it belongs to; None for a dense pair."""
+        return None if self.expert is None else (experts.layer_of(self.prefix), self.expert)
+
+    @property
     def label(self) -> str:
         """The matrix' name for people: ``model.layers.0.mlp.experts.down_proj[3]``."""
         return self.prefix if self.expert is None else f"{self.prefix}[{self.expert}]"
@@ -57,6 +64,7 @@ class Inspected:
             "sites": present,
             "judged": self.verdict is not None,
             "distance": verdict.distances.tolist(),
+            "block_norm": _median_of_pairs(self.finding.block_norms, len(present)),
             "threshold": verdict.threshold if math.isfinite(verdict.threshold) else None,
             "gap": None if math.isnan(verdict.gap) else verdict.gap,
             "rejected": [site for site, ok in zip(present, verdict.accepted, strict=True) if not ok],
@@ -66,10 +74,34 @@ class Inspected:
         }
 
 
+def _median_of_pairs(values_G: NDArray[np.float64], num_sites: int) -> list[float]:
+    """Of each site, the median over the pairs that it is in."""
+    pairs = pairs_of(num_sites)
+    return [float(np.median(values_G[(pairs == k).any(axis=1)])) for k in range(num_sites)]
+
+
 def vote(sites: Sequence[str], inspected: Sequence[Inspected]) -> dict[str, Vote]:
     """Site -> vote of the matrices that had enough sites to judge."""
     verdicts = [([sites[i] for i in matrix.present], matrix.verdict) for matrix in inspected if matrix.verdict]
     return count_votes(sites, verdicts)
+
+
+def rejected_experts(sites: Sequence[str], inspected: Sequence[Inspected]) -> dict[str, dict[Expert, Vote]]:
+    """Site -> experts of which more than half of the matrices leave it out, with their votes.
+
+    An expert that too few sites used to be judged is trusted.
+    """
+    matrices: dict[Expert, list[Inspected]] = {}
+    for matrix in inspected:
+        if matrix.of_expert is not None:
+            matrices.setdefault(matrix.of_expert, []).append(matrix)
+    votes = {expert: vote(sites, of_expert) for expert, of_expert in matrices.items()}
+    return {site: {expert: of[site] for expert, of in votes.items() if of[site].rejected} for site in sites}
+
+
+def report_experts(rejected: Mapping[Expert, Vote]) -> dict[str, str]:
+    """Expert (``model.layers.0.mlp[3]``) -> why it is rejected, as JSON values."""
+    return {f"{layer}[{expert}]": found.reason for (layer, expert), found in rejected.items()}
 
 
 def inspect(adapter: Arrays, updates: Sequence[ClientUpdate], config: SubspaceConfig) -> list[Inspected]:

@@ -12,7 +12,8 @@ import numpy as np
 from strategies.adapters import Arrays
 from strategies.base import Aggregation, ClientUpdate, Strategy, require
 from strategies.collaborative_set import Vote
-from strategies.inspection import inspect, vote
+from strategies.expert_exclusion import Expert, counted_less
+from strategies.inspection import inspect, rejected_experts, report_experts, vote
 from strategies.shared_subspace import SubspaceConfig
 from strategies.update_distance import compare
 
@@ -28,7 +29,7 @@ class ScreenKind(Enum):
 
 
 class OnReject(Enum):
-    """What happens to the update of a rejected site."""
+    """What happens to the update of a rejected site, and to a rejected expert of an accepted one."""
 
     exclude = "exclude"
     downweight = "downweight"
@@ -63,6 +64,9 @@ class ScreenConfig:
     """Sites that are always accepted; their verdicts are reported all the same."""
     banned: list[str] = field(default_factory=list)
     """Sites that are always excluded, before anything is computed from what they sent."""
+    single_experts: bool = True
+    """Whether ``on_reject`` also holds for single experts of accepted sites, if most of an expert's matrices leave
+    the site out. Of each round by itself: history and forgiveness are a site's."""
     subspace: SubspaceConfig = field(default_factory=SubspaceConfig)
 
     def __post_init__(self) -> None:
@@ -86,6 +90,8 @@ class SiteVerdict:
     """Clean rounds it must still pass before it is accepted, at most ``forgive_after``."""
     times_rejected: int
     """Rounds in which its update was found contaminated, this one included."""
+    experts: Mapping[Expert, Vote] = field(default_factory=dict)
+    """Of an accepted site: experts that are judged by themselves to be contaminated."""
 
 
 @dataclass(kw_only=True)
@@ -125,24 +131,54 @@ class Screened(Strategy):
         Raises:
             ValueError: If no update is left.
         """
+        verdicts, matrices = self.judge(adapter, state, updates)
+        trusted = self.trusted(adapter, updates, verdicts)
+        if not trusted:
+            told = "; ".join(f"{site}: {verdict.reason}" for site, verdict in verdicts.items())
+            raise ValueError(f"screen={self.screen.kind.name} leaves no update ({told})")
+        result = self.inner.aggregate(adapter, _inner_state(state), trusted)
+        return replace(
+            result,
+            state={**result.state, **_remembered(_history(state), verdicts)},
+            diagnostics={**result.diagnostics, "verdicts": _report(verdicts), "matrices": matrices},
+        )
+
+    def judge(
+        self, adapter: Arrays, state: Arrays, updates: Sequence[ClientUpdate]
+    ) -> tuple[dict[str, SiteVerdict], dict[str, Any]]:
+        """Site -> verdict of this round; and label -> ``Inspected.report`` of each matrix."""
         judged = [update for update in updates if update.site not in self.screen.banned]
         sites = [update.site for update in judged]
         inspected = inspect(adapter, judged, self.screen.subspace)
         votes = vote(sites, inspected)
         reasons = self._reasons(adapter, judged, votes)
-        history = {name: array for name, array in state.items() if name.startswith(_STATE)}
-        verdicts = {update.site: self._verdict(update.site, votes, reasons, history) for update in updates}
-        passed = self._passed(updates, verdicts)
-        if not passed:
-            told = "; ".join(f"{site}: {verdict.reason}" for site, verdict in verdicts.items())
-            raise ValueError(f"screen={self.screen.kind.name} leaves no update ({told})")
-        result = self.inner.aggregate(adapter, _inner_state(state), passed)
-        report = {"verdicts": _report(verdicts), "matrices": {m.label: m.report(sites) for m in inspected}}
-        return replace(
-            result,
-            state={**result.state, **_remembered(history, verdicts)},
-            diagnostics={**result.diagnostics, **report},
-        )
+        verdicts = {update.site: self._verdict(update.site, votes, reasons, _history(state)) for update in updates}
+        if self.screen.single_experts and Evidence.subspace in self.screen.evidence:
+            verdicts = self._with_experts(verdicts, rejected_experts(sites, inspected))
+        return verdicts, {matrix.label: matrix.report(sites) for matrix in inspected}
+
+    def trusted(
+        self, adapter: Arrays, updates: Sequence[ClientUpdate], verdicts: Mapping[str, SiteVerdict]
+    ) -> list[ClientUpdate]:
+        """What the inner strategy gets to see: accepted sites, without their rejected experts, as the policy says."""
+        passed = []
+        for update in updates:
+            if not verdicts[update.site].rejected:
+                passed.append(update)
+            elif update.site in self.screen.banned or self.screen.on_reject is OnReject.exclude:
+                continue
+            elif self.screen.on_reject is OnReject.downweight:
+                passed.append(_downweighted(update, self.screen.weight))
+            else:
+                passed.append(update)
+        if self.screen.on_reject is OnReject.warn:
+            return passed
+        rejected: dict[Expert, set[str]] = {}
+        for site, verdict in verdicts.items():
+            for expert in verdict.experts:
+                rejected.setdefault(expert, set()).add(site)
+        weight = self.screen.weight if self.screen.on_reject is OnReject.downweight else 0.0
+        return counted_less(adapter, passed, rejected, weight)
 
     def _reasons(
         self, adapter: Arrays, judged: Sequence[ClientUpdate], votes: Mapping[str, Vote]
@@ -185,24 +221,24 @@ class Screened(Strategy):
             times_rejected=times + (not is_clean),
         )
 
-    def _passed(self, updates: Sequence[ClientUpdate], verdicts: Mapping[str, SiteVerdict]) -> list[ClientUpdate]:
-        """The updates that the inner strategy gets."""
-        passed = []
-        for update in updates:
-            if not verdicts[update.site].rejected:
-                passed.append(update)
-            elif update.site in self.screen.banned or self.screen.on_reject is OnReject.exclude:
-                continue
-            elif self.screen.on_reject is OnReject.downweight:
-                passed.append(_downweighted(update, self.screen.weight))
-            else:
-                passed.append(update)
-        return passed
+    def _with_experts(
+        self, verdicts: Mapping[str, SiteVerdict], rejected: Mapping[str, Mapping[Expert, Vote]]
+    ) -> dict[str, SiteVerdict]:
+        """The verdicts with the rejected experts of sites that are accepted and not pinned."""
+        spared = {site for site, verdict in verdicts.items() if verdict.rejected or site in self.screen.pinned}
+        return {
+            site: verdict if site in spared else replace(verdict, experts=rejected[site])
+            for site, verdict in verdicts.items()
+        }
 
 
 def screened(strategy: Strategy, screen: ScreenConfig) -> Strategy:
     """The strategy behind the screen that the settings ask for."""
     return strategy if screen.kind is ScreenKind.off else Screened(inner=strategy, screen=screen)
+
+
+def _history(state: Arrays) -> Arrays:
+    return {name: array for name, array in state.items() if name.startswith(_STATE)}
 
 
 def _inner_state(state: Arrays) -> Arrays:
@@ -233,6 +269,7 @@ def _report(verdicts: Mapping[str, SiteVerdict]) -> dict[str, Any]:
             "reason": verdict.reason,
             "clean_rounds_needed": verdict.waiting,
             "times_rejected": verdict.times_rejected,
+            "experts": report_experts(verdict.experts),
         }
         for site, verdict in verdicts.items()
     }

@@ -66,6 +66,8 @@ class Finding:
     """(I, S) orthonormal basis of the shared row space."""
     distances: NDArray[np.float64]
     """(G,) ``||(B_j A_j - B_k A_k) (1 - P)||`` of each pair, in the order of ``pairs_of``."""
+    block_norms: NDArray[np.float64]
+    """(G,) length of each pair's block in the sparse part, 0 for most of them; of the tempered blocks."""
     verdict: Verdict
     iterations: int
     relative_gap: float
@@ -98,6 +100,7 @@ def examine(products: Factors, config: SubspaceConfig) -> Finding:
     return Finding(
         directions=rows.lift(shared.T).T,
         distances=distance_G,
+        block_norms=_norms(solved.sparse),
         verdict=judge(
             distance_G,
             len(products.A),

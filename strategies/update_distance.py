@@ -20,7 +20,8 @@ from strategies.collaborative_set import Verdict, judge
 from strategies.product_cores import pairs_of
 
 _COPY = 0.01
-"""Two updates are copies when their distance is below this share of the median of all pairs."""
+"""Two updates are copies when their distance is below this share of the lower quartile of all pairs: with fewer than
+half contaminated, at least a quarter of the pairs is benign, and less than a quarter is of colluders."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +66,6 @@ def _distances(received: Arrays, updates: Sequence[ClientUpdate], names: Sequenc
 
 def _copies(distance_G: NDArray[np.float64], num_sites: int) -> NDArray[np.bool_]:
     is_copy = np.zeros(num_sites, bool)
-    close = distance_G < _COPY * np.median(distance_G)
+    close = distance_G < _COPY * np.quantile(distance_G, 0.25)
     is_copy[pairs_of(num_sites)[close].ravel()] = True
     return is_copy

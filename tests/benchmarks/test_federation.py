@@ -44,6 +44,20 @@ def test_rounds_end_where_the_settings_say_and_go_on_from_each_other(tmp_path):
     assert adapter_sha256(in_pieces.adapter) == adapter_sha256(at_once.adapter) != adapter_sha256(first)
 
 
+def test_site_keeps_its_own_adapter_until_it_is_given_another(tmp_path):
+    config = load_config(settings(tmp_path, "strategy=clair", "federation.fraction=0.5", "rounds=3"))
+    federation = simulated(config, tmp_path / "private")
+    given: dict[str, str] = {}
+    for updates in federation.rounds():
+        asked = {update.site for update in updates}
+        kept = {site: adapter_sha256(federation.received(site)) for site in given.keys() | asked}
+        assert {site: sha for site, sha in kept.items() if site not in asked} == {
+            site: sha for site, sha in given.items() if site not in asked
+        }
+        given |= kept
+    assert adapter_sha256(federation.adapter) not in given.values()
+
+
 def test_a_site_that_shares_nothing_leaves_the_whole_adapter_as_it_began(tmp_path):
     config = load_config(settings(tmp_path, "strategy=local_only"))
     federation: Federation = simulated(config, tmp_path / "private")

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from benchmarks.render import HERE, rendered
+from benchmarks.render import HERE, rendered, write_results
 
 PAGE = "before\n<!-- speed -->\nold\n<!-- /speed -->\nafter\n"
 
@@ -28,3 +28,12 @@ def test_page_shows_the_results_as_they_are():
         results = json.loads(path.read_text())
         if isinstance(results, dict) and "table" in results:
             assert rendered(page, path.stem, results["table"]["columns"], results["table"]["rows"]) == page
+
+
+def test_results_are_written_a_run_a_line_and_read_back_as_they_were(tmp_path):
+    results = {"runs": [{"loss": 1.5, "sites": 2}, {"text": "a [b]\n| {c} |", "none": None}], "empty": [], "s": [1, 2]}
+    write_results(tmp_path / "deep" / "file.json", results)
+    text = (tmp_path / "deep" / "file.json").read_text()
+    assert json.loads(text) == results
+    assert '\n  {"loss": 1.5, "sites": 2},\n' in text
+    assert '"s": [1, 2]' in text

@@ -45,9 +45,10 @@ def test_same_as_the_dense_program_on_formed_products():
             assert distance == pytest.approx(others[3], rel=1e-3)
 
 
-@settings(deadline=None, max_examples=10)
-@given(seed=seeds, num_sites=st.sampled_from([5, 6, 9]))
+@settings(deadline=None, max_examples=10, derandomize=True)
+@given(seed=seeds, num_sites=st.sampled_from([7, 10]))
 def test_no_contamination_expels_nobody_and_sends_the_mean(seed, num_sites):
+    """Among five sites chance alone opens a gap in under 1 % of the draws (see ``judge``), among ten hardly ever."""
     adapter, updates = random_sites(seed, num_sites=num_sites, contaminated=0, matrices={"l.q": (30, 40)})
     result = Clair().aggregate(adapter, {}, updates)
     assert rejected(result) == []
@@ -112,6 +113,22 @@ def test_grown_adapters_have_room_for_the_accepted_sites_products():
     assert shapes["l.q.lora_B"] == (12, 4 * 2)
 
 
+def test_verdicts_say_by_how_much_a_site_is_outside():
+    adapter, updates = random_sites(0)
+    found = Clair().aggregate(adapter, {}, updates).diagnostics
+    for k, verdict in enumerate(found["verdicts"].values()):
+        ratios = [
+            found["matrices"][prefix]["distance"][k] / found["matrices"][prefix]["threshold"] for prefix in MATRICES
+        ]
+        blocks = [found["matrices"][prefix]["block_norm"] for prefix in MATRICES]
+        if k < 4:
+            assert (verdict["against"], verdict["distance_ratio"]) == (0, None)
+        else:
+            assert verdict["distance_ratio"] == pytest.approx(np.median(ratios))
+            assert f"2 of 2 matrices, there at {np.median(ratios):.1f} times" in verdict["reason"]
+            assert all(of[k] > max(of[:4]) for of in blocks)
+
+
 @settings(deadline=None, max_examples=5)
 @given(seed=seeds, scale=st.floats(0.01, 100))
 def test_scaling_all_updates_scales_the_products_and_changes_no_verdict(seed, scale):
@@ -160,7 +177,9 @@ def test_order_of_sites_changes_nothing_but_rounding(seed):
     adapter, updates = random_sites(seed)
     order = np.random.default_rng(seed).permutation(len(updates))
     plain, result = Clair().aggregate(adapter, {}, updates), Clair().aggregate(adapter, {}, [updates[i] for i in order])
-    assert plain.diagnostics["verdicts"] == result.diagnostics["verdicts"]
+    for site, verdict in plain.diagnostics["verdicts"].items():
+        again = result.diagnostics["verdicts"][site]
+        assert (verdict["judged"], verdict["against"]) == (again["judged"], again["against"])
     for site, arrays in plain.personal.items():
         np.testing.assert_allclose(product(arrays, "l.v"), product(result.personal[site], "l.v"), atol=1e-4)
 
@@ -240,6 +259,31 @@ def test_expert_nobody_or_one_site_used_keeps_its_value_or_takes_the_sites():
         got = adapter_of["l.mlp.experts.w.lora_B"][1] @ adapter_of["l.mlp.experts.w.lora_A"][1]
         sent = updates[2].adapter["l.mlp.experts.w.lora_B"][1] @ updates[2].adapter["l.mlp.experts.w.lora_A"][1]
         np.testing.assert_allclose(got, sent, atol=1e-5)
+
+
+def test_accepted_site_keeps_its_own_of_an_expert_that_it_is_rejected_for():
+    """The last site is contaminated in expert 1 alone: of that the others get the mean of themselves."""
+    adapter, updates = expert_round(users=set(range(8)))
+    clean = random_sites(5, num_sites=8, contaminated=0, matrices={"dense": (20, 30), "l.mlp.experts.w": (20, 30)})[1]
+    mended = []
+    for update, other in zip(updates, clean, strict=True):
+        arrays = {n: np.stack([a, update.adapter[n][1]]) if "experts" in n else a for n, a in other.adapter.items()}
+        mended.append(replace(update, adapter=arrays))
+    result = EXACT.aggregate(adapter, {}, mended)
+    assert rejected(result) == []
+    experts = {site: verdict["experts"] for site, verdict in result.diagnostics["verdicts"].items()}
+    assert [site for site, found in experts.items() if found] == ["site-7"]
+    assert list(experts["site-7"]) == ["l.mlp[1]"]
+    assert experts["site-7"]["l.mlp[1]"].startswith("outside the collaborative set of 1 of 1 matrices, there at ")
+
+    def of_expert(arrays, expert):
+        return product({n: a[expert] for n, a in arrays.items() if "experts" in n}, "l.mlp.experts.w")
+
+    own, sent = result.personal["site-7"], [update.adapter for update in mended]
+    np.testing.assert_allclose(of_expert(own, 1), of_expert(sent[7], 1), atol=1e-5)
+    assert np.linalg.norm(of_expert(own, 0) - of_expert(sent[7], 0)) > 0.1
+    mean = np.mean([of_expert(result.personal[f"site-{i}"], 1) for i in range(7)], axis=0)
+    np.testing.assert_allclose(mean, np.mean([of_expert(arrays, 1) for arrays in sent[:7]], axis=0), atol=1e-5)
 
 
 def test_arrays_without_a_pair_are_averaged_over_the_accepted_by_examples():

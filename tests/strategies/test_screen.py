@@ -126,6 +126,73 @@ def test_banned_site_is_not_even_looked_at():
     assert_same(result.adapter, FedAvg().aggregate(adapter, {}, updates[1:]).adapter)
 
 
+EXPERT = "l.mlp.experts.w"
+
+
+@pytest.fixture(scope="module")
+def one_bad_expert():
+    """Eight sites with a dense pair and two experts; the last site is contaminated in expert 1 alone."""
+    matrices = {"dense": (20, 30), EXPERT: (20, 30)}
+    adapter, clean = random_sites(5, num_sites=8, contaminated=0, matrices=matrices)
+    _, dirty = random_sites(6, num_sites=8, contaminated=1, matrices=matrices)
+
+    def pair_up(first, second):
+        return {n: np.stack([a, second[n]]) if n.startswith(EXPERT) else a for n, a in first.items()}
+
+    updates = [
+        replace(one, adapter=pair_up(one.adapter, other.adapter), expert_tokens={"l.mlp": np.array([5.0, 5.0])})
+        for one, other in zip(clean, dirty, strict=True)
+    ]
+    return pair_up(adapter, adapter), updates
+
+
+def averaged_with_last_expert_counting(weight, updates):
+    """The mean by examples, but for expert 1, of which the last site counts so much less."""
+    examples = np.array([update.num_examples for update in updates], float)
+    less = examples * ([1.0] * 7 + [weight])
+    mean = {n: np.average([u.adapter[n] for u in updates], axis=0, weights=examples) for n in updates[0].adapter}
+    for name in (n for n in mean if n.startswith(EXPERT)):
+        mean[name][1] = np.average([u.adapter[name][1] for u in updates], axis=0, weights=less)
+    return mean
+
+
+@pytest.mark.parametrize(
+    ("settings", "weight", "named"),
+    [
+        ({}, 0.0, ["l.mlp[1]"]),
+        ({"on_reject": OnReject.downweight, "weight": 0.2}, 0.2, ["l.mlp[1]"]),
+        ({"on_reject": OnReject.warn}, 1.0, ["l.mlp[1]"]),
+        ({"single_experts": False}, 1.0, []),
+        ({"pinned": ["site-7"]}, 1.0, []),
+        ({"evidence": [Evidence.distance]}, 1.0, []),
+    ],
+)
+def test_one_bad_expert_of_an_accepted_site_is_judged_by_itself(one_bad_expert, settings, weight, named):
+    adapter, updates = one_bad_expert
+    result = screen(**settings).aggregate(adapter, {}, updates)
+    assert rejected(result) == []
+    assert list(result.diagnostics["verdicts"]["site-7"]["experts"]) == named
+    assert not any(result.diagnostics["verdicts"][f"site-{i}"]["experts"] for i in range(7))
+    for name, array in averaged_with_last_expert_counting(weight, updates).items():
+        np.testing.assert_allclose(result.adapter[name], array, atol=1e-5)
+
+
+def test_rejected_expert_is_not_held_against_the_site(one_bad_expert):
+    adapter, updates = one_bad_expert
+    assert screen(forgive_after=3).aggregate(adapter, {}, updates).state == {}
+
+
+def test_rejected_expert_has_no_say_in_rules_that_weigh_experts_by_tokens(one_bad_expert):
+    adapter, updates = one_bad_expert
+    changed = {n: np.concatenate([a[:1], 3 * a[1:]]) for n, a in updates[7].adapter.items() if n.startswith(EXPERT)}
+    others = [*updates[:7], replace(updates[7], adapter=updates[7].adapter | changed)]
+    one, other = (screen(FcMoe()).aggregate(adapter, {}, sent) for sent in (updates, others))
+    assert list(other.diagnostics["verdicts"]["site-7"]["experts"]) == ["l.mlp[1]"]
+    assert_same(one.adapter, other.adapter)
+    unscreened = FcMoe().aggregate(adapter, {}, updates).adapter
+    assert not np.array_equal(one.adapter[f"{EXPERT}.lora_B"][1], unscreened[f"{EXPERT}.lora_B"][1])
+
+
 def test_a_round_without_anyone_left_is_refused_with_the_reasons():
     adapter, updates = random_sites(0)
     everyone = screen(banned=[update.site for update in updates])
@@ -162,6 +229,15 @@ def test_copies_are_rejected_together_and_only_as_such():
     copied = swapped(updates, {7: updates[6].adapter})
     assert rejected(screen(evidence=[Evidence.copies]).aggregate(adapter, {}, copied)) == ["site-6", "site-7"]
     assert rejected(screen(evidence=list(Evidence)).aggregate(adapter, {}, updates)) == []
+
+
+def test_honest_sites_are_no_copies_of_each_other_beside_colluders_far_away():
+    """Four of ten: most pairs are of an attacker and an honest site, and 300 times as far apart as two honest ones."""
+    adapter, updates = drawn(10)
+    poisoned = swapped(updates, {i: {"l.gate.weight": 30 + adapter["l.gate.weight"]} for i in range(6, 10)})
+    colluders = [f"site-{i}" for i in range(6, 10)]
+    assert rejected(screen(evidence=[Evidence.copies]).aggregate(adapter, {}, poisoned)) == colluders
+    assert rejected(screen(evidence=list(Evidence)).aggregate(adapter, {}, poisoned)) == colluders
 
 
 def test_distance_is_that_of_the_changes_as_one_vector():
