@@ -133,7 +133,7 @@ def _is_another(site: Site, received: Arrays, everyones: Arrays) -> bool:
     return any(not np.array_equal(own[name], everyones[name]) for name in everyones)
 
 
-def _cost(site: Site, in_use: ModelInUse, plain: ModelInUse) -> RelativeCost:
+def _cost(site: Site, in_use: ModelInUse, plain: ModelInUse) -> RelativeCost | None:
     """Over a batch of the site's own held-out examples."""
     own = next(own for own in site.own_sets.values() if own.examples)
     sequences = encode(own.examples, site.adapted.tokenizer, site.config.data)[: site.config.eval.batch_size]

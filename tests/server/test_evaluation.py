@@ -137,10 +137,7 @@ def test_every_strategy_has_a_matrix(honest, words):
     personal = {(of, on) for model, of, on in found if model == "personal"}
     everyone = {(of, on) for of in SITES for on in SITES}
     assert personal == (set() if "centralised" in words else everyone)
-    cost = result.folder.evaluation()["cost"]
-    assert (cost.keys() == set(SITES)) == bool(personal)
-    if "flex" in words:  # one expert more for a token, and the frozen one it was copied from
-        assert all(1 < of_site["flops"] < 2 for of_site in cost.values())
+    assert result.folder.evaluation()["cost"].keys() == (set(SITES) if "pfl_moe" in words else set())
 
 
 @pytest.mark.slow
