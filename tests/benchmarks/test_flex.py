@@ -48,7 +48,7 @@ def data(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(("strategy", "model"), [("fedavg", "global"), ("local_only", "personal")])
+@pytest.mark.parametrize(("strategy", "model"), [("fedavg", "global"), ("flex", "personal")])
 def test_a_test_cell_has_the_whole_matrix(data, strategy, model):
     cell = Cell("tiny_moe", "pathological", (f"strategy={strategy}",), 0, "test")
     row = json.loads(json.dumps(run_cell(cell, data)))
@@ -57,7 +57,8 @@ def test_a_test_cell_has_the_whole_matrix(data, strategy, model):
     sets = {*TASKS, "*general*", "*arc_easy*", "*piqa*"}
     own = TASKS if model == "personal" else (None,)
     assert found == {(of, on) for of in own for on in sets}
-    assert (row["bytes_up"] > 0) == (strategy == "fedavg")
+    assert row["bytes_up"] == row["bytes_down"] > 0
+    assert row["graft_spread"].keys() == (set(TASKS) if strategy == "flex" else set())
     table = report_of({strategy: [row]})
     assert f"{row['evaluation']['summary'][model]['rouge_l']['mean']:.4f}" in table
 
