@@ -96,7 +96,7 @@ def graft_spread(updates: Sequence[ClientUpdate]) -> dict[str, float]:
 
 def losses(federation: Federation) -> dict[str, Any]:
     """Site -> loss of the model in use there, on its own held-out data."""
-    found = {}
+    found: dict[str, float] = {}
     for name, site in federation.sites.items():
         measured = site.evaluate(federation.received(name))
         found |= {on: round(loss.loss, 5) for on, loss in measured.items() if on != POOLED}
