@@ -24,7 +24,7 @@ from benchmarks.cells import Row, Study, add_arguments, carry_out
 from benchmarks.contenders import PERSONAL, Settings
 from benchmarks.dolly_tasks import PARTITIONS, SIZES, VERSION, overrides
 from benchmarks.federation import Federation, simulated
-from benchmarks.flex_tables import markdown
+from benchmarks.flex_tables import markdown, own_scores
 from benchmarks.render import HERE
 from client.examination import examine
 from client.site import POOLED
@@ -113,11 +113,11 @@ def evaluation(federation: Federation, updates: Sequence[ClientUpdate]) -> dict[
     return {"evaluation": put_together(measured, here, {update.site: update.expert_tokens for update in updates})}
 
 
-def validation_score(row: Row) -> float:
-    """Negative mean loss over the sites on validation data."""
+def score(row: Row) -> float:
+    """Negative mean loss over the sites, of the model in use there on its own data."""
     if "failed" in row:
         return -float("inf")
-    return -statistics.fmean(row["losses"].values()) if "losses" in row else float("nan")
+    return -statistics.fmean((row["losses"] if "losses" in row else own_scores(row, "loss")).values())
 
 
 def study_of(model: str, partition: str, seeds: Sequence[int], tuning_seeds: Sequence[int]) -> Study[Cell]:
@@ -127,7 +127,7 @@ def study_of(model: str, partition: str, seeds: Sequence[int], tuning_seeds: Seq
         "lora",
         cell=lambda settings, seed, split: Cell(model, partition, settings, seed, split),
         cell_of=Cell.of,
-        score=validation_score,
+        score=score,
         seeds=seeds,
         tuning_seeds=tuning_seeds,
     )

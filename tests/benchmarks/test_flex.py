@@ -13,7 +13,7 @@ from benchmarks import dolly_tasks
 from benchmarks.cells import Outcome
 from benchmarks.contenders import PERSONAL
 from benchmarks.dolly_tasks import PARTITIONS, SIZES, TASKS
-from benchmarks.flex import Cell, graft_spread, report, run_cell, study_of, validation_score
+from benchmarks.flex import Cell, graft_spread, report, run_cell, score, study_of
 from benchmarks.flex_tables import markdown
 from client.measured import Measured, RelativeCost, Score, Scored
 from server.evaluation import put_together
@@ -53,7 +53,7 @@ def test_a_test_cell_has_the_whole_matrix(data, strategy, model):
     cell = Cell("tiny_moe", "pathological", (f"strategy={strategy}",), 0, "test")
     row = json.loads(json.dumps(run_cell(cell, data)))
     assert Cell.of(row) == cell
-    found = {(score["of"], score["on"]) for score in row["evaluation"]["scores"] if score["model"] == model}
+    found = {(each["of"], each["on"]) for each in row["evaluation"]["scores"] if each["model"] == model}
     sets = {*TASKS, "*general*", "*arc_easy*", "*piqa*"}
     own = TASKS if model == "personal" else (None,)
     assert found == {(of, on) for of in own for on in sets}
@@ -67,7 +67,7 @@ def test_a_test_cell_has_the_whole_matrix(data, strategy, model):
 def test_a_validation_cell_has_the_losses_of_all_sites_and_never_sees_test_data(data):
     row = run_cell(Cell("tiny_moe", "pathological", ("strategy=fedavg",), 0, "validation"), data)
     assert sorted(row["losses"]) == sorted(TASKS)
-    assert validation_score(row) == pytest.approx(-np.mean(list(row["losses"].values())))
+    assert score(row) == pytest.approx(-np.mean(list(row["losses"].values())))
     study = study_of("tiny_moe", "pathological", [0], [100])
     assert {cell.split for cell in study.needed("fedavg")} == {"validation"}
 
@@ -94,8 +94,8 @@ def row_of(seed, losses, model="global"):
     """A test row; ROUGE-L is 1 less a tenth of the loss."""
 
     def scored(name, site, loss):
-        score = Score(loss=loss, num_tokens=1, num_examples=1, rouge_l=1 - loss / 10, num_answers=1)
-        return Scored(model=name, on=site, score=score)
+        found = Score(loss=loss, num_tokens=1, num_examples=1, rouge_l=1 - loss / 10, num_answers=1)
+        return Scored(model=name, on=site, score=found)
 
     cost = RelativeCost(flops=1.5, seconds=2.0) if model == "personal" else None
     measured = {
@@ -139,6 +139,12 @@ def test_tables_show_the_model_in_use_paired_differences_and_costs():
     assert cells_of(table, "FedAvg |", 1)[-1] == ""
     assert cells_of(table, "base model", 1)[1] == "0.7500" + still
     assert cells_of(table, "FedProx", 0)[1] == "missing"
+
+
+def test_score_is_the_loss_of_the_model_in_use():
+    assert score(row_of(0, {"a": 1.0, "b": 2.0}, "personal")) == -1.5
+    assert score({"losses": {"a": 1.0, "b": 4.0}}) == -2.5
+    assert score({"failed": "round 1: loss is nan"}) == -float("inf")
 
 
 def test_diverged_and_missing_seeds_are_told():
