@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cache, cached_property
 
 from client.evaluation import HeldOutLoss, held_out_loss
-from client.examination import EvalSet, ModelInUse, held_out_set
+from client.examination import EvalSet, ModelInUse, held_out_set, one_adapter
 from client.methods import method_for
 from client.model import AdaptedModel, adapted_model
 from client.private import PrivateStore, under
@@ -157,22 +157,31 @@ class Site:
             ValueError: If ``received`` is not the shared part of this model's adapter, the store cannot be used, or a
                 held-out set is empty.
         """
-        loss = self.in_use(received).loss
+        loss = self.method.evaluator(*self._using(received))
         return {name: loss(sequences) for name, sequences in self._held_out_sequences.items()}
 
     def in_use(self, received: Arrays) -> ModelInUse:
-        """The model in use at this site, as ``evaluate`` measures it.
+        """The model in use at this site, for any sequences of prompts and responses.
 
         Raises:
             ValueError: If ``received`` is not the shared part of this model's adapter, or the store cannot be used.
         """
+        using = self._using(received)
+        adapted, adapter, *_ = using
+        if self.method.one_adapter:
+            return one_adapter(adapted, adapter, self.config)
+        return ModelInUse(self.method.evaluator(*using), cache(lambda: self.method.generator(*using)))
+
+    def _using(
+        self, received: Arrays
+    ) -> tuple[AdaptedModel, Arrays, Arrays, Callable[[], Sequence[TokenSequence]], int]:
+        """What ``Method.evaluator`` and ``Method.generator`` are given; sets torch's switches."""
         configure_torch(self.config.train)
         private = self.store.load()
         adapter = self._completed(received, private)
-        using = (
+        return (
             self._with_rank_of(adapter), adapter, private, lambda: self._train_sequences, self.config.eval.batch_size
         )  # fmt: skip
-        return ModelInUse(self.method.evaluator(*using), cache(lambda: self.method.generator(*using)))
 
     def adapter_in_use(self, received: Arrays) -> Arrays:
         """The global adapter, completed with the site's own value of whatever is not shared.
