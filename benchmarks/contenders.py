@@ -92,6 +92,30 @@ CONTENDERS: dict[str, Contender] = {
 }
 
 
+_SERVER_RATE = Knob("strategy.learning_rate", (2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2), 1e-2)
+_FLEX = ("method=flex", "model.experts=frozen")
+
+PERSONAL: dict[str, Contender] = {
+    "flex": Contender("FLEx", ("strategy=flex",)),
+    "flex_conflicts": Contender(
+        "FLEx, conflicts in attention", ("strategy=fc_moe", "strategy.attention=as_experts", *_FLEX)
+    ),
+    "fedavg": CONTENDERS["fedavg"],
+    "fedavg_attention": Contender("FedAvg, attention alone", ("strategy=fedavg", "model.experts=frozen")),
+    "fedprox": CONTENDERS["fedprox"],
+    "scaffold": CONTENDERS["scaffold"],
+    "fedavgm": Contender("FedAvgM", ("strategy=fedavgm",), (Knob("strategy.learning_rate", (0.25, 0.5, 1.0), 0.5),)),
+    "fedadagrad": Contender("FedAdagrad", ("strategy=fedadagrad",), (_SERVER_RATE,)),
+    "fedyogi": Contender("FedYogi", ("strategy=fedyogi",), (_SERVER_RATE,)),
+    "fedadam": CONTENDERS["fedadam"],
+    "fc_moe": CONTENDERS["fc_moe"],
+    "pfl_moe": Contender("PFL-MoE", ("strategy=pfl_moe",)),
+    "local_only": CONTENDERS["local_only"],
+    "centralised": CONTENDERS["centralised"],
+}
+"""What ``benchmarks.flex`` compares."""
+
+
 @dataclass(frozen=True)
 class Tuning:
     """How far a contender's tuning is."""

@@ -55,16 +55,21 @@ class Workload:
 
     def file(self, data: Path, seed: int) -> Path:
         """This seed's data as this file makes them, written if the cache lacks them."""
-        assert self.rows is not None
-        path = cache_root() / "benchmarks" / VERSION / f"{self.name}-{seed}.parquet"
-        if not path.exists():
-            splits = self.rows(data, seed)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            scratch = path.with_name(f".{path.stem}-{os.getpid()}.parquet")
-            joined = [{**row, "split": split} for split, rows in splits.items() for row in rows]
-            datasets.Dataset.from_list(joined).to_parquet(str(scratch))
-            scratch.replace(path)
-        return path
+        rows = self.rows
+        assert rows is not None
+        return data_file(f"{VERSION}/{self.name}-{seed}", lambda: rows(data, seed))
+
+
+def data_file(name: str, rows: Callable[[], Rows]) -> Path:
+    """The file of that name, with the rows and a column ``split``; made if the cache lacks it."""
+    path = cache_root() / "benchmarks" / f"{name}.parquet"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = path.with_name(f".{path.stem}-{os.getpid()}.parquet")
+        joined = [{**row, "split": split} for split, of_split in rows().items() for row in of_split]
+        datasets.Dataset.from_list(joined).to_parquet(str(scratch))
+        scratch.replace(path)
+    return path
 
 
 def _drawn(rows: Sequence[dict[str, str]], count: int, seed: int, purpose: str) -> list[dict[str, str]]:
@@ -77,7 +82,7 @@ def _drawn(rows: Sequence[dict[str, str]], count: int, seed: int, purpose: str) 
     return [row for _, group in sorted(by_group.items()) for row in group[:share]]
 
 
-def _cut(rows: Sequence[dict[str, str]], sizes: Mapping[str, int], seed: int) -> Rows:
+def cut(rows: Sequence[dict[str, str]], sizes: Mapping[str, int], seed: int) -> Rows:
     """Disjoint splits of one pool of rows."""
     chosen = _drawn(rows, sum(sizes.values()), seed, "pool")
     order = generator_for(seed, "benchmark data", "cut").permutation(len(chosen))
@@ -121,7 +126,7 @@ def _ag_news(data: Path, seed: int) -> Rows:
         for row in table(data, "agnews_test", "title", "text", "label")
         for word in (AG_NEWS_WORDS[row["label"]],)
     ]
-    return _cut(rows, {"train": 1000, "validation": 500, "test": 500}, seed)
+    return cut(rows, {"train": 1000, "validation": 500, "test": 500}, seed)
 
 
 LETTERS = ("a", "b", "c", "d")
@@ -134,7 +139,7 @@ def _mcq(data: Path, seed: int) -> Rows:
             choices = " ".join(f"{letter}: {text}" for letter, text in zip(LETTERS, row["choices"], strict=True))
             answer = LETTERS[int(row["answer"])]
             rows.append({"text": f"{WORD} {row['question']} {choices}", "label": answer, "group": row["subject"]})
-    return _cut(rows, {"train": 2850, "validation": 1000, "test": 1000}, seed)
+    return cut(rows, {"train": 2850, "validation": 1000, "test": 1000}, seed)
 
 
 def _dolly(data: Path, seed: int) -> Rows:
@@ -142,7 +147,7 @@ def _dolly(data: Path, seed: int) -> Rows:
         {"text": row["instruction"], "label": row["response"], "group": row["category"]}
         for row in table(data, "dolly15k", "instruction", "response", "category")
     ]
-    return _cut(rows, {"train": 3000, "validation": 800, "test": 800}, seed)
+    return cut(rows, {"train": 3000, "validation": 800, "test": 800}, seed)
 
 
 def _dirichlet(alpha: float, num_sites: int = 10) -> tuple[str, ...]:

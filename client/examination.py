@@ -1,7 +1,7 @@
 """A site's part in the evaluation matrix: which of its models are tested on which sets, and how.
 
-Every model is tested in the same way: by the loss and the answers of whatever is in use (``Method.evaluator``,
-``Method.generator``), which need not be one adapter.
+Every model is tested in the same way: by the loss and the answers of what is in use. That is the base with one adapter,
+or what a method says (``Method.one_adapter``, ``.evaluator``, ``.generator``).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from client.choices import Question, accuracy, questions_of
 from client.evaluation import held_out_loss
 from client.generation import Generator, greedy, rouge_l
 from client.measured import BASE, GLOBAL, PERSONAL, Measured, RelativeCost, Score, Scored
-from client.methods.base import Evaluator, Method
+from client.methods.base import Evaluator
 from client.model import AdaptedModel
 from client.relative_cost import relative_cost
 from client.text import Example, encode, encode_prompts
@@ -127,13 +127,13 @@ def examine(site: Site, received: Arrays, global_adapter: Arrays) -> Measured:
 
 def _is_another(site: Site, received: Arrays, everyones: Arrays) -> bool:
     """Whether the model in use at the site may answer otherwise than the global one."""
-    if type(site.method).evaluator is not Method.evaluator:
+    if not site.method.one_adapter:
         return True
     own = site.adapter_in_use(received)
     return any(not np.array_equal(own[name], everyones[name]) for name in everyones)
 
 
-def _cost(site: Site, in_use: ModelInUse, plain: ModelInUse) -> RelativeCost:
+def _cost(site: Site, in_use: ModelInUse, plain: ModelInUse) -> RelativeCost | None:
     """Over a batch of the site's own held-out examples."""
     own = next(own for own in site.own_sets.values() if own.examples)
     sequences = encode(own.examples, site.adapted.tokenizer, site.config.data)[: site.config.eval.batch_size]

@@ -65,7 +65,7 @@ class RelativeCost:
     flops: float
     """Floating-point operations of matrix products and attention, counted."""
     seconds: float
-    """Median of measured passes by turns."""
+    """Of the shortest of several passes that took turns."""
 
     def __post_init__(self) -> None:
         for name in ("flops", "seconds"):
@@ -79,7 +79,7 @@ class Measured:
 
     scores: tuple[Scored, ...]
     cost: RelativeCost | None = None
-    """None where the model in use is the global one."""
+    """None where the model in use takes what the global one does."""
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,17 +19,20 @@ TURNS = 5
 """Passes of each of the two."""
 
 
-def relative_cost(used: Evaluation, plain: Evaluation, sequences: Sequence[TokenSequence]) -> RelativeCost:
+def relative_cost(used: Evaluation, plain: Evaluation, sequences: Sequence[TokenSequence]) -> RelativeCost | None:
     """Cost of ``used`` over that of ``plain`` for the same sequences; both also load an adapter and sort the sequences.
 
-    Operations do not depend on the machine; seconds are the ratio of medians of passes that take turns.
+    None if they take the same operations: a ratio of seconds would be noise. Operations do not depend on the machine;
+    seconds are the ratio of the shortest of passes that take turns, since a busy machine only ever makes them longer.
     """
     flops = counted_flops(used, sequences) / counted_flops(plain, sequences)
+    if flops == 1:
+        return None
     used_seconds, plain_seconds = [], []
     for _ in range(TURNS):
         plain_seconds.append(_seconds(plain, sequences))
         used_seconds.append(_seconds(used, sequences))
-    return RelativeCost(flops=flops, seconds=statistics.median(used_seconds) / statistics.median(plain_seconds))
+    return RelativeCost(flops=flops, seconds=min(used_seconds) / min(plain_seconds))
 
 
 def counted_flops(evaluation: Evaluation, sequences: Sequence[TokenSequence]) -> int:

@@ -166,7 +166,7 @@ class Site:
         }
 
     def in_use(self, received: Arrays) -> ModelInUse:
-        """The model in use at this site, as ``evaluate`` measures it.
+        """The model in use at this site, for any sequences of prompts and responses.
 
         Raises:
             ValueError: If ``received`` is not the shared part of this model's adapter, or the store cannot be used.
@@ -177,7 +177,7 @@ class Site:
     def _using(
         self, received: Arrays
     ) -> tuple[AdaptedModel, Arrays, Arrays, Callable[[], Sequence[TokenSequence]], int]:
-        """What ``Method.evaluator`` is given."""
+        """What ``Method.evaluator`` and ``Method.generator`` are given; sets torch's switches."""
         configure_torch(self.config.train)
         private = self.store.load()
         adapter = self._completed(received, private)

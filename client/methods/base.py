@@ -42,6 +42,8 @@ class Method(ABC):
 
     personal: ClassVar[bool] = False
     """Whether the model in use at a site is the one it trained itself, so there is no global model."""
+    one_adapter: ClassVar[bool] = True
+    """Whether the model in use at a site is the base and an adapter; if not, ``evaluator`` and ``generator`` are it."""
     graft: GraftConfig | None = None
     """Personal experts that the sites' models have beside what the server knows; None: none."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 from client.evaluation import HeldOutLoss
 from client.generation import Generator, greedy
@@ -26,6 +27,8 @@ class PflMoe(Method):
     The local expert has seen these data, so the gate trusts it more than new text would warrant. Nothing but the
     adapter is sent, as in FedAvg.
     """
+
+    one_adapter: ClassVar[bool] = False
 
     def __init__(self, config: MethodConfig) -> None:
         """Take the settings under ``method.``."""

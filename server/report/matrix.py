@@ -65,7 +65,15 @@ def _heat(metric: str, rows: Sequence[Row], scale: Scale) -> Heat:
     digits = 3
     lines = [(model, [_cell(known.get((model, on)), scale, digits) for on in sets]) for model in models]
     better = "lower" if metric in LOWER_IS_BETTER else "higher"
-    return Heat(metric, METRICS[metric].capitalize(), f"The {better} the better.", scale, "model", lines, sets)
+    return Heat(
+        metric,
+        METRICS[metric][:1].upper() + METRICS[metric][1:],
+        f"The {better} the better.",
+        scale,
+        "model",
+        lines,
+        sets,
+    )
 
 
 def _name(row: Row) -> str:

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from benchmarks.contenders import CONTENDERS, LEARNING_RATE, Contender, Knob, tuned
+from benchmarks.contenders import CONTENDERS, LEARNING_RATE, PERSONAL, Contender, Knob, tuned
 from conf.compose import load_config
 
 STEP = Knob("strategy.learning_rate", (0.5, 1.0, 1.5, 2.0, 3.0), 1.0)
@@ -61,14 +61,16 @@ def test_who_follows_gets_the_leaders_values_under_its_own_settings_and_asks_for
     assert all("strategy.momentum=0" not in settings for settings in known)
 
 
-@pytest.mark.parametrize("name", CONTENDERS)
+@pytest.mark.parametrize("name", [*CONTENDERS, *sorted(PERSONAL.keys() - CONTENDERS.keys())])
 def test_settings_of_every_contender_are_valid_wherever_its_knobs_stand(name):
-    contender = CONTENDERS[name]
-    leader = CONTENDERS[contender.follows or name]
+    contenders = CONTENDERS if name in CONTENDERS else PERSONAL
+    contender = contenders[name]
+    leader = contenders[contender.follows or name]
     for knob in (LEARNING_RATE["full"], *leader.knobs):
         assert list(knob.values) == sorted(knob.values)
         assert knob.start in knob.values
     lowest = [f"{knob.key}={knob.values[0]:g}" for knob in leader.knobs]
     highest = [f"{knob.key}={knob.values[-1]:g}" for knob in leader.knobs]
+    experts = ["model.experts=lora"] if name in CONTENDERS else []
     for values in (lowest, highest):
-        load_config([*contender.settings, *values, "model.experts=lora"])
+        load_config([*experts, *contender.settings, *values])

@@ -91,7 +91,7 @@ def test_model_of_its_own_is_tested_on_every_set(base_config, tmp_path, method, 
     assert scores[PERSONAL, "there"].loss == pytest.approx(loss_of(site, own, ELSEWHERE))
     assert scores[PERSONAL, "here"].loss != pytest.approx(scores[BASE, "here"].loss)
     assert (scores[PERSONAL, "*choices*"].loss, scores[PERSONAL, "*choices*"].num_questions) == (None, 2)
-    assert measured.cost.flops == 1
+    assert measured.cost is None
 
 
 def test_mixture_is_tested_as_a_personal_model_and_costs_two(base_config, tmp_path):

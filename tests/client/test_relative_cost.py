@@ -10,7 +10,7 @@ from client.model import AdaptedModel, load_base
 from client.relative_cost import counted_flops, relative_cost
 from client.text import TokenSequence
 from conf.schema import LoraConfig
-from tests.client.local_training import eight_sequences
+from tests.client.local_training import eight_sequences, noisy
 from tests.client.tiny_models import NUM_EXPERTS, NUM_LAYERS, TOP_K, save_tiny_base
 
 
@@ -50,3 +50,8 @@ def test_a_second_pass_costs_as_much_as_the_first(plain):
     cost = relative_cost(twice, plain, eight_sequences())
     assert cost.flops == 2
     assert 1 < cost.seconds < 4
+
+
+def test_another_adapter_costs_nothing_more(adapted, plain):
+    other = partial(held_out_loss, adapted, noisy(adapted.initial_adapter(0)), batch_size=8)
+    assert relative_cost(other, plain, eight_sequences()[:2]) is None

@@ -7,9 +7,11 @@ import pytest
 from conf.check import check_config, check_num_sites, needed_sites, num_asked
 from conf.compose import load_config
 from conf.schema import (
+    ChoicesConfig,
     Config,
     DataConfig,
     Dirichlet,
+    EvalConfig,
     ExpertTraining,
     FcMoeConfig,
     FederationConfig,
@@ -61,6 +63,10 @@ CONTRADICTIONS = {
             "model": ModelConfig(experts=ExpertTraining.frozen, router=RouterTraining.local),
         },
         r"method=flex needs model.router=frozen, got local",
+    ),
+    "names of no column": (
+        {"eval": EvalConfig(choices=ChoicesConfig(names=["arc_easy"]))},
+        r"eval.choices.names=\['arc_easy'\] needs eval.choices.name_column",
     ),
     "files without a path": ({"partition": Files()}, r"partition=files needs data.path, a folder or a glob"),
     "natural without a column": (

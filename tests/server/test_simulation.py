@@ -22,9 +22,10 @@ pytestmark = [pytest.mark.simulation, pytest.mark.timeout(600)]
 
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory):
-    """The command of ``make run``, shorter, and SCAFFOLD, which sends arrays beside the adapter both ways."""
+    """The command of ``make run``, shorter, with the matrix, and SCAFFOLD, which sends arrays beside the adapter."""
     folder = tmp_path_factory.mktemp("sweep")
-    return bouquet("run", "-m", "strategy=fc_moe,fedavg,local_only,scaffold", *SMALL, cwd=folder, timeout=500)
+    words = (*SMALL, "eval.matrix=true", "eval.num_answers=1", "eval.max_new_tokens=4")
+    return bouquet("run", "-m", "strategy=fc_moe,fedavg,local_only,scaffold", *words, cwd=folder, timeout=500)
 
 
 def test_sweep_ends_with_a_table_and_the_comparison_folder(sweep):
@@ -49,6 +50,19 @@ def test_run_folder_holds_everything(sweep):
     assert [line["round"] for line in lines] == [1, 2]
     assert all("rule" in layer for layer in lines[1]["layers"].values())
     assert "strategy:" in (folder / "config.yaml").read_text()
+
+
+def test_every_run_has_its_evaluation_matrix_and_a_line_in_the_tables(sweep):
+    folder = run_folder(sweep.stdout)
+    tables = sweep.stdout[sweep.stdout.index("each model on every site's own held-out data") :]
+    for name, model in (("fc_moe", "global"), ("local_only", "personal")):
+        evaluation = json.loads((folder / name / "evaluation.json").read_text())
+        tested = {(score["of"], score["on"]) for score in evaluation["scores"] if score["model"] == model}
+        assert len(tested) == (4 if model == "global" else 16)
+        mean = evaluation["summary"][model]["loss"]["mean"]
+        losses = summary(folder / name)["site_loss"].values()
+        assert mean == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+        assert f"{mean:.4f}" in tables
 
 
 def test_local_only_sends_nothing(sweep):
