@@ -114,6 +114,7 @@ def test_library_stays_in_its_files(library):
     assert importing <= ONLY_IN[library]
 
 
+@pytest.mark.slow
 def test_training_core_runs_without_flower_hydra_and_datasets(tmp_path):
     """One local step of a tiny random MoE, from texts to the update that a site sends."""
     run = subprocess.run(
