@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from client.model import adapted_model, base_model_loads
+from client.model import adapted_model
 from client.prompts import prompt_sequences
 from client.rollouts import (
     reference_log_probabilities,
@@ -16,7 +16,7 @@ from client.rollouts import (
 )
 from client.text import Example, collate
 from conf.schema import DataConfig, ExpertTraining, LoraConfig, RouterTraining, Template
-from tests.client.local_training import live_tensor_bytes, noisy
+from tests.client.local_training import noisy
 from tests.client.tiny_models import save_tiny_base
 
 DATA = DataConfig(template=Template.plain, max_length=48)
@@ -152,14 +152,3 @@ def test_without_adapter_leaves_frozen_what_was_frozen(tmp_path):
     with adapted.without_adapter():
         pass
     assert {name: parameter.requires_grad for name, parameter in adapted.model.named_parameters()} == trained
-
-
-def test_one_base_model_is_in_memory(adapted, prompts):
-    """Policy and reference together hold not one more tensor of the base's size afterwards, and nothing is loaded."""
-    held, loads = live_tensor_bytes(), base_model_loads()
-    batch = batch_of(adapted, rollout_of(adapted, prompts).sequences)
-    reference_log_probabilities(adapted, batch)
-    del batch
-    base_bytes = sum(parameter.nbytes for parameter in adapted.base.model.parameters())
-    assert live_tensor_bytes() - held < base_bytes / 10
-    assert base_model_loads() == loads
