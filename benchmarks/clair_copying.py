@@ -5,8 +5,8 @@
 Shapes: K sites trained side by side, B sequences, T = 64 tokens, D = 64 hidden, V = 53 tokens.
 
 Left open by the paper, and chosen here: the contaminated site copies the segment backwards; background letters are
-uniform; the loss is next-token cross-entropy at every position; LoRA's "scale 16" is alpha: updates are scaled by
-16 / 3; penalties and threshold are automatic, and the eight matrices make one verdict by majority; accuracies are means
+uniform; the loss is next-token cross-entropy at the positions that are scored (at all positions, 5500 steps of
+pre-training learn no copying); LoRA's "scale 16" is alpha: updates are scaled by 16 / 3; penalties and threshold are automatic, and the eight matrices make one verdict by majority; accuracies are means
 over the nine benign sites, on 200 new sequences each; the output layer of a site is its own under every method.
 """
 
@@ -120,10 +120,12 @@ def logits(tokens_KBT: torch.Tensor, weights: Weights, adapters: Weights, *, dro
     return linear("output", normed("norm", states))
 
 
-def loss(scores: torch.Tensor, tokens_KBT: torch.Tensor) -> torch.Tensor:
-    """Next-token cross-entropy: the mean over a site's tokens, summed over sites, which have nothing in common."""
+def loss(scores: torch.Tensor, tokens_KBT: torch.Tensor, scored_KBT: torch.Tensor) -> torch.Tensor:
+    """Next-token cross-entropy: the mean over a site's scored positions, summed over sites, which share nothing."""
     flat, targets = scores[:, :, :-1].flatten(0, 2), tokens_KBT[:, :, 1:].flatten()
-    return functional.cross_entropy(flat, targets) * len(tokens_KBT)
+    counted = scored_KBT[:, :, 1:]
+    nll = functional.cross_entropy(flat, targets, reduction="none").view(counted.shape) * counted
+    return (nll.sum(dim=(1, 2)) / counted.sum(dim=(1, 2))).sum()
 
 
 def pretrained(seed: int, steps: int) -> Weights:
@@ -132,14 +134,16 @@ def pretrained(seed: int, steps: int) -> Weights:
     weights = {name: weight.requires_grad_() for name, weight in initial_weights(generator).items()}
     optimizer = torch.optim.Adam(weights.values(), lr=1e-3)
     for _ in range(steps):
-        tokens, _ = sequences(rng, 64, int(rng.integers(5, 16)), 1.1)
+        tokens, scored = sequences(rng, 64, int(rng.integers(5, 16)), 1.1)
         optimizer.zero_grad()
-        loss(logits(tokens[None], weights, {}), tokens[None]).backward()  # type: ignore[no-untyped-call]
+        loss(logits(tokens[None], weights, {}), tokens[None], scored[None]).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     return {name: weight.detach() for name, weight in weights.items()}
 
 
-def adapted(tokens_KNT: torch.Tensor, weights: Weights, generator: torch.Generator) -> Weights:
+def adapted(
+    tokens_KNT: torch.Tensor, scored_KNT: torch.Tensor, weights: Weights, generator: torch.Generator
+) -> Weights:
     """LoRA of every site after one epoch of batches of 50; all start from the same A."""
     adapters = {}
     for name in (*MATRICES, "output"):
@@ -147,9 +151,9 @@ def adapted(tokens_KNT: torch.Tensor, weights: Weights, generator: torch.Generat
         adapters[f"{name}.A"] = start.repeat(SITES, 1, 1).requires_grad_()
         adapters[f"{name}.B"] = torch.zeros(SITES, len(weights[name]), RANK, requires_grad=True)
     optimizer = torch.optim.Adam(adapters.values(), lr=1e-3)
-    for batch in torch.split(tokens_KNT, 50, dim=1):
+    for batch, scored in zip(torch.split(tokens_KNT, 50, dim=1), torch.split(scored_KNT, 50, dim=1), strict=True):
         optimizer.zero_grad()
-        loss(logits(batch, weights, adapters, dropout=DROPOUT), batch).backward()  # type: ignore[no-untyped-call]
+        loss(logits(batch, weights, adapters, dropout=DROPOUT), batch, scored).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     return {name: array.detach() for name, array in adapters.items()}
 
@@ -206,12 +210,16 @@ def replicate(weights: Weights, regime: str, seed: int) -> dict[str, Any]:
     lengths = [16 if alike else int(rng.integers(10, 27)) for _ in range(SITES)]
     tasks = [same] * (SITES - 1) + [backwards]
     settings = list(zip(lengths, exponents, tasks, strict=True))
-    train = torch.stack([sequences(rng, 2000, *setting)[0] for setting in settings])
-    tests = [sequences(rng, 200, length, exponent) for length, exponent, _ in settings]
-    tokens, scored = (torch.stack(part) for part in zip(*tests, strict=True))
-    methods, verdicts = aggregated(adapted(train, weights, generator))
+    train = _stacked([sequences(rng, 2000, *setting) for setting in settings])
+    tokens, scored = _stacked([sequences(rng, 200, length, exponent) for length, exponent, _ in settings])
+    methods, verdicts = aggregated(adapted(*train, weights, generator))
     found = {name: accuracy(tokens, scored, weights, adapters)[:-1] for name, adapters in methods.items()}
     return {name: float(np.mean(values)) for name, values in found.items()} | verdicts
+
+
+def _stacked(drawn: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+    tokens, scored = zip(*drawn, strict=True)
+    return torch.stack(tokens), torch.stack(scored)
 
 
 def run(replicates: int, seed: int, steps: int, file: Path | None) -> dict[str, Any]:
