@@ -5,9 +5,10 @@
 Shapes: K sites trained side by side, B sequences, T = 64 tokens, D = 64 hidden, V = 53 tokens.
 
 Left open by the paper, and chosen here: the contaminated site copies the segment backwards; background letters are
-uniform; the loss is next-token cross-entropy at the positions that are scored (at all positions, 5500 steps of
-pre-training learn no copying); LoRA's "scale 16" is alpha: updates are scaled by 16 / 3; penalties and threshold are automatic, and the eight matrices make one verdict by majority; accuracies are means
-over the nine benign sites, on 200 new sequences each; the output layer of a site is its own under every method.
+uniform; the loss is next-token cross-entropy at the positions that are scored (at all positions, 5500 steps of pre-
+training learn no copying); LoRA's "scale 16" is alpha: updates are scaled by 16 / 3; penalties and threshold are
+automatic, and the eight matrices make one verdict by majority; accuracies are means over the nine benign sites, on
+200 new sequences each; the output layer of a site is its own under every method.
 """
 
 from __future__ import annotations
