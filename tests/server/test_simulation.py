@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from server.flower import local_superlink
 from tests.server.commands import BIN, SMALL, bouquet, leftovers, rows, run_folder, summary
 
-pytestmark = [pytest.mark.simulation, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.simulation, pytest.mark.timeout(1000)]
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def sweep(tmp_path_factory):
     """The command of ``make run``, shorter, with the matrix, and SCAFFOLD, which sends arrays beside the adapter."""
     folder = tmp_path_factory.mktemp("sweep")
     words = (*SMALL, "eval.matrix=true", "eval.num_answers=1", "eval.max_new_tokens=4")
-    return bouquet("run", "-m", "strategy=fc_moe,fedavg,local_only,scaffold", *words, cwd=folder, timeout=500)
+    return bouquet("run", "-m", "strategy=fc_moe,fedavg,local_only,scaffold", *words, cwd=folder, timeout=900)
 
 
 def test_sweep_ends_with_a_table_and_the_comparison_folder(sweep):
