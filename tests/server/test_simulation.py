@@ -103,10 +103,15 @@ def test_failing_run_says_why_and_exits_1(tmp_path):
     assert summary(tmp_path / "bad")["status"] == "failed"
 
 
+def heed_interrupts():
+    """What a shell started in the background ignores, its children do too."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_stops_everything(tmp_path):
     process = subprocess.Popen(
         [str(BIN / "bouquet"), "run", "rounds=500", "output=long"],
-        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=heed_interrupts,
     )  # fmt: skip
     deadline = time.monotonic() + 200
     while not (tmp_path / "long" / "metrics.jsonl").exists() and time.monotonic() < deadline:
