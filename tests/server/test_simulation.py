@@ -111,7 +111,7 @@ def heed_interrupts():
 def test_ctrl_c_stops_everything(tmp_path):
     process = subprocess.Popen(
         [str(BIN / "bouquet"), "run", "rounds=500", "output=long"],
-        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=heed_interrupts,
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=heed_interrupts,  # noqa: PLW1509
     )  # fmt: skip
     deadline = time.monotonic() + 200
     while not (tmp_path / "long" / "metrics.jsonl").exists() and time.monotonic() < deadline:
