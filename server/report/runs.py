@@ -149,5 +149,8 @@ def _missing(
         yield f"diagnostics of {len(rounds) - len(lines)} rounds were too large for the log: they are at the server"
     if rounds and not any("bytes_by_kind" in row for row in rounds):
         yield "bytes were not yet counted by kind: only their sum is shown"
-    if lines and not any("pairs" in block for line in lines for block in line["layers"].values()):
+    layers = [layer for line in lines for layer in line["layers"].values()]
+    if layers and not any("length" in layer for layer in layers):
+        yield "experts are not sent: of them there are tokens alone"
+    elif layers and not any("pairs" in layer for layer in layers):
         yield "the model has too many experts to keep cosines of sites for each: they are kept for whole layers"

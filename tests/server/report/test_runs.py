@@ -111,3 +111,20 @@ def test_real_run_is_read_whole(fc_moe_run):
     assert run.missing == []
     assert run.blocks() == ["model.layers.0.mlp", "attention"]
     assert RunFolder(fc_moe_run.folder.path).diagnostics() == run.diagnostics
+
+
+def test_frozen_experts_are_told_from_too_many(tmp_path):
+    """What of a layer is in the log decides: tokens alone, everything but pairs of sites, or everything."""
+    folder = write_run(tmp_path / "run")
+    log = folder / "diagnostics" / "rounds.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+
+    def told(kept):
+        for line in lines:
+            line["layers"] = {name: {k: layer[k] for k in layer if kept(k)} for name, layer in line["layers"].items()}
+        log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return read_runs([folder])[0].missing
+
+    assert told(lambda key: True) == []
+    assert "too many experts" in told(lambda key: key != "pairs")[0]
+    assert told(lambda key: key in {"tokens", "num_tokens"}) == ["experts are not sent: of them there are tokens alone"]
