@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -52,7 +53,7 @@ def check_preference(preference: object, num_objectives: int, key: str) -> None:
 
 
 @dataclass(kw_only=True)
-class AlignmentConfig(MethodConfig):
+class AlignmentConfig(MethodConfig, ABC):
     """What both methods have in common: whose preferences count."""
 
     preference: list[float] | None = None
@@ -61,9 +62,9 @@ class AlignmentConfig(MethodConfig):
     site_preferences: dict[str, Any] = field(default_factory=dict)
     """Simulated site -> its own preference; all others have ``preference``."""
 
+    @abstractmethod
     def num_objectives(self) -> int:
         """How many objectives the settings name."""
-        raise NotImplementedError
 
     def _check_preferences(self) -> None:
         check_preference(self.preference, self.num_objectives(), "method.preference")

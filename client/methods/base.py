@@ -73,15 +73,15 @@ class Method(ABC):
         """
         return Beginning(adapter, {}, {})
 
-    @abstractmethod
-    def start(self, received: Arrays, private: Arrays) -> Arrays:
-        """Adapter that local training starts from.
+    def start(self, received: Arrays, private: Arrays) -> Arrays:  # noqa: ARG002
+        """Adapter that local training starts from; by default what was received.
 
         Args:
             received: The global adapter, completed with the site's own value of every array not shared.
             private: The site's private arrays, among them what ``remember`` returned in the site's last round; empty
                 before its first.
         """
+        return received
 
     def encode(
         self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, data: DataConfig
@@ -153,9 +153,8 @@ class Method(ABC):
         """What the model in use at this site answers in words; all as for ``evaluator``, whose model it must be."""
         return partial(greedy, adapted, adapter, batch_size=batch_size)
 
-    @abstractmethod
-    def remember(self, received: Arrays, trained: Arrays) -> Arrays:
-        """Arrays that the site keeps for its next round; they are never sent.
+    def remember(self, received: Arrays, trained: Arrays) -> Arrays:  # noqa: ARG002
+        """Arrays that the site keeps for its next round beside what is not shared; by default none. Never sent.
 
         Their names begin with the method's own name and a slash.
 
@@ -163,3 +162,4 @@ class Method(ABC):
             received: As given to ``start`` (training need not have started there).
             trained: The adapter after local training.
         """
+        return {}

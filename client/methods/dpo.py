@@ -43,10 +43,6 @@ class Dpo(Method):
         """Everything trained is sent."""
         return True
 
-    def start(self, received: Arrays, private: Arrays) -> Arrays:  # noqa: ARG002
-        """What was received."""
-        return received
-
     def encode(
         self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, data: DataConfig
     ) -> Sequence[TokenSequence]:
@@ -65,10 +61,6 @@ class Dpo(Method):
     def local_rule(self, adapted: AdaptedModel, broadcast: Arrays, private: Arrays) -> LocalRule:  # noqa: ARG002
         """DPO's loss in place of the supervised one."""
         return PairwiseLoss(self.config.beta)
-
-    def remember(self, received: Arrays, trained: Arrays) -> Arrays:  # noqa: ARG002
-        """Nothing."""
-        return {}
 
     def measures(
         self, adapted: AdaptedModel, adapter: Arrays, sequences: Sequence[TokenSequence], batch_size: int

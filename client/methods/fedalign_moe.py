@@ -38,10 +38,6 @@ class FedAlignMoe(Method):
         """Everything trained is sent but the routers, which ``model.router=local`` keeps."""
         return True
 
-    def start(self, received: Arrays, private: Arrays) -> Arrays:  # noqa: ARG002
-        """What was received."""
-        return received
-
     def local_rule(self, adapted: AdaptedModel, broadcast: Arrays, private: Arrays) -> LocalRule:
         """Routing statistics of every layer, and the alignment term of each whose statistics were kept last time.
 
@@ -60,7 +56,3 @@ class FedAlignMoe(Method):
         return GateAlignment(
             adapted.routers(), adapted.experts_per_token, targets, self.config.strength, keep_under=_PRIVATE
         )
-
-    def remember(self, received: Arrays, trained: Arrays) -> Arrays:  # noqa: ARG002
-        """Nothing beyond what the rule keeps."""
-        return {}

@@ -64,10 +64,6 @@ class Firm(Method):
         """Everything trained is sent."""
         return True
 
-    def start(self, received: Arrays, private: Arrays) -> Arrays:  # noqa: ARG002
-        """What was received."""
-        return received
-
     def encode(
         self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, data: DataConfig
     ) -> Sequence[TokenSequence]:
@@ -85,10 +81,6 @@ class Firm(Method):
             weights = ServerWeights(broadcast, len(rewards.names), adapted)
             return InClientAlignment(self.config, rewards, private, weights)
         return InClientAlignment(self.config, rewards, private)
-
-    def remember(self, received: Arrays, trained: Arrays) -> Arrays:  # noqa: ARG002
-        """Nothing beyond what the rule keeps."""
-        return {}
 
     def measures(
         self, adapted: AdaptedModel, adapter: Arrays, sequences: Sequence[TokenSequence], batch_size: int

@@ -66,14 +66,6 @@ class Flex(Method):
         choices = {layer: choice.experts for layer, choice in found.layers.items()}
         return Beginning({**adapter, **adapted.grafted(choices, generator)}, _metrics(found), asdict(found))
 
-    def start(self, received: Arrays, private: Arrays) -> Arrays:  # noqa: ARG002
-        """What was received, and the site's graft as it is."""
-        return received
-
-    def remember(self, received: Arrays, trained: Arrays) -> Arrays:  # noqa: ARG002
-        """Nothing: what is not shared is kept anyway."""
-        return {}
-
 
 def _metrics(found: Selection) -> dict[str, float]:
     layers = found.layers.values()

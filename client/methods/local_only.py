@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import ClassVar
 
 from client.methods.base import Method
-from strategies.adapters import Arrays
 
 
 class LocalOnly(Method):
@@ -16,11 +15,3 @@ class LocalOnly(Method):
     def shares(self, name: str) -> bool:  # noqa: ARG002
         """Nothing leaves the site."""
         return False
-
-    def start(self, received: Arrays, private: Arrays) -> Arrays:  # noqa: ARG002
-        """The site's own adapter: no array is shared, so that is what ``received`` was completed with."""
-        return received
-
-    def remember(self, received: Arrays, trained: Arrays) -> Arrays:  # noqa: ARG002
-        """Nothing: what is not shared is kept anyway."""
-        return {}

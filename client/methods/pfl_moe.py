@@ -39,10 +39,6 @@ class PflMoe(Method):
         """Everything trained is sent."""
         return True
 
-    def start(self, received: Arrays, private: Arrays) -> Arrays:  # noqa: ARG002
-        """What was received."""
-        return received
-
     def remember(self, received: Arrays, trained: Arrays) -> Arrays:  # noqa: ARG002
         """The adapter as it was trained here: the local expert."""
         return {_LOCAL + name: array for name, array in trained.items()}

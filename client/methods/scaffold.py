@@ -36,10 +36,6 @@ class Scaffold(Method):
         """Everything trained is sent."""
         return True
 
-    def start(self, received: Arrays, private: Arrays) -> Arrays:  # noqa: ARG002
-        """What was received."""
-        return received
-
     def local_rule(self, adapted: AdaptedModel, broadcast: Arrays, private: Arrays) -> LocalRule:
         """The correction by this round's control variates.
 
@@ -51,10 +47,6 @@ class Scaffold(Method):
             raise ValueError("method=scaffold needs the server's control variate, which strategy=scaffold sends")
         own = under(_OWN, private) or {name: np.zeros_like(array) for name, array in server.items()}
         return GradientCorrection(own, server, adapted)
-
-    def remember(self, received: Arrays, trained: Arrays) -> Arrays:  # noqa: ARG002
-        """Nothing beyond the control variate that the rule keeps."""
-        return {}
 
 
 class Layout(Protocol):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from client.methods.base import Method
-from strategies.adapters import Arrays
 
 
 class Sft(Method):
@@ -12,11 +11,3 @@ class Sft(Method):
     def shares(self, name: str) -> bool:  # noqa: ARG002
         """Everything trained is sent."""
         return True
-
-    def start(self, received: Arrays, private: Arrays) -> Arrays:  # noqa: ARG002
-        """What was received."""
-        return received
-
-    def remember(self, received: Arrays, trained: Arrays) -> Arrays:  # noqa: ARG002
-        """Nothing."""
-        return {}
