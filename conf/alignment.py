@@ -14,6 +14,8 @@ from strategies.base import require
 
 MIN_PROMPT_TOKENS = 8
 """A prompt that may have less is a mistake in the settings."""
+BUILT_IN_REWARDS = frozenset({"brevity", "format", "length", "sentiment"})
+"""Rewards that need no model; any other has a source."""
 
 
 class Estimator(Enum):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from conf.alignment import MIN_PROMPT_TOKENS, AlignmentConfig, DpoConfig, FirmConfig
+from conf.alignment import BUILT_IN_REWARDS, MIN_PROMPT_TOKENS, AlignmentConfig, DpoConfig, FirmConfig
 from conf.schema import (
     Config,
     ExpertTraining,
@@ -107,6 +107,13 @@ def _check_alignment(config: Config) -> None:
             f"method.max_new_tokens={method.max_new_tokens} leaves less than {MIN_PROMPT_TOKENS} tokens of "
             f"data.max_length={data.max_length} for a prompt"
         )
+    if isinstance(method, FirmConfig) and config.federation.mode is Mode.simulation:
+        unknown = [reward for reward in method.rewards if ":" not in reward and reward not in BUILT_IN_REWARDS]
+        if unknown:
+            raise ValueError(
+                f"method.rewards: {unknown[0]!r} is none of {sorted(BUILT_IN_REWARDS)}; write {unknown[0]}:FOLDER or "
+                f"{unknown[0]}:HUB_NAME"
+            )
     if config.strategy.name == "fedcmoo" and (method.preference is not None or method.site_preferences):
         raise ValueError(
             "strategy=fedcmoo takes no method.preference, its server weighs the objectives: strategy=firm does"

@@ -4,12 +4,17 @@ import numpy as np
 import pytest
 
 from client.rewards import PROGRAMMATIC, Rewards
+from conf.alignment import BUILT_IN_REWARDS
 
 TEXTS = ["Good.", "", "a\nb", "x" * 200, "Ünïcode!"]
 
 
 def scores(name, *texts):
     return PROGRAMMATIC[name]([""] * len(texts), list(texts)).tolist()
+
+
+def test_settings_know_every_programmatic_reward():
+    assert set(PROGRAMMATIC) == BUILT_IN_REWARDS
 
 
 def test_length_and_brevity_can_only_be_traded():

@@ -91,3 +91,12 @@ def test_aggregation_of_firms_updates_is_replaceable():
 def test_contradictions_are_refused(words, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         load_config(words)
+
+
+def test_a_reward_that_nobody_has_is_refused_in_a_simulation_alone():
+    """A real site may have a model of its own for it."""
+    words = ["strategy=firm", "method.rewards=[kindness,format]"]
+    with pytest.raises(ValueError, match=r"method.rewards: 'kindness' is none of .*write kindness:FOLDER"):
+        load_config(words)
+    load_config([*words, "federation=remote", "federation.superlink=127.0.0.1:8000"])
+    load_config(["strategy=firm", "method.rewards=[kindness:heads/kind,format]"])
