@@ -31,7 +31,7 @@ from benchmarks.render import write_results
 from benchmarks.robust_rules import RULES, behind_clair
 from client.assemble import model_for
 from client.embedded import DOMAINS, embedded_rows
-from client.evaluation import held_out_loss, response_logits
+from client.evaluation.held_out import held_out_loss, response_logits
 from client.model import AdaptedModel
 from client.private import PrivateStore
 from client.site import Site

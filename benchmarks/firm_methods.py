@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.firm_problems import Array, Problem
-from client.min_norm import gram_matrix, min_norm_weights, normalised_gram
+from client.alignment.min_norm import gram_matrix, min_norm_weights, normalised_gram
 from strategies.fedcmoo import next_weights, sparsified, truncated
 from strategies.simplex import Weights, minimiser
 

@@ -26,7 +26,7 @@ from benchmarks.dolly_tasks import PARTITIONS, SIZES, VERSION, overrides
 from benchmarks.federation import Federation, simulated
 from benchmarks.flex_tables import markdown, own_scores
 from benchmarks.render import HERE
-from client.examination import examine
+from client.evaluation.examination import examine
 from client.site import POOLED
 from conf.compose import load_config
 from server.evaluation import put_together, scored_at_server

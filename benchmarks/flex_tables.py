@@ -8,8 +8,8 @@ from typing import Any
 
 from benchmarks.cells import Outcome, Row
 from benchmarks.contenders import PERSONAL
-from client.measured import BASE, GLOBAL
-from client.measured import PERSONAL as OWN
+from client.evaluation.measured import BASE, GLOBAL
+from client.evaluation.measured import PERSONAL as OWN
 from server.intervals import with_interval
 
 BASELINE = "fedavg"

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.federation import Federation
-from client.evaluation import held_out_loss
+from client.evaluation.held_out import held_out_loss
 from client.model import AdaptedModel
 from client.text import IGNORED_LABEL, Example, TokenSequence, collate, encode
 from conf.schema import Config

@@ -19,7 +19,7 @@ from client.assemble import real_site, simulated_site
 from client.bases import materialise
 from client.call import Call
 from client.data import site_names
-from client.examination import examine
+from client.evaluation.examination import examine
 from client.failures import reason_of
 from client.messages import EVALUATE, JOIN, TRAIN, Asked, Joined, Request, Sender
 from client.model import base_model_loads

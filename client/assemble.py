@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from client.data import CENTRALISED, SiteData, own_site, simulated_sites
-from client.examination import EvalSet, held_out_set
-from client.general_sets import general_sets
+from client.evaluation.examination import EvalSet, held_out_set
+from client.evaluation.general_sets import general_sets
 from client.methods import method_for
 from client.model import AdaptedModel, adapted_model
 from client.private import PrivateStore

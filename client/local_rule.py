@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from client.evaluation import response_nll
+from client.evaluation.held_out import response_nll
 from client.model import AdaptedModel
 from client.routing import ExpertTokenCounter
 from client.text import TokenSequence, collate

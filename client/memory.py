@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 from torch.utils._pytree import tree_leaves
 
 from client.checkpointing import checkpointed_layers
-from client.evaluation import response_nll
+from client.evaluation.held_out import response_nll
 from client.model import AdaptedModel
 from client.text import IGNORED_LABEL, TokenSequence, collate
 from conf.schema import TrainConfig

@@ -28,12 +28,12 @@ from flwr.proto.message_pb2 import Message as ProtoMessage
 from google.protobuf.message import EncodeError
 from numpy.typing import DTypeLike, NDArray
 
-from client.measured import Measured
+from client.evaluation.measured import Measured
 from strategies.adapters import Arrays
 from strategies.base import ClientUpdate
 
 if TYPE_CHECKING:  # torch takes seconds to import, and who only passes messages on needs none
-    from client.evaluation import HeldOutLoss
+    from client.evaluation.held_out import HeldOutLoss
 
 FORMAT = 4
 """Version of this protocol; a reply with another one is refused."""
@@ -337,7 +337,7 @@ def _sender(*, site: object, settings_hash: object, process: object, base_model_
 
 def _held_out_loss(*, loss: Any, num_tokens: Any, num_examples: Any, metrics: Any) -> HeldOutLoss:
     """A loss out of foreign JSON, of the right types."""
-    from client.evaluation import HeldOutLoss  # noqa: PLC0415 - see the top of this file
+    from client.evaluation.held_out import HeldOutLoss  # noqa: PLC0415 - see the top of this file
 
     measured = {str(name): float(value) for name, value in metrics.items()}
     return HeldOutLoss(loss=float(loss), num_tokens=int(num_tokens), num_examples=int(num_examples), metrics=measured)

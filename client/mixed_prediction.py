@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import LogitsProcessor
 
-from client.evaluation import HeldOutLoss, reading_hidden_states, response_logits
+from client.evaluation.held_out import HeldOutLoss, reading_hidden_states, response_logits
 from client.model import AdaptedModel
 from client.text import TokenSequence, collate
 from strategies.adapters import Arrays

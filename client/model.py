@@ -24,8 +24,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from client.adapter_layout import ADAPTER, adapter_slots, moe_layers, peft_config, train_replaced_in_float32
 from client.bases import BaseIdentity, materialise, without_progress_bars
 from client.experts import use_engine
-from client.graft_layout import graft_slots, graft_spec
-from client.grafts import NO_GRAFT, Graft, attach_grafts, graft_name, is_graft_array
+from client.grafting.grafts import NO_GRAFT, Graft, attach_grafts, graft_name, is_graft_array
+from client.grafting.layout import graft_slots, graft_spec
 from client.quantization import quantize_int8
 from client.routing import ExpertTokenCounter, RoutedTokens, count_router_choices
 from conf.schema import GraftConfig, LoraConfig, ModelConfig, Quantization

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cache, cached_property
 
-from client.evaluation import HeldOutLoss, held_out_loss
-from client.examination import EvalSet, ModelInUse, held_out_set
+from client.evaluation.examination import EvalSet, ModelInUse, held_out_set
+from client.evaluation.held_out import HeldOutLoss, held_out_loss
 from client.methods import method_for
 from client.model import AdaptedModel, adapted_model
 from client.private import PrivateStore, under
@@ -67,7 +67,7 @@ class Site:
             adapted: The model, with an adapter of any value.
             config: The run's settings.
             store: The site's private store in this run.
-            other_sets: Sets besides, for the evaluation matrix (``client.examination``); only in simulation.
+            other_sets: Sets besides, for the evaluation matrix (``client.evaluation.examination``); only in simulation.
         """
         self.name = name
         self.adapted = adapted

@@ -17,7 +17,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from client.assemble import model_for, pooled_held_out
 from client.data import held_out_file, site_names
-from client.evaluation import held_out_loss
+from client.evaluation.held_out import held_out_loss
 from client.messages import Request, to_record
 from client.model import AdaptedModel, base_model_loads
 from client.site import shared_arrays

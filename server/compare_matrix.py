@@ -11,7 +11,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from client.measured import BASE, METRICS, MODELS
+from client.evaluation.measured import BASE, METRICS, MODELS
 from server.intervals import with_interval
 from server.record import RunFolder
 

@@ -1,9 +1,9 @@
 """The evaluation matrix of a run: every model on every set, from what the sites tell and what the server measures.
 
 A score is a row: ``model`` (base, global or personal), ``of`` (the site whose model it is, or null), ``on`` (the set: a
-site's held-out data or, between stars, a general one) and the numbers of ``client.measured.Score``. A simulation has
-personal models on everyone's data. Over real sites a personal model stays where it is and so do the data: there
-is its row on its own site's data alone, and general sets are known at the server only.
+site's held-out data or, between stars, a general one) and the numbers of ``client.evaluation.measured.Score``. A
+simulation has personal models on everyone's data. Over real sites a personal model stays where it is and so do the
+data: there is its row on its own site's data alone, and general sets are known at the server only.
 """
 
 from __future__ import annotations
@@ -15,9 +15,19 @@ from typing import Any
 
 import numpy as np
 
-from client.examination import one_adapter, scored
-from client.general_sets import general_sets
-from client.measured import BASE, GLOBAL, LOWER_IS_BETTER, METRICS, MODELS, PERSONAL, Measured, Scored, is_general
+from client.evaluation.examination import one_adapter, scored
+from client.evaluation.general_sets import general_sets
+from client.evaluation.measured import (
+    BASE,
+    GLOBAL,
+    LOWER_IS_BETTER,
+    METRICS,
+    MODELS,
+    PERSONAL,
+    Measured,
+    Scored,
+    is_general,
+)
 from client.model import AdaptedModel
 from client.routing import routing_entropy
 from conf.schema import Config

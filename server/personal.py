@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
-import client.grafts
+import client.grafting.grafts
 from client.assemble import real_site, site_model
-from client.grafts import ARRAYS_FILE, graft_metadata, is_graft_array
+from client.grafting.grafts import ARRAYS_FILE, graft_metadata, is_graft_array
 from client.model import AdaptedModel
 from client.node import default_private_root
 from client.private import PrivateStore
@@ -26,7 +26,7 @@ from server.record import RunFolder
 from strategies.adapters import Arrays
 
 LOADER_FILE = "graft.py"
-"""Copy of ``client/grafts.py`` in an exported folder."""
+"""Copy of ``client/grafting/grafts.py`` in an exported folder."""
 _NOT_ONE_ADAPTER = {
     "pfl_moe": "its sites mix two models by a gate that is fitted when they are evaluated",
     "clair": "its sites' own adapters are not kept in the run folder",
@@ -36,7 +36,7 @@ _NOT_ONE_ADAPTER = {
 
 
 def export_personal(run: Path, site: str, folder: Path, private: Path | None = None) -> None:
-    """Write the model in use at a site for ``client.grafts.load_personal``; without a graft stock PEFT loads it too.
+    """Write the model in use at a site for ``grafts.load_personal``; without a graft stock PEFT loads it too.
 
     Args:
         run: Folder of a completed run.
@@ -79,7 +79,7 @@ def save_personal(adapted: AdaptedModel, adapter: Arrays, folder: Path) -> None:
         of_grafts = {name: np.asarray(array, order="C") for name, array in adapter.items() if is_graft_array(name)}
         metadata = graft_metadata(adapted.layers, adapted.graft_spec)
         safetensors.numpy.save_file(of_grafts, folder / ARRAYS_FILE, metadata)
-        shutil.copy(client.grafts.__file__, folder / LOADER_FILE)
+        shutil.copy(client.grafting.grafts.__file__, folder / LOADER_FILE)
 
 
 def join_run(

@@ -37,9 +37,9 @@ def train(
     data.objective_column; a data.split_column says which pairs are held out.
     """
     # torch takes seconds to import
+    from client.alignment.reward_training import train_head  # noqa: PLC0415
     from client.assemble import model_for  # noqa: PLC0415
     from client.data import own_site  # noqa: PLC0415
-    from client.reward_training import train_head  # noqa: PLC0415
 
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty: choose another folder")

@@ -12,8 +12,8 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
 from flwr.serverapp.strategy import Strategy as FlowerStrategy
 
-from client.evaluation import HeldOutLoss
-from client.measured import Measured
+from client.evaluation.held_out import HeldOutLoss
+from client.evaluation.measured import Measured
 from client.messages import (
     EVALUATE,
     TRAIN,

@@ -10,8 +10,8 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from client.evaluation import HeldOutLoss, held_out_loss
-from client.generation import Generator, greedy
+from client.evaluation.generation import Generator, greedy
+from client.evaluation.held_out import HeldOutLoss, held_out_loss
 from client.local_rule import LocalRule
 from client.model import AdaptedModel
 from client.text import Example, TokenSequence, encode

@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 
+from client.alignment.rollouts import reference_log_probabilities, token_log_probabilities
 from client.local_rule import LocalRule, Step, StepLoss
 from client.methods.base import Method
 from client.model import AdaptedModel
 from client.prompts import PreferencePair, encode_pairs
-from client.rollouts import reference_log_probabilities, token_log_probabilities
 from client.text import Example, TokenSequence, collate
 from conf.alignment import DpoConfig, preference_of
 from conf.schema import DataConfig, MethodConfig

@@ -14,19 +14,19 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from client.critic import Critic
-from client.experience import Experience, advantages_by_critic, advantages_by_group, gather
+from client.alignment.critic import Critic
+from client.alignment.experience import Experience, advantages_by_critic, advantages_by_group, gather
+from client.alignment.objective_gradients import ObjectiveGradients
+from client.alignment.objective_weights import ObjectiveWeights, OwnWeights, ServerWeights
+from client.alignment.policy_gradient import clipped_losses, kl_estimates
+from client.alignment.reward_models import named_rewards
+from client.alignment.rewards import Rewards
+from client.alignment.rollouts import token_log_probabilities
 from client.local_rule import LocalRule, Step, StepLoss
 from client.methods.base import Method
 from client.model import AdaptedModel
-from client.objective_gradients import ObjectiveGradients
-from client.objective_weights import ObjectiveWeights, OwnWeights, ServerWeights
-from client.policy_gradient import clipped_losses, kl_estimates
 from client.private import under
 from client.prompts import PromptSequence, prompt_sequences
-from client.reward_models import named_rewards
-from client.rewards import Rewards
-from client.rollouts import token_log_probabilities
 from client.text import Example, TokenSequence, collate, response_sequence
 from conf.alignment import Estimator, FirmConfig, preference_of
 from conf.schema import DataConfig, MethodConfig
@@ -46,9 +46,9 @@ class Firm(Method):
     different trade-offs, and preferences over the objectives can be given. Everything else is a reconstruction: with
     the gradients g_j of M policy-gradient losses on the adapter, from one rollout, and Q their Gram matrix over the
     mean of its diagonal, lambda minimises lambda' Q lambda plus a regulariser of strength beta
-    (``client.min_norm``), and the step goes along sum_j lambda_j g_j. beta = 0 is MGDA at each site, beta = inf linear
-    scalarisation. Ours too: the estimators (GRPO's groups, or PPO with a value head per objective), KL to the base
-    model in every objective, and the smoothing of lambda.
+    (``client.alignment.min_norm``), and the step goes along sum_j lambda_j g_j. beta = 0 is MGDA at each site,
+    beta = inf linear scalarisation. Ours too: the estimators (GRPO's groups, or PPO with a value head per objective),
+    KL to the base model in every objective, and the smoothing of lambda.
 
     Only the adapter is sent. Value heads and lambda stay in the private store, and Adam's moments if they are kept;
     mean rewards, KL and, if ``method.send_weights``, the round's mean lambda are among the metrics. Under

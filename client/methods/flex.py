@@ -8,8 +8,8 @@ from dataclasses import asdict
 
 import numpy as np
 
-from client.graft_selection import Selection, select_experts
-from client.grafts import is_graft_array
+from client.grafting.grafts import is_graft_array
+from client.grafting.selection import Selection, select_experts
 from client.methods.base import Beginning, Method
 from client.model import AdaptedModel
 from client.text import TokenSequence
@@ -23,9 +23,9 @@ class Flex(Method):
     """FLEx's local half (2025, https://arxiv.org/abs/2506.00965): expert grafting.
 
     Before its first round a site finds the pretrained expert that alone comes nearest to each layer on its data
-    (``client.graft_selection``), and starts a graft from it (``client.grafts``). Graft and shared part are trained
-    together; the latter is sent, graft and choice stay in the private store. Before that, and without a graft, a
-    site uses the shared part alone, as the server does.
+    (``client.grafting.selection``), and starts a graft from it (``client.grafting.grafts``). Graft and shared part
+    are trained together; the latter is sent, graft and choice stay in the private store. Before that, and without a
+    graft, a site uses the shared part alone, as the server does.
 
     Reconstructed, since the paper's formulas are known second-hand: the form of the gate, that all gates start at
     1/2, and that the graft is always on, beside the experts that the router chooses. ``start=exact`` is ours.

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import ClassVar
 
-from client.evaluation import HeldOutLoss
-from client.generation import Generator, greedy
+from client.evaluation.generation import Generator, greedy
+from client.evaluation.held_out import HeldOutLoss
 from client.methods.base import Evaluator, Method
 from client.mixed_prediction import Gate, MixedTokens, fitted_gate, mixed_loss, predictions
 from client.model import AdaptedModel

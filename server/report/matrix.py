@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from client.measured import LOWER_IS_BETTER, METRICS, PERSONAL, is_general
+from client.evaluation.measured import LOWER_IS_BETTER, METRICS, PERSONAL, is_general
 from server.report.heat import Cell, Heat, Scale, Value, round_up
 from server.report.runs import Run
 

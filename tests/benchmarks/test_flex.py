@@ -15,7 +15,7 @@ from benchmarks.contenders import PERSONAL
 from benchmarks.dolly_tasks import PARTITIONS, SIZES, TASKS
 from benchmarks.flex import Cell, graft_spread, report, run_cell, score, study_of
 from benchmarks.flex_tables import markdown
-from client.measured import Measured, RelativeCost, Score, Scored
+from client.evaluation.measured import Measured, RelativeCost, Score, Scored
 from server.evaluation import put_together
 from strategies.base import ClientUpdate
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from client.graft_selection import select_experts
+from client.grafting.selection import select_experts
 from client.memory import Shape, TrainingMemory, choose_micro_batch, free_bytes, step_peak_bytes
 from client.model import AdaptedModel, load_base
 from client.runtime import configure_torch, resolve_device

@@ -16,7 +16,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from hypothesis import given
 from hypothesis import strategies as st
 
-from client.evaluation import HeldOutLoss
+from client.evaluation.held_out import HeldOutLoss
 from client.messages import (
     EVALUATE,
     JOIN,

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from client.evaluation import held_out_loss
-from client.generation import greedy
+from client.evaluation.generation import greedy
+from client.evaluation.held_out import held_out_loss
 from client.mixed_prediction import Gate, MixedTokens, Predictions, fitted_gate, mixed_loss, predictions
 from client.model import AdaptedModel, load_base
 from conf.schema import LoraConfig

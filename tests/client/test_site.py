@@ -9,7 +9,7 @@ import safetensors.numpy
 import torch
 from transformers import AutoModelForCausalLM
 
-from client.evaluation import held_out_loss
+from client.evaluation.held_out import held_out_loss
 from client.methods import method_for
 from client.model import adapted_model, base_model_loads
 from client.private import PrivateStore

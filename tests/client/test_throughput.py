@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from client.evaluation import response_nll
+from client.evaluation.held_out import response_nll
 from client.model import AdaptedModel, load_base
 from client.text import TokenSequence, collate
 from client.throughput import ThroughputMeter, matmul_flops_per_second, peak_memory_bytes, training_flops

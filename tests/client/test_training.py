@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from client.evaluation import held_out_loss
+from client.evaluation.held_out import held_out_loss
 from client.model import AdaptedModel, load_base
 from conf.schema import ExpertTraining, LoraConfig, OptimizerState, Precision, RouterTraining
 from tests.client.local_training import distance, eight_sequences, gradient, noisy, run

@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM
 import server.app
 from client.assemble import pooled_held_out, simulated_site
 from client.embedded import embedded_rows
-from client.evaluation import held_out_loss
-from client.grafts import is_graft_array
+from client.evaluation.held_out import held_out_loss
+from client.grafting.grafts import is_graft_array
 from client.messages import EVALUATE, JOIN, TRAIN, decode_losses, decode_request, decode_update
 from client.model import adapted_model
 from client.site import POOLED, shared_arrays

@@ -7,7 +7,7 @@ import math
 
 from rich.console import Console
 
-from client.measured import Score, Scored
+from client.evaluation.measured import Score, Scored
 from server.compare_matrix import by_seeds, matrix_tables
 from server.evaluation import put_together
 from server.record import RunFolder, evaluation_json

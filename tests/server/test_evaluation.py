@@ -10,8 +10,8 @@ import torch
 
 from client.assemble import held_out_sets
 from client.embedded import embedded_rows
-from client.evaluation import held_out_loss
-from client.measured import Measured, RelativeCost, Score, Scored
+from client.evaluation.held_out import held_out_loss
+from client.evaluation.measured import Measured, RelativeCost, Score, Scored
 from client.messages import EVALUATE, decode_measured, encode_losses, payload_bytes
 from client.messages import decode_losses as losses_of
 from client.model import adapted_model

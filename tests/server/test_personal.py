@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from client.assemble import simulated_site
 from client.embedded import embedded_rows
-from client.grafts import load_personal
+from client.grafting.grafts import load_personal
 from client.private import under
 from conf.compose import load_config
 from server.personal import export_personal, join_run

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flwr.app import Message, RecordDict
 
-from client.evaluation import HeldOutLoss
+from client.evaluation.held_out import HeldOutLoss
 from client.messages import EVALUATE, JOIN, TRAIN, decode_losses, decode_request, decode_update, encode_losses
 from client.site import POOLED
 from conf.compose import load_config

@@ -8,15 +8,15 @@ import pytest
 import torch
 
 from benchmarks.federation import simulated
-from client.examination import examine
-from client.experience import gather
+from client.alignment.experience import gather
+from client.alignment.min_norm import min_norm_weights, normalised_gram
+from client.alignment.reward_models import named_rewards
+from client.evaluation.examination import examine
+from client.evaluation.measured import BASE, GLOBAL
 from client.local_rule import Step
-from client.measured import BASE, GLOBAL
 from client.methods.firm import Firm, InClientAlignment
-from client.min_norm import min_norm_weights, normalised_gram
 from client.model import adapted_model, base_model_loads
 from client.private import under
-from client.reward_models import named_rewards
 from conf.alignment import Estimator, FirmConfig, Regulariser
 from conf.compose import load_config
 from conf.schema import DataConfig, LoraConfig, Template

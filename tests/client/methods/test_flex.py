@@ -10,8 +10,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from client.adapter_layout import adapter_slots, moe_layers, peft_config
-from client.evaluation import held_out_loss
-from client.grafts import is_graft_array
+from client.evaluation.held_out import held_out_loss
+from client.grafting.grafts import is_graft_array
 from client.methods import method_for
 from client.private import under
 from client.text import encode

@@ -2,7 +2,7 @@
 
 import pytest
 
-from client.evaluation import held_out_loss
+from client.evaluation.held_out import held_out_loss
 from client.mixed_prediction import fitted_gate, mixed_loss, predictions
 from client.private import under
 from client.text import encode

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from client.measured import Measured, RelativeCost, Score, Scored
+from client.evaluation.measured import Measured, RelativeCost, Score, Scored
 from server.evaluation import put_together
 from server.record import evaluation_json
 from server.report.matrix import matrix_views

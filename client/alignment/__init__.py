@@ -1,0 +1,1 @@
+"""Several objectives: sampled answers, their rewards, and what to do with them."""

@@ -1,0 +1,1 @@
+"""What a site's models are worth, in numbers."""

@@ -1,0 +1,140 @@
+"""A site's part in the evaluation matrix: which of its models are tested on which sets, and how.
+
+Every model is tested in the same way: by the loss and the answers of what is in use. That is the base with one adapter,
+or what a method says (``Method.one_adapter``, ``.evaluator``, ``.generator``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from client.evaluation.choices import Question, accuracy, questions_of
+from client.evaluation.generation import Generator, greedy, rouge_l
+from client.evaluation.held_out import held_out_loss
+from client.evaluation.measured import BASE, GLOBAL, PERSONAL, Measured, RelativeCost, Score, Scored
+from client.evaluation.relative_cost import relative_cost
+from client.methods.base import Evaluator
+from client.model import AdaptedModel
+from client.text import Example, encode, encode_prompts
+from conf.schema import Config
+from strategies.adapters import Arrays
+
+if TYPE_CHECKING:
+    from client.site import Site
+
+
+@dataclass(frozen=True)
+class EvalSet:
+    """What a model is tested on; what there is none of is not measured."""
+
+    examples: Sequence[Example] = ()
+    """For loss and ROUGE-L."""
+    questions: Sequence[Question] = ()
+    """For accuracy."""
+
+
+@dataclass(frozen=True)
+class ModelInUse:
+    """A model as it is used: what a response costs it, and what it answers itself."""
+
+    loss: Evaluator
+    generator: Callable[[], Generator]
+    """Makes what answers; a method may have to fit something first."""
+
+
+def held_out_set(examples: Sequence[Example], config: Config) -> EvalSet:
+    """Held-out examples as a test, with questions if ``eval.options`` says what a response may be."""
+    return EvalSet(examples, questions_of(examples, config.eval.options))
+
+
+def one_adapter(adapted: AdaptedModel, adapter: Arrays, config: Config) -> ModelInUse:
+    """The base model with this adapter and nothing else."""
+    size = config.eval.batch_size
+    return ModelInUse(
+        partial(held_out_loss, adapted, adapter, batch_size=size),
+        lambda: partial(greedy, adapted, adapter, batch_size=size),
+    )
+
+
+def score(model: ModelInUse, on: EvalSet, adapted: AdaptedModel, config: Config) -> Score:
+    """The model on a set: loss of all examples, ROUGE-L of the first ``eval.num_answers``, accuracy of all questions.
+
+    Raises:
+        ValueError: If no example fits ``data.max_length``.
+    """
+    found: dict[str, float] = {}
+    if on.examples:
+        loss = model.loss(encode(on.examples, adapted.tokenizer, config.data))
+        found |= {"loss": loss.loss, "num_tokens": loss.num_tokens, "num_examples": loss.num_examples}
+    answered = on.examples[: config.eval.num_answers]
+    if answered:
+        prompts = encode_prompts(answered, adapted.tokenizer, config.data)
+        tokens = model.generator()(prompts, config.eval.max_new_tokens)
+        answers = adapted.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        found |= {
+            "rouge_l": rouge_l(answers, [example.response for example in answered]),
+            "num_answers": len(answered),
+        }
+    if on.questions:
+        found |= {
+            "accuracy": accuracy(model.loss, on.questions, adapted.tokenizer, config.data),
+            "num_questions": len(on.questions),
+        }
+    return Score(**found)  # type: ignore[arg-type]
+
+
+def scored(
+    name: str, model: ModelInUse, sets: Mapping[str, EvalSet], adapted: AdaptedModel, config: Config
+) -> Iterable[Scored]:
+    """The model called ``name`` on each of the sets."""
+    for on, evaluated in sets.items():
+        yield Scored(model=name, on=on, score=score(model, evaluated, adapted, config))
+
+
+def examine(site: Site, received: Arrays, global_adapter: Arrays) -> Measured:
+    """The base and the global model on the sets that are the site's own, and the model in use on all that it has.
+
+    The latter only where it is another than the global one. All sets are more than the site's own in simulation alone,
+    where the other sites' data lie on the same machine.
+
+    Args:
+        site: The site, after its last round.
+        received: What the server sent it last.
+        global_adapter: What it would have sent a site that gets nothing of its own.
+
+    Raises:
+        ValueError: As ``Site.evaluate``.
+    """
+    adapted, config = site.adapted, site.config
+    initial = adapted.initial_adapter(config.seed)
+    everyones = {**initial, **global_adapter}
+    plain = one_adapter(adapted, everyones, config)
+    found = [*scored(BASE, one_adapter(adapted, initial, config), site.own_sets, adapted, config)]
+    if not site.method.personal:
+        found += scored(GLOBAL, plain, site.own_sets, adapted, config)
+    cost = None
+    if _is_another(site, received, everyones):
+        in_use = site.in_use(received)
+        found += scored(PERSONAL, in_use, {**site.own_sets, **site.other_sets}, adapted, config)
+        cost = _cost(site, in_use, plain)
+    return Measured(scores=tuple(found), cost=cost)
+
+
+def _is_another(site: Site, received: Arrays, everyones: Arrays) -> bool:
+    """Whether the model in use at the site may answer otherwise than the global one."""
+    if not site.method.one_adapter:
+        return True
+    own = site.adapter_in_use(received)
+    return any(not np.array_equal(own[name], everyones[name]) for name in everyones)
+
+
+def _cost(site: Site, in_use: ModelInUse, plain: ModelInUse) -> RelativeCost | None:
+    """Over a batch of the site's own held-out examples."""
+    own = next(own for own in site.own_sets.values() if own.examples)
+    sequences = encode(own.examples, site.adapted.tokenizer, site.config.data)[: site.config.eval.batch_size]
+    return relative_cost(in_use.loss, plain.loss, sequences)

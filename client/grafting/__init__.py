@@ -1,0 +1,1 @@
+"""FLEx's personal experts: which one, its forward pass, its file."""

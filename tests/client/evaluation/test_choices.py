@@ -1,0 +1,68 @@
+"""Multiple choice against transformers' own loss of each option."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from client.evaluation.choices import Question, accuracy, questions_of
+from client.evaluation.held_out import held_out_loss
+from client.model import AdaptedModel, load_base
+from client.text import Example
+from conf.schema import DataConfig, LoraConfig, Template, Truncation
+from tests.client.local_training import noisy
+from tests.client.tiny_models import save_tiny_base
+
+DATA = DataConfig(template=Template.plain, max_length=40)
+OPTIONS = [("red", "a very long green answer"), ("x", "yy", "zzz"), ("no", "yes"), ("cat", "dog", "cow", "owl")]
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory):
+    config = save_tiny_base(tmp_path_factory.mktemp("base"), "olmoe")
+    return AdaptedModel(load_base(config, torch.device("cpu")), config, LoraConfig(rank=2))
+
+
+@pytest.fixture(scope="module")
+def adapter(adapted):
+    return noisy(adapted.initial_adapter(0), deviation=0.3)
+
+
+def naive_choice(adapted, adapter, question):
+    """The option whose tokens, end of sequence included, have the least mean loss behind the prompt."""
+    adapted.load_adapter(adapter)
+    adapted.model.eval()
+    prompt = [257, *f"{question.prompt}\n".encode()]
+    losses = []
+    for option in question.options:
+        answer = [*option.encode(), 258]
+        labels = [-100] * len(prompt) + answer
+        with torch.no_grad():
+            output = adapted.model(input_ids=torch.tensor([prompt + answer]), labels=torch.tensor([labels]))
+        losses.append(output.loss.item())
+    return losses.index(min(losses))
+
+
+@pytest.mark.parametrize("change", [{}, {"packing": True}, {"truncation": Truncation.drop}])
+def test_accuracy_counts_the_options_of_least_loss_per_token(adapted, adapter, change):
+    """Two questions are asked for what the model chooses, two for something else."""
+    questions = [Question(f"Ask {n}", "", options, 0) for n, options in enumerate(OPTIONS)]
+    chosen = [naive_choice(adapted, adapter, question) for question in questions]
+    wanted = [chosen[0], chosen[1], 1 - chosen[2], (chosen[3] + 1) % 4]
+    asked = [Question(f"Ask {n}", "", options, wanted[n]) for n, options in enumerate(OPTIONS)]
+    loss = partial(held_out_loss, adapted, adapter, batch_size=4)
+    data = DataConfig(**{"template": Template.plain, "max_length": 40, **change})
+    assert accuracy(loss, asked, adapted.tokenizer, data) == 0.5
+
+
+def test_examples_become_questions_between_the_options_that_there_are():
+    examples = [Example("a", "x", "no"), Example("b", "", "perhaps"), Example("c", "", "yes")]
+    assert questions_of(examples, ["yes", "no"]) == [
+        Question("a", "x", ("yes", "no"), 1), Question("c", "", ("yes", "no"), 0)
+    ]  # fmt: skip
+    assert questions_of(examples, []) == []
+
+
+def test_no_questions_are_an_error(adapted, adapter):
+    with pytest.raises(ValueError, match="no questions to answer"):
+        accuracy(partial(held_out_loss, adapted, adapter, batch_size=4), [], adapted.tokenizer, DATA)

@@ -1,0 +1,158 @@
+"""The losses that choose an expert, against a layer from which all others are taken away by hand."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tests.client.test_grafts import grafted_model
+from torch import Tensor
+
+import client.grafting.selection
+from client.grafting.selection import select_experts, surviving_weights
+from client.model import AdaptedModel
+from client.text import TokenSequence
+from tests.client.tiny_models import MOE_FAMILIES, NUM_EXPERTS, random_tokens
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+
+CASES: list[tuple[str, dict[str, Any]]] = [
+    *((family, {}) for family in (*MOE_FAMILIES, "nemotron_h")),
+    ("olmoe", {"norm_topk_prob": True}),
+    ("deepseek_v3", {"norm_topk_prob": False}),
+]
+
+
+def sequences(lengths: tuple[int, ...] = (9, 4, 7)) -> list[TokenSequence]:
+    """Of different lengths, so that batches are padded."""
+    ids = [random_tokens(1, length, seed=length)[0].tolist() for length in lengths]
+    return [TokenSequence(tokens, tokens, [len(tokens)]) for tokens in ids]
+
+
+def block_inputs(adapted: AdaptedModel, layer: str) -> Tensor:
+    """(N, D) what reaches the base model's layer, sequence by sequence, without padding."""
+    model, inputs = adapted.base.model, []
+    hook = model.get_submodule(layer).register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
+    with torch.no_grad():
+        for sequence in sequences():
+            model(torch.tensor([sequence.input_ids]))
+    hook.remove()
+    return torch.cat([tensor.reshape(-1, tensor.shape[-1]) for tensor in inputs])
+
+
+def routed(adapted: AdaptedModel, layer: str, x_ND: Tensor) -> Tensor:
+    """(N, D) F: the base model's whole layer without its shared expert."""
+    block: Any = adapted.base.model.get_submodule(layer)
+    output = block(x_ND[None])
+    output = (output[0] if isinstance(output, tuple) else output).reshape(x_ND.shape)
+    return output - block.shared_experts(x_ND) if hasattr(block, "shared_experts") else output
+
+
+def naive_weights(adapted: AdaptedModel, layer: str, x_ND: Tensor, survivors: tuple[int, ...]) -> Tensor:
+    """(N, survivors) by each family's own rule, with the dropped experts' logits left out of every sum."""
+    config, block = adapted.base.model.config, adapted.base.model.get_submodule(layer)
+    router: Any = block.router if hasattr(block, "router") else block.gate
+    logits_NS = torch.nn.functional.linear(x_ND, router.weight, getattr(router, "bias", None))[:, survivors]
+    if not hasattr(config, "routed_scaling_factor"):
+        return logits_NS.softmax(dim=1)
+    score_NS = logits_NS.sigmoid()
+    groups = {expert // (NUM_EXPERTS // config.n_group) for expert in survivors}
+    if len(groups) > config.topk_group:  # of two groups with one survivor each, only the better is looked at
+        score_NS = score_NS * (score_NS == score_NS.max(dim=1, keepdim=True).values)
+    if config.norm_topk_prob:
+        score_NS = score_NS / score_NS.sum(dim=1, keepdim=True)
+    return score_NS * config.routed_scaling_factor
+
+
+def naive_loss(adapted: AdaptedModel, layer: str, survivors: tuple[int, ...]) -> float:
+    """Sum of ||F - F_S|| over the tokens, with F_S by transformers' own experts, one token's survivors at a time."""
+    x_ND = block_inputs(adapted, layer)
+    experts: Any = adapted.base.model.get_submodule(f"{layer}.experts")
+    indices_NS = torch.tensor([survivors] * len(x_ND))
+    with torch.no_grad():
+        left_ND = experts(x_ND, indices_NS, naive_weights(adapted, layer, x_ND, survivors))
+        return float((routed(adapted, layer, x_ND) - left_ND).norm(dim=1).sum())
+
+
+def select(adapted: AdaptedModel, num_experts: int, batch_size: int = 2) -> client.grafting.selection.Selection:
+    adapted.load_adapter(adapted.initial_adapter(seed=0))
+    return select_experts(adapted, sequences(), num_experts, batch_size)
+
+
+@pytest.mark.parametrize(("family", "overrides"), CASES)
+def test_losses_are_those_of_the_layer_without_all_others(family: str, overrides: dict[str, Any]) -> None:
+    adapted = grafted_model(family, **overrides)
+    found = select(adapted, 2)
+    assert found.layers.keys() == adapted.layers.keys()
+    for layer, choice in found.layers.items():
+        alone = [naive_loss(adapted, layer, (expert,)) for expert in range(NUM_EXPERTS)]
+        best, second = np.sort(alone)[:2]
+        first = int(np.argmin(alone))
+        pairs = {other: naive_loss(adapted, layer, (first, other)) for other in range(NUM_EXPERTS) if other != first}
+        assert choice.experts == (first, min(pairs, key=lambda other: pairs[other]))
+        assert choice.loss == pytest.approx(min(pairs.values()), rel=1e-4)
+        (single,) = (select(adapted, 1).layers[layer],)
+        assert single.experts == (first,)
+        assert single.loss == pytest.approx(best, rel=1e-4)
+        assert single.spread == pytest.approx((second - best) / second, rel=1e-2)
+        assert not single.is_tie
+
+
+def test_with_every_expert_chosen_and_used_nothing_is_left_to_lose() -> None:
+    """Where each token goes to all experts, dropping none changes nothing."""
+    adapted = grafted_model("mixtral", num_experts_per_tok=NUM_EXPERTS)
+    for choice in select(adapted, NUM_EXPERTS).layers.values():
+        assert sorted(choice.experts) == list(range(NUM_EXPERTS))
+        assert choice.loss == pytest.approx(0, abs=1e-4)
+
+
+def test_neither_batches_nor_pieces_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    adapted = grafted_model("gpt_oss")
+    whole = select(adapted, 1, batch_size=3)
+    monkeypatch.setattr(client.grafting.selection, "_VALUES_AT_A_TIME", 1)
+    apart = select(adapted, 1, batch_size=1)
+    assert whole.num_tokens == apart.num_tokens == 20
+    for layer, choice in whole.layers.items():
+        assert apart.layers[layer].experts == choice.experts
+        assert apart.layers[layer].loss == pytest.approx(choice.loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("num_experts", [1, 2])
+def test_copies_of_one_expert_are_a_tie(num_experts: int) -> None:
+    adapted = grafted_model("olmoe")
+    with torch.no_grad():
+        for experts in adapted.experts().values():
+            for weight in experts.parameters(recurse=False):
+                weight.copy_(weight[:1].expand_as(weight))
+    found = select(adapted, num_experts)
+    for choice in found.layers.values():
+        assert choice.is_tie
+        assert choice.experts == tuple(range(num_experts))
+
+
+def test_two_of_the_same_kind_and_one_better_are_no_tie() -> None:
+    adapted = grafted_model("olmoe")
+    before = select(adapted, 1)
+    for layer, choice in before.layers.items():
+        (best,) = choice.experts
+        others = [expert for expert in range(NUM_EXPERTS) if expert != best]
+        with torch.no_grad():
+            for weight in adapted.experts()[layer].parameters(recurse=False):
+                weight[others[0]] = weight[others[1]]
+    assert not next(iter(select(adapted, 1).layers.values())).is_tie
+
+
+@pytest.mark.parametrize("family", ["olmoe", "deepseek_v3"])
+def test_a_router_is_as_it_was_afterwards(family: str) -> None:
+    adapted = grafted_model(family)
+    layer, router = next(iter(adapted.routers().items()))
+    hidden_ND = torch.randn(5, 16, generator=torch.Generator().manual_seed(0))
+    before = [tensor.clone() for tensor in router(hidden_ND)]
+    for survivors in itertools.combinations(range(NUM_EXPERTS), 2):
+        weights_NS = surviving_weights(router, hidden_ND, NUM_EXPERTS, survivors)
+        torch.testing.assert_close(weights_NS, naive_weights(adapted, layer, hidden_ND, survivors))
+    for tensor, again in zip(before, router(hidden_ND), strict=True):
+        torch.testing.assert_close(tensor, again)
