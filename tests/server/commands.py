@@ -43,7 +43,8 @@ def run_folder(output: str) -> Path:
 
 
 def summary(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "summary.json").read_text())
+    found: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+    return found
 
 
 def rows(folder: Path, kind: str) -> list[dict[str, Any]]:
@@ -189,4 +190,5 @@ def _ended(mark: str) -> Iterator[None]:
 def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+        port: int = listener.getsockname()[1]
+    return port

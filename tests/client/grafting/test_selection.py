@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.client.test_grafts import grafted_model
+from tests.client.grafting.test_grafts import grafted_model
 from torch import Tensor
 
 import client.grafting.selection
