@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.client.grafting.test_grafts import grafted_model
 from torch import Tensor
 
 import client.grafting.selection
 from client.grafting.selection import select_experts, surviving_weights
 from client.model import AdaptedModel
 from client.text import TokenSequence
+from tests.client.grafting.test_grafts import grafted_model
 from tests.client.tiny_models import MOE_FAMILIES, NUM_EXPERTS, random_tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
