@@ -124,7 +124,7 @@ def main() -> None:
     parser.add_argument("--workload", choices=list(WORKLOADS), default="clinc")
     parser.add_argument("--experts", choices=["lora", "full"], default="lora")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    add_arguments(parser, CONTENDERS, tuning_seeds=[100, 101])
+    add_arguments(parser, CONTENDERS, tuning_seeds=[100])
     given = parser.parse_args()
     results = HERE / "results" / f"fc_moe_{given.workload}_{given.experts}.json"
     study = study_of(given.workload, given.experts, given.seeds, given.tuning_seeds)

@@ -29,7 +29,7 @@ from conf.schema import DataConfig, Template, Truncation
 from conf.seeds import generator_for
 
 NUM_WORDS = 2000
-PRETRAINING = PretrainConfig(steps=800, prompt_weight=0.3)
+PRETRAINING = PretrainConfig(steps=3000, prompt_weight=0.3)
 MAX_LENGTH = 32
 SHARES = (0.3, 0.15, 0.1, 0.1, 0.35)
 """Of each sort of pre-training text."""
@@ -42,7 +42,7 @@ WORD = "word:"
 
 
 def word_base(data: Path, labels: Iterable[str], pretraining: PretrainConfig = PRETRAINING) -> Path:
-    """Folder of the model in transformers' format, built if it is not in the cache yet: a minute of one core.
+    """Folder of the model in transformers' format, built if it is not in the cache yet: minutes of one core.
 
     Args:
         data: Folder of the data sets.

@@ -158,7 +158,7 @@ def _dirichlet(alpha: float, num_sites: int = 10) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-_TRAINING = ("lora.rank=4", "lora.alpha=8", "train.batch_size=32", "train.num_threads=1")
+_TRAINING = ("lora.rank=4", "lora.alpha=8", "train.batch_size=16", "train.num_threads=1")
 
 WORKLOADS: dict[str, Workload] = {
     workload.name: workload
