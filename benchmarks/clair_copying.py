@@ -7,8 +7,8 @@ Shapes: K sites trained side by side, B sequences, T = 64 tokens, D = 64 hidden,
 Left open by the paper, and chosen here: the contaminated site copies the segment backwards; background letters are
 uniform; the loss is next-token cross-entropy at the positions that are scored (at all positions, 5500 steps of pre-
 training learn no copying); LoRA's "scale 16" is alpha: updates are scaled by 16 / 3; penalties and threshold are
-automatic, and the eight matrices make one verdict by majority; accuracies are means over the nine benign sites, on
-200 new sequences each; the output layer of a site is its own under every method.
+automatic, and the eight matrices make one verdict pooled (that of their majority is counted beside it); accuracies are
+means over the nine benign sites, on 200 new sequences each; the output layer of a site is its own under every method.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from torch.nn import functional
 
 from benchmarks.render import write_results
-from strategies.collaborative_set import Vote, count_votes
+from strategies.collaborative_set import VerdictRule, decide
 from strategies.low_rank import Factors
 from strategies.refinement import refine
 from strategies.shared_subspace import SubspaceConfig, examine
@@ -34,6 +34,7 @@ from strategies.shared_subspace import SubspaceConfig, examine
 LETTERS, VOCABULARY, TOKENS, HIDDEN, BLOCKS = 52, 53, 64, 64, 2
 SITES, RANK, ALPHA, DROPOUT = 10, 3, 16.0, 0.005
 MATRICES = [f"{block}.{name}" for block in range(BLOCKS) for name in ("q", "k", "v", "o")]
+CONFIG = SubspaceConfig(verdict=VerdictRule.pooled)
 METHODS = ("local", "fedavg", "oracle_fedavg", "clair")
 PRINTED = {"homogeneous": (78.27, 62.94, 79.17, 78.48), "heterogeneous": (77.77, 75.96, 76.96, 77.90)}
 """Table 3, percent, in the order of ``METHODS``."""
@@ -176,10 +177,11 @@ def aggregated(adapters: Weights) -> tuple[dict[str, Weights], dict[str, Any]]:
         name: Factors(adapters[f"{name}.A"].double().numpy(), ALPHA / RANK * adapters[f"{name}.B"].double().numpy())
         for name in MATRICES
     }
-    findings = {name: examine(product, SubspaceConfig()) for name, product in products.items()}
+    findings = {name: examine(product, CONFIG) for name, product in products.items()}
     sites = [str(k) for k in range(SITES)]
-    votes = count_votes(sites, [(sites, finding.verdict) for finding in findings.values()])
-    accepted = np.array([not votes[site].rejected for site in sites])
+    verdicts = [(sites, finding.verdict) for finding in findings.values()]
+    votes = list(decide(sites, verdicts, CONFIG.verdict, agreement=CONFIG.agreement, min_gap=CONFIG.min_gap).values())
+    accepted = np.array([not vote.rejected for vote in votes])
     methods: dict[str, Weights] = {"local": adapters}
     for method in METHODS[1:]:
         methods[method] = dict(own_output)
@@ -193,13 +195,14 @@ def aggregated(adapters: Weights) -> tuple[dict[str, Weights], dict[str, Any]]:
                 changes[:] = wide[everyone if method == "fedavg" else benign].mean(axis=0)
             methods[method][f"{name}.change"] = torch.from_numpy(changes).float()
     layers = [bool((finding.verdict.accepted == benign).all()) for finding in findings.values()]
-    return methods, {"exact": bool((accepted == benign).all()), "exact_matrices": sum(layers)} | _against(votes)
-
-
-def _against(votes: Mapping[str, Vote]) -> dict[str, int]:
-    """Matrices against the contaminated site, the last, and the most that are against a benign one."""
-    *benign, last = (found.against for found in votes.values())
-    return {"against_contaminated": last, "most_against_benign": max(benign)}
+    return methods, {
+        "exact": bool((accepted == benign).all()),
+        "exact_majority": bool(((np.array([vote.margin for vote in votes]) <= 0) == benign).all()),
+        "exact_matrices": sum(layers),
+        "against_contaminated": votes[-1].against,
+        "most_against_benign": max(vote.against for vote in votes[:-1]),
+        "distances": [np.round(finding.verdict.distances, 5).tolist() for finding in findings.values()],
+    }
 
 
 def replicate(weights: Weights, regime: str, seed: int) -> dict[str, Any]:
@@ -228,7 +231,7 @@ def run(replicates: int, seed: int, steps: int, file: Path | None) -> dict[str, 
     torch.set_num_threads(1)
     weights = pretrained(seed, steps)
     tokens, scored = sequences(np.random.default_rng([seed, 3]), 1000, 16, 1.1)
-    settings = {"benchmark": "clair_copying", "seed": seed, "steps": steps}
+    settings = {"benchmark": "clair_copying", "seed": seed, "steps": steps, "verdict": CONFIG.verdict.name}
     found = settings | {"base_accuracy": accuracy(tokens[None], scored[None], weights, {})[0]}
     print(f"pre-trained, accuracy {found['base_accuracy']:.2f}", flush=True)
     draws = _written(file, settings) or {regime: [] for regime in PRINTED}
@@ -252,7 +255,7 @@ def _written(file: Path | None, settings: Mapping[str, Any]) -> dict[str, list[d
     if file is None or not file.exists():
         return None
     results = json.loads(file.read_text())
-    if any(results[key] != value for key, value in settings.items()):
+    if any(results.get(key) != value for key, value in settings.items()):
         raise ValueError(f"{file} was written with other settings than {dict(settings)}: move it away")
     draws: dict[str, list[dict[str, Any]]] = results["draws"]
     return draws
@@ -263,6 +266,7 @@ def _regime(draws: list[dict[str, Any]]) -> dict[str, Any]:
     return {name: _summarised([draw[name] for draw in draws]) for name in METHODS} | {
         "clair_minus_local": _summarised([draw["clair"] - draw["local"] for draw in draws]),
         "exact_client": float(np.mean([draw["exact"] for draw in draws])),
+        "exact_majority": float(np.mean([draw["exact_majority"] for draw in draws])),
         "exact_matrices": float(np.mean([draw["exact_matrices"] for draw in draws])),
         "all_matrices_exact": float(np.mean([draw["exact_matrices"] == len(MATRICES) for draw in draws])),
     }
@@ -275,22 +279,21 @@ def _summarised(values: list[float]) -> dict[str, float]:
 
 def rows(results: Mapping[str, Any]) -> str:
     """The table in Markdown, ours beside the printed numbers."""
-    lines = [
-        f"Accuracy in percent with 95 % intervals, {results['replicates']} replicates: ours / printed.",
-        "",
-        "| regime | Local | FedAvg | oracle FedAvg | CLAIR | CLAIR - Local | site found | matrices right, of 8 |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    columns = [
+        "regime", "Local", "FedAvg", "oracle FedAvg", "CLAIR", "CLAIR - Local", "site found", "by majority",
+        "matrices right, of 8",
+    ]  # fmt: skip
+    lines = [columns, ["---"] * len(columns)]
     for regime, found in results["regimes"].items():
         shown = [
             f"{found[name]['mean']:.2f} ± {found[name]['half_interval']:.2f} / {printed:.2f}"
             for name, printed in zip(METHODS, PRINTED[regime], strict=True)
         ]
         gain = f"{found['clair_minus_local']['mean']:+.2f} ± {found['clair_minus_local']['half_interval']:.2f}"
-        lines.append(
-            f"| {regime} | {' | '.join(shown)} | {gain} | {found['exact_client']:.2f} | {found['exact_matrices']:.2f} |"
-        )
-    return "\n".join(lines) + "\n"
+        right = [f"{found[name]:.2f}" for name in ("exact_client", "exact_majority", "exact_matrices")]
+        lines.append([regime, *shown, gain, *right])
+    title = f"Accuracy in percent with 95 % intervals, {results['replicates']} replicates: ours / printed.\n\n"
+    return title + "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
 
 
 def main() -> None:

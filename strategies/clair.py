@@ -39,12 +39,12 @@ class Clair(Strategy):
     "CLAIR", 2026, Algorithm 1 and Eq. 5-9, https://arxiv.org/abs/2605.21217. Run for one round it is the
     paper's one-shot method; each further round starts from every site's refined adapter.
 
-    The paper judges each matrix by itself. Here a site is rejected as a whole if more than half of the matrices
-    that judged it leave it out; it keeps its own adapter and no other site gets any of it. The global adapter, for
-    sites that were not there, is the mean product of the accepted sites, truncated. As in the paper all accepted sites
-    count the same. Of an expert, the sites that used it are the sites; the others get the mean. An accepted site that
-    more than half of an expert's matrices leave out keeps its own of that expert, and no other site gets any of it.
-    Arrays without a LoRA pair are averaged over the accepted sites by examples.
+    The paper judges each matrix by itself. Here a site is rejected as a whole (``subspace.verdict``); it keeps its own
+    adapter and no other site gets any of it. The global adapter, for sites that were not there, is the mean product of
+    the accepted sites, truncated. As in the paper all accepted sites count the same. Of an expert, the sites that used
+    it are the sites; the others get the mean. An accepted site that an expert's matrices reject keeps its own of that
+    expert, and no other site gets any of it. Arrays without a LoRA pair are averaged over the accepted sites by
+    examples.
 
     A site that is not asked in a round keeps the adapter it was last given (``Aggregation.personal``).
     """
@@ -77,13 +77,13 @@ class Clair(Strategy):
         """
         sites = [update.site for update in updates]
         inspected = inspect(adapter, updates, self.subspace)
-        votes = vote(sites, inspected)
+        votes = vote(sites, inspected, self.subspace)
         accepted = np.array([not votes[site].rejected for site in sites])
         if not accepted.any():
             raise ValueError(
                 f"all sites are rejected at strategy.subspace.threshold={self.subspace.threshold}: raise it"
             )
-        rejected = rejected_experts(sites, inspected)
+        rejected = rejected_experts(sites, inspected, self.subspace)
         shared, personal, lost = self._refined(adapter, updates, inspected, accepted, rejected)
         matrices = {matrix.label: matrix.report(sites) | {"lost_energy": lost[matrix.label]} for matrix in inspected}
         verdicts = {site: found.report() | {"experts": report_experts(rejected[site])} for site, found in votes.items()}

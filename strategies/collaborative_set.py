@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import Enum
 from typing import Any
 
 import numpy as np
@@ -26,9 +27,18 @@ MIN_SITES = 5
 """With fewer there is no spread of the accepted sites to measure a gap against."""
 
 
+class VerdictRule(Enum):
+    """How the matrices' verdicts on a site become one."""
+
+    majority = "majority"
+    """More than half of the matrices leave it out."""
+    pooled = "pooled"
+    """A gap among the sites' distances, pooled over the matrices: finds what no single matrix sees clearly."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What one matrix says of the sites."""
+    """What one matrix says of the sites, or all of them pooled."""
 
     distances: NDArray[np.float64]
     """(K,) the smallest radius within which a site has ``agreement`` of the other sites."""
@@ -71,23 +81,58 @@ def judge(
     pair_KK = np.zeros((num_sites, num_sites))
     j, k = pairs_of(num_sites).T
     pair_KK[j, k] = pair_KK[k, j] = distance_G
-    needed = max(1, math.ceil(agreement * (num_sites - 1)))
     # A site's distance to itself, 0, comes first.
-    distance_K = np.sort(pair_KK, axis=1)[:, needed]
+    distance_K = np.sort(pair_KK, axis=1)[:, _needed(num_sites, agreement)]
     if threshold is not None:
         return Verdict(distances=distance_K, threshold=threshold, gap=math.nan)
-    largest = float(distance_G.max(initial=0.0))
-    if num_sites < MIN_SITES or largest == 0:
-        return Verdict(distances=distance_K, threshold=math.inf, gap=math.nan)
+    return _separated(distance_K, float(distance_G.max(initial=0.0)), agreement, min_gap)
+
+
+def _needed(num_sites: int, agreement: float) -> int:
+    """Other sites that a site must agree with."""
+    return max(1, math.ceil(agreement * (num_sites - 1)))
+
+
+def _separated(distance_K: NDArray[np.float64], largest: float, agreement: float, min_gap: float) -> Verdict:
+    """The verdict by the best gap; ``largest`` is the length that rounding is measured against."""
+    num_sites = len(distance_K)
+    needed = _needed(num_sites, agreement)
     ordered = np.sort(distance_K)
-    logs = np.log(np.maximum(ordered, _RESOLUTION * largest))
+    logs = np.log(np.maximum(ordered, _RESOLUTION * largest)) if largest else np.zeros(num_sites)
     scores = np.diff(logs)[needed:] / (_SPREAD + logs[needed:-1] - logs[0]) / (1 + _CHANCE / num_sites)
-    if not len(scores):
+    if num_sites < MIN_SITES or largest == 0 or not len(scores):
         return Verdict(distances=distance_K, threshold=math.inf, gap=math.nan)
     best = int(scores.argmax())
     gap = float(scores[best])
     within = float(ordered[needed + best]) if gap >= min_gap else math.inf
     return Verdict(distances=distance_K, threshold=within, gap=gap)
+
+
+def pool(
+    sites: Sequence[str], verdicts: Sequence[tuple[Sequence[str], Verdict]], *, agreement: float, min_gap: float
+) -> Verdict:
+    """One verdict from those of all matrices, each given with the sites that it judged.
+
+    A site's distance is the geometric mean over its matrices, each in units of the matrix's median. What lies
+    apart a little everywhere adds up, while the others' differences average out. A site that no matrix judged has
+    distance 1. Differs from the paper, which judges matrix by matrix.
+
+    Args:
+        sites: K names, the order of the verdict.
+        verdicts: Of the matrices, in the order of their sites.
+        agreement: alpha, in [0.5, 1).
+        min_gap: Smallest score of a gap, see ``judge``.
+    """
+    logs: dict[str, list[float]] = {site: [] for site in sites}
+    for present, verdict in verdicts:
+        largest = float(verdict.distances.max(initial=0.0))
+        if largest == 0:
+            continue
+        floored = np.maximum(verdict.distances, _RESOLUTION * largest)
+        for site, log in zip(present, np.log(floored / np.median(floored)), strict=True):
+            logs[site].append(float(log))
+    distance_K = np.exp([float(np.mean(found)) if found else 0.0 for found in logs.values()])
+    return _separated(distance_K, float(distance_K.max(initial=0.0)), agreement, min_gap)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +145,8 @@ class Vote:
     """Those among them that left it out of their collaborative set."""
     ratio: float = math.nan
     """Median over those of its distance in units of the threshold; nan if there are none."""
+    pooled: float | None = None
+    """Its distance pooled over the matrices, in units of that threshold; 0 without a gap. None: the majority counts."""
 
     @property
     def margin(self) -> float:
@@ -108,14 +155,18 @@ class Vote:
 
     @property
     def rejected(self) -> bool:
-        """Whether more than half of the matrices are against it; a tie accepts."""
-        return self.margin > 0
+        """Whether it is beyond the pooled threshold or, without one, most matrices are against it; a tie accepts."""
+        return self.margin > 0 if self.pooled is None else self.pooled > 1
 
     @property
     def reason(self) -> str:
         """The count and the distance, for people."""
         told = f"outside the collaborative set of {self.against} of {self.judged} matrices"
-        return f"{told}, there at {self.ratio:.1f} times the distance of the others" if self.against else told
+        if self.against:
+            told += f", there at {self.ratio:.1f} times the distance of the others"
+        if self.pooled:
+            told += f"; pooled over all at {self.pooled:.2f} times the distance of the farthest that is accepted"
+        return told
 
     def report(self) -> dict[str, Any]:
         """The vote as JSON values."""
@@ -126,7 +177,25 @@ class Vote:
             "judged": self.judged,
             "against": self.against,
             "distance_ratio": self.ratio if self.against else None,
+            "pooled_ratio": self.pooled,
         }
+
+
+def decide(
+    sites: Sequence[str],
+    verdicts: Sequence[tuple[Sequence[str], Verdict]],
+    rule: VerdictRule,
+    *,
+    agreement: float,
+    min_gap: float,
+) -> dict[str, Vote]:
+    """Site -> vote by a rule; arguments as those of ``pool``."""
+    votes = count_votes(sites, verdicts)
+    if rule is VerdictRule.majority:
+        return votes
+    pooled = pool(sites, verdicts, agreement=agreement, min_gap=min_gap)
+    ratios = dict(zip(sites, (pooled.distances / pooled.threshold).tolist(), strict=True))
+    return {site: replace(found, pooled=ratios[site]) for site, found in votes.items()}
 
 
 def count_votes(sites: Sequence[str], verdicts: Sequence[tuple[Sequence[str], Verdict]]) -> dict[str, Vote]:

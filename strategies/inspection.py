@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from strategies import experts, low_rank
 from strategies.adapters import Arrays
 from strategies.base import ClientUpdate
-from strategies.collaborative_set import MIN_SITES, Verdict, Vote, count_votes
+from strategies.collaborative_set import MIN_SITES, Verdict, Vote, decide
 from strategies.expert_exclusion import Expert
 from strategies.low_rank import Factors
 from strategies.product_cores import pairs_of
@@ -80,14 +80,16 @@ def _median_of_pairs(values_G: NDArray[np.float64], num_sites: int) -> list[floa
     return [float(np.median(values_G[(pairs == k).any(axis=1)])) for k in range(num_sites)]
 
 
-def vote(sites: Sequence[str], inspected: Sequence[Inspected]) -> dict[str, Vote]:
+def vote(sites: Sequence[str], inspected: Sequence[Inspected], config: SubspaceConfig) -> dict[str, Vote]:
     """Site -> vote of the matrices that had enough sites to judge."""
     verdicts = [([sites[i] for i in matrix.present], matrix.verdict) for matrix in inspected if matrix.verdict]
-    return count_votes(sites, verdicts)
+    return decide(sites, verdicts, config.verdict, agreement=config.agreement, min_gap=config.min_gap)
 
 
-def rejected_experts(sites: Sequence[str], inspected: Sequence[Inspected]) -> dict[str, dict[Expert, Vote]]:
-    """Site -> experts of which more than half of the matrices leave it out, with their votes.
+def rejected_experts(
+    sites: Sequence[str], inspected: Sequence[Inspected], config: SubspaceConfig
+) -> dict[str, dict[Expert, Vote]]:
+    """Site -> experts whose matrices reject it, with their votes.
 
     An expert that too few sites used to be judged is trusted.
     """
@@ -95,7 +97,7 @@ def rejected_experts(sites: Sequence[str], inspected: Sequence[Inspected]) -> di
     for matrix in inspected:
         if matrix.of_expert is not None:
             matrices.setdefault(matrix.of_expert, []).append(matrix)
-    votes = {expert: vote(sites, of_expert) for expert, of_expert in matrices.items()}
+    votes = {expert: vote(sites, of_expert, config) for expert, of_expert in matrices.items()}
     return {site: {expert: of[site] for expert, of in votes.items() if of[site].rejected} for site in sites}
 
 

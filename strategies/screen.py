@@ -65,8 +65,8 @@ class ScreenConfig:
     banned: list[str] = field(default_factory=list)
     """Sites that are always excluded, before anything is computed from what they sent."""
     single_experts: bool = True
-    """Whether ``on_reject`` also holds for single experts of accepted sites, if most of an expert's matrices leave
-    the site out. Of each round by itself: history and forgiveness are a site's."""
+    """Whether ``on_reject`` also holds for single experts of accepted sites, if an expert's matrices reject
+    the site. Of each round by itself: history and forgiveness are a site's."""
     subspace: SubspaceConfig = field(default_factory=SubspaceConfig)
 
     def __post_init__(self) -> None:
@@ -98,7 +98,7 @@ class SiteVerdict:
 class Screened(Strategy):
     """Any strategy behind a screen, itself a strategy: verdicts first, then the inner rule on what is left.
 
-    CLAIR's verdict (2026, Eq. 8, https://arxiv.org/abs/2605.21217) is that of most matrices on a site as a whole. What
+    CLAIR's verdict (2026, Eq. 8, https://arxiv.org/abs/2605.21217) is that of the matrices on a site as a whole. What
     it cannot see is added, see ``update_distance``. The history of rejected sites is part of the state.
     """
 
@@ -150,11 +150,11 @@ class Screened(Strategy):
         judged = [update for update in updates if update.site not in self.screen.banned]
         sites = [update.site for update in judged]
         inspected = inspect(adapter, judged, self.screen.subspace)
-        votes = vote(sites, inspected)
+        votes = vote(sites, inspected, self.screen.subspace)
         reasons = self._reasons(adapter, judged, votes)
         verdicts = {update.site: self._verdict(update.site, votes, reasons, _history(state)) for update in updates}
         if self.screen.single_experts and Evidence.subspace in self.screen.evidence:
-            verdicts = self._with_experts(verdicts, rejected_experts(sites, inspected))
+            verdicts = self._with_experts(verdicts, rejected_experts(sites, inspected, self.screen.subspace))
         return verdicts, {matrix.label: matrix.report(sites) for matrix in inspected}
 
     def trusted(

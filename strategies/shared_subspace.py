@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from strategies.base import require
 from strategies.block_sparse import decompose
-from strategies.collaborative_set import Verdict, judge
+from strategies.collaborative_set import Verdict, VerdictRule, judge
 from strategies.low_rank import Factors
 from strategies.product_cores import difference_blocks, side_of
 
@@ -41,6 +41,8 @@ class SubspaceConfig:
     """tau_n: largest distance at which two sites agree; null: at the largest gap."""
     min_gap: float = 1.0
     """Score from which on a gap counts as one: see ``collaborative_set.judge``."""
+    verdict: VerdictRule = VerdictRule.majority
+    """How the matrices' verdicts on a site become one."""
     tolerance: float = 1e-4
     """Relative duality gap at which the convex program stops."""
     max_iterations: int = 500

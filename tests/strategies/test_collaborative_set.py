@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from strategies.collaborative_set import Verdict, count_votes, judge
+from strategies.collaborative_set import Verdict, VerdictRule, count_votes, decide, judge, pool
 from strategies.product_cores import pairs_of
 
 RULE = {"agreement": 0.5, "min_gap": 1.0}
@@ -112,3 +112,57 @@ def test_majority_of_the_matrices_that_judged_a_site_rejects_it():
     assert [votes[site].margin for site in ("a", "b", "absent")] == pytest.approx([-0.25, 1 / 6, -0.5])
     tie = count_votes(["a", "b"], [(("a", "b"), verdict(1, 0)), (("a", "b"), verdict(1, 1))])["b"]
     assert (tie.margin, tie.rejected) == (0, False)
+
+
+def noisy_matrices(lengths, *, num_matrices=8, seed=0):
+    """Verdicts of matrices in each of which every site's distance is its length times chance and the matrix' scale."""
+    rng = np.random.default_rng(seed)
+    drawn = np.asarray(lengths) * np.exp(rng.normal(scale=0.25, size=(num_matrices, len(lengths))))
+    verdicts = [
+        judge(distances(scale * row), len(row), **RULE) for scale, row in zip(rng.random(8), drawn, strict=True)
+    ]
+    return [(list(range(len(lengths))), verdict) for verdict in verdicts]
+
+
+def test_pooling_finds_what_most_matrices_miss():
+    matrices = noisy_matrices([1] * 9 + [2.2])
+    assert not count_votes(range(10), matrices)[9].rejected
+    votes = decide(range(10), matrices, VerdictRule.pooled, **RULE)
+    assert [vote.rejected for vote in votes.values()] == [False] * 9 + [True]
+    assert votes[9].margin <= 0
+    assert "pooled over all at" in votes[9].reason
+
+
+def test_pooled_distance_is_the_geometric_mean_whatever_the_scales_of_matrices():
+    matrices = noisy_matrices([1, 1, 1, 1, 1, 1.5, 5])
+    pooled = pool(range(7), matrices, **RULE)
+    product = np.prod([verdict.distances / np.median(verdict.distances) for _, verdict in matrices], axis=0)
+    np.testing.assert_allclose(pooled.distances, product ** (1 / 8))
+    scaled = [
+        (sites, Verdict(distances=10.0**i * verdict.distances, threshold=math.inf, gap=math.nan))
+        for i, (sites, verdict) in enumerate(matrices)
+    ]
+    np.testing.assert_allclose(pool(range(7), scaled, **RULE).distances, pooled.distances)
+
+
+def test_pooling_one_matrix_is_its_own_verdict():
+    alone = judge(distances([1, 1, 1, 5, 7]), 5, **RULE)
+    pooled = pool(range(5), [(range(5), alone)], **RULE)
+    assert pooled.gap == pytest.approx(alone.gap)
+    assert pooled.accepted.tolist() == alone.accepted.tolist()
+
+
+@settings(deadline=None, max_examples=20)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_pooling_expels_nobody_where_sites_differ_by_chance(seed):
+    votes = decide(range(10), noisy_matrices([1] * 10, seed=seed), VerdictRule.pooled, agreement=0.5, min_gap=1.5)
+    assert not any(vote.rejected or vote.pooled for vote in votes.values())
+
+
+def test_a_site_that_no_matrix_judged_is_pooled_as_an_average_one():
+    matrices = [(sites[:-1], Verdict(distances=verdict.distances[:-1], threshold=math.inf, gap=math.nan))
+                for sites, verdict in noisy_matrices([1] * 5 + [9, 1])]  # fmt: skip
+    pooled = pool(range(7), matrices, **RULE)
+    assert pooled.distances[6] == 1
+    assert pooled.accepted.tolist() == [True] * 5 + [False, True]
+    assert pool(range(7), [], **RULE).accepted.all()

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 
 from strategies.base import ClientUpdate
+from strategies.collaborative_set import VerdictRule
 from strategies.fc_moe import FcMoe
 from strategies.fedavg import FedAvg
 from strategies.fedopt import FedAdam
 from strategies.screen import Evidence, OnReject, ScreenConfig, Screened, ScreenKind, screened
+from strategies.shared_subspace import SubspaceConfig
 from strategies.update_distance import compare
 from tests.strategies.naive_clair import random_sites
 
@@ -45,9 +47,20 @@ def test_inner_strategy_works_on_the_accepted_sites(inner):
     json.dumps(result.diagnostics, allow_nan=False)
 
 
-def test_without_contamination_the_screen_changes_nothing():
+@pytest.mark.parametrize("rule", VerdictRule)
+def test_both_rules_find_the_contaminated_and_say_how(rule):
+    adapter, updates = random_sites(0)
+    result = screen(subspace=SubspaceConfig(verdict=rule)).aggregate(adapter, {}, updates)
+    assert rejected(result) == BAD
+    told = result.diagnostics["verdicts"]["site-5"]
+    assert ("pooled over all at" in told["reason"]) == (rule is VerdictRule.pooled)
+    assert (told["pooled_ratio"] is None) == (rule is VerdictRule.majority)
+
+
+@pytest.mark.parametrize("rule", VerdictRule)
+def test_without_contamination_the_screen_changes_nothing(rule):
     adapter, updates = random_sites(0, contaminated=0)
-    result = screen().aggregate(adapter, {}, updates)
+    result = screen(subspace=SubspaceConfig(verdict=rule)).aggregate(adapter, {}, updates)
     assert_same(result.adapter, FedAvg().aggregate(adapter, {}, updates).adapter)
     assert result.state == {}
 
