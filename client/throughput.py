@@ -34,12 +34,32 @@ class Throughput:
     model FLOPs utilization of PaLM (https://arxiv.org/abs/2204.02311, Appendix B), against a speed that was reached."""
 
 
+@dataclass(frozen=True)
+class Lengths:
+    """What of the sequences trained on tells how much there is to compute."""
+
+    num_tokens: int = 0
+    """Prompt and response, padding left out."""
+    num_targets: int = 0
+    """Tokens with a loss: only they need logits."""
+    squared: int = 0
+    """Sum over the examples of their length squared."""
+
+    def plus(self, sequence: TokenSequence) -> Lengths:
+        """With one sequence more."""
+        return Lengths(
+            self.num_tokens + len(sequence.input_ids),
+            self.num_targets + sequence.num_targets,
+            self.squared + sum(length**2 for length in sequence.lengths),
+        )
+
+
 class ThroughputMeter:
     """Counts what is trained on from its making on."""
 
     def __init__(self, adapted: AdaptedModel) -> None:
         self._adapted = adapted
-        self._num_tokens = self._squared_lengths = 0
+        self._lengths = Lengths()
         self._peak_flops = matmul_flops_per_second(
             adapted.device.type, adapted.base.model.dtype, torch.get_num_threads()
         )
@@ -49,8 +69,7 @@ class ThroughputMeter:
     def add(self, sequences: Iterable[TokenSequence]) -> None:
         """Note sequences that are trained on."""
         for sequence in sequences:
-            self._num_tokens += len(sequence.input_ids)
-            self._squared_lengths += sum(length**2 for length in sequence.lengths)
+            self._lengths = self._lengths.plus(sequence)
 
     def result(self, expert_tokens: Arrays) -> Throughput:
         """What was reached.
@@ -61,32 +80,31 @@ class ThroughputMeter:
         _wait_for(self._adapted.device)
         seconds = time.perf_counter() - self._started
         routed = {layer: float(tokens_E.sum()) for layer, tokens_E in expert_tokens.items()}
-        flops = training_flops(self._adapted, self._num_tokens, self._squared_lengths, routed)
+        flops = training_flops(self._adapted, self._lengths, routed)
         return Throughput(
-            tokens_per_second=self._num_tokens / seconds,
+            tokens_per_second=self._lengths.num_tokens / seconds,
             peak_memory_bytes=peak_memory_bytes(self._adapted.device),
             flop_utilization=flops / seconds / self._peak_flops,
         )
 
 
-def training_flops(
-    adapted: AdaptedModel, num_tokens: int, squared_lengths: int, routed_tokens: Mapping[str, float]
-) -> float:
+def training_flops(adapted: AdaptedModel, lengths: Lengths, routed_tokens: Mapping[str, float]) -> float:
     """Floating-point operations that training on these tokens takes, however it is computed.
 
     A weight costs 2 a token forward and 2 for the gradient of its input; a trained one 2 more for its own gradient.
-    Experts cost as much for each token routed to them. Attention costs 4 H Q a layer and pair of tokens of an example
-    forward and twice that backward (H heads of size Q; PaLM, Appendix B, which does not halve it for the causal mask
-    either). Left out: norms and activations, the lookup of embeddings, layers computed again for checkpointing.
+    Experts cost as much for each token routed to them, the output layer for each token with a loss. Attention costs
+    4 H Q a layer and pair of tokens of an example forward and twice that backward (H heads of size Q; PaLM, Appendix B,
+    which does not halve it for the causal mask either). Left out: norms and activations, the lookup of embeddings,
+    layers computed again for checkpointing.
 
     Args:
         adapted: The model.
-        num_tokens: Tokens that are no padding.
-        squared_lengths: Sum over the examples of their length squared.
+        lengths: Of the sequences.
         routed_tokens: MoE layer -> tokens routed to its experts, each as often as it has experts.
     """
     trained = adapted.parameters_by_name()
     frozen = {name: weight for name, weight in matrix_weights(adapted.base.model).items() if name not in trained}
+    head: Any = adapted.base.model.get_output_embeddings()  # type: ignore[no-untyped-call]
     flops = 0.0
     for cost, weights in ((4, frozen), (6, trained)):
         for name, weight in weights.items():
@@ -94,8 +112,8 @@ def training_flops(
             if layer != name and layer in routed_tokens:
                 flops += cost * weight.numel() / adapted.layers[layer] * routed_tokens[layer]
             else:
-                flops += cost * weight.numel() * num_tokens
-    return flops + 12 * _attention_width(adapted.base.model.config) * squared_lengths
+                flops += cost * weight.numel() * (lengths.num_targets if weight is head.weight else lengths.num_tokens)
+    return flops + 12 * _attention_width(adapted.base.model.config) * lengths.squared
 
 
 def matrix_weights(model: nn.Module) -> dict[str, nn.Parameter]:

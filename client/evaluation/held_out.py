@@ -70,15 +70,30 @@ def response_logits(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Logits (tokens, vocabulary) and ids (tokens,) of a batch's response tokens, and (batch, time - 1) where they are.
 
-    Position t is true if token t + 1, which the model predicts there, is of the response.
+    Position t is true if token t + 1, which the model predicts there, is of the response. The output layer computes
+    nothing elsewhere: with a large vocabulary the logits of prompts and padding are most of a step's memory.
     """
     targets = batch["labels"][:, 1:].to(adapted.device)
     counted = targets != IGNORED_LABEL
     inputs = {key: value.to(adapted.device) for key, value in batch.items() if key not in {"labels", "token_mask"}}
     dtype = adapted.base.model.dtype
-    with torch.autocast(adapted.device.type, dtype=dtype, enabled=dtype != torch.float32):
-        logits = adapted.model(**inputs, use_cache=False).logits[:, :-1]
-    return logits[counted], targets[counted], counted
+    with (
+        torch.autocast(adapted.device.type, dtype=dtype, enabled=dtype != torch.float32),
+        _output_layer_at(adapted, functional.pad(counted, (0, 1))),
+    ):
+        logits = adapted.model(**inputs, use_cache=False).logits
+    return logits, targets[counted], counted
+
+
+@contextmanager
+def _output_layer_at(adapted: AdaptedModel, chosen_BT: torch.Tensor) -> Iterator[None]:
+    """Let the output layer see the chosen positions alone: logits are (tokens, vocabulary) then."""
+    network: Any = adapted.model
+    handle = network.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: inputs[0][chosen_BT])
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextmanager

@@ -75,10 +75,11 @@ def test_two_passes_tell_what_more_sequences_take(adapted, checkpointing):
 
 
 def test_checkpointing_needs_less(adapted):
+    """One of two layers is kept instead of both, beside what the output layer takes."""
     plain, thrifty = (
         step_peak_bytes(adapted, [SHAPE.sequence()] * 4, gradient_checkpointing=flag) for flag in (False, True)
     )
-    assert thrifty < 0.7 * plain
+    assert thrifty < 0.8 * plain
 
 
 def test_base_adapter_gradients_and_moments_by_hand(base_config, adapted, memory):

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from client.evaluation.held_out import response_nll
 from client.model import AdaptedModel, load_base
 from client.text import TokenSequence, collate
-from client.throughput import ThroughputMeter, matmul_flops_per_second, peak_memory_bytes, training_flops
+from client.throughput import Lengths, ThroughputMeter, matmul_flops_per_second, peak_memory_bytes, training_flops
 from conf.schema import LoraConfig
 from tests.client.local_training import eight_sequences, noisy, run
 from tests.client.tiny_models import NUM_LAYERS, TOP_K, VOCAB_SIZE, save_tiny_base
@@ -25,16 +25,18 @@ def olmoe(tmp_path_factory):
 
 
 def test_flops_of_a_mixture_by_hand(olmoe):
-    """Width 16, four experts of width 24 of which two a token, vocabulary 272, rank 2, 10 tokens of one example.
+    """Width 16, four experts of width 24 of which two a token, vocabulary 272, rank 2, one example of 10 tokens.
 
-    Frozen a layer and token: attention 4 * 16 * 16, router 4 * 16, two experts of 3 * 16 * 24. Head: 272 * 16.
+    Frozen a layer and token: attention 4 * 16 * 16, router 4 * 16, two experts of 3 * 16 * 24. Head: 272 * 16, for
+    the 3 with a loss alone.
     Trained: on four attention projections 2 * (16 + 16); an expert's gate_up 2 * (16 + 48), its down 2 * (24 + 16).
     """
-    frozen = NUM_LAYERS * (4 * 16 * 16 + 4 * 16 + TOP_K * 3 * 16 * 24) + VOCAB_SIZE * 16
+    frozen = NUM_LAYERS * (4 * 16 * 16 + 4 * 16 + TOP_K * 3 * 16 * 24)
     trained = NUM_LAYERS * (4 * 2 * 32 + TOP_K * (2 * 64 + 2 * 40))
     attention = 12 * NUM_LAYERS * 16 * 10 * 10
     routed = dict.fromkeys(olmoe.layers, 10.0 * TOP_K)
-    assert training_flops(olmoe, 10, 100, routed) == 10 * (4 * frozen + 6 * trained) + attention
+    expected = 10 * (4 * frozen + 6 * trained) + 3 * 4 * VOCAB_SIZE * 16 + attention
+    assert training_flops(olmoe, Lengths(10, 3, 100), routed) == expected
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -44,12 +46,14 @@ def test_flops_of_a_dense_model_are_those_that_torch_counts(tmp_path, family):
     adapted = AdaptedModel(load_base(config, CPU), config, LoraConfig(rank=4))
     adapted.model.get_base_model().set_attn_implementation("eager")
     adapted.load_adapter(noisy(adapted.initial_adapter(0)))
-    sequence = TokenSequence([5] * 32, [-100] + [5] * 31, [32])
+    sequence = TokenSequence([5] * 32, [-100] * 20 + [5] * 12, [32])
     batch = collate([sequence] * 4, 256)
     with FlopCounterMode(display=False) as counter:
         nll, _ = response_nll(adapted, batch)
         nll.backward()
-    assert training_flops(adapted, 4 * 32, 4 * 32**2, {}) == pytest.approx(counter.get_total_flops(), rel=0.03)
+    assert training_flops(adapted, Lengths(4 * 32, 4 * 12, 4 * 32**2), {}) == pytest.approx(
+        counter.get_total_flops(), rel=0.03
+    )
 
 
 def test_meter_counts_tokens_without_padding_and_examples_of_a_pack_apart(olmoe):
@@ -58,7 +62,7 @@ def test_meter_counts_tokens_without_padding_and_examples_of_a_pack_apart(olmoe)
     meter = ThroughputMeter(olmoe)
     meter.add([pack, pack])
     reached = meter.result({layer: np.array([28.0, 0, 0, 0]) for layer in olmoe.layers})
-    flops = training_flops(olmoe, 14, 2 * (9 + 16), dict.fromkeys(olmoe.layers, 28.0))
+    flops = training_flops(olmoe, Lengths(14, 12, 2 * (9 + 16)), dict.fromkeys(olmoe.layers, 28.0))
     peak = matmul_flops_per_second("cpu", torch.float32, torch.get_num_threads())
     per_token = reached.flop_utilization / reached.tokens_per_second * 14
     assert per_token == pytest.approx(flops / peak, rel=1e-6)

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from client.evaluation.held_out import held_out_loss
+from client.evaluation.held_out import held_out_loss, response_logits
 from client.model import AdaptedModel, load_base
-from client.text import TokenSequence
+from client.text import TokenSequence, collate
 from conf.schema import LoraConfig
-from tests.client.tiny_models import save_tiny_base
+from tests.client.tiny_models import DENSE_FAMILIES, MOE_FAMILIES, save_tiny_base
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +54,27 @@ def test_loss_equals_the_models_own_one_sequence_at_a_time(adapted, adapter, seq
     assert evaluated.loss == pytest.approx(total / num_tokens, rel=1e-5)
     assert evaluated.num_tokens == num_tokens
     assert evaluated.num_examples == 9
+
+
+@pytest.mark.parametrize("family", [*MOE_FAMILIES, *DENSE_FAMILIES, "gpt2"])
+def test_logits_and_gradients_are_those_of_the_whole_sequences(tmp_path, sequences, family):
+    """Against transformers' logits of all positions, from which those before a response token are picked."""
+    config = save_tiny_base(tmp_path, family)
+    adapted = AdaptedModel(load_base(config, torch.device("cpu")), config, LoraConfig(rank=2))
+    adapted.model.eval()
+    batch = collate(sequences, pad_token_id=0)
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    whole_BTV = adapted.model(**inputs, use_cache=False).logits
+    places = [(b, t) for b, row in enumerate(batch["labels"][:, 1:].tolist()) for t, x in enumerate(row) if x != -100]
+    expected = torch.stack([whole_BTV[b, t] for b, t in places])
+    found, targets, _ = response_logits(adapted, batch)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert targets.tolist() == [batch["labels"][b, t + 1].item() for b, t in places]
+    trained = list(adapted.parameters_by_name().values())
+    wanted, given = (
+        torch.autograd.grad(logits.logsumexp(-1).sum(), trained, allow_unused=True) for logits in (expected, found)
+    )
+    torch.testing.assert_close(given, wanted, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 100])
