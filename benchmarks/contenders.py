@@ -1,6 +1,6 @@
 """The methods that the benchmark compares: each a few settings, and what is tuned for it.
 
-A new method is a new entry: any settings of ``conf/schema.py``, and the knobs that are its own.
+A new method is a new entry: any settings of ``conf``, and the knobs that are its own.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ from client.adapter_layout import adapter_slots, peft_config
 from client.bases import BaseIdentity
 from client.model import AdaptedModel, BaseModel, share_weights
 from client.text import byte_tokenizer
-from conf.schema import ExpertTraining, LoraConfig, ModelConfig
+from conf.model import ExpertTraining, LoraConfig, ModelConfig
 
 VARIANTS = ("peft", "ours", "floor")
 MIN_STEPS = 5

@@ -22,7 +22,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from conf.schema import ExpertTraining, LoraConfig, ModelConfig, RouterTraining
+from conf.model import ExpertTraining, LoraConfig, ModelConfig, RouterTraining
 
 ADAPTER = "default"
 """PEFT's name for its only adapter; stock ``PeftModel.from_pretrained`` uses the same."""

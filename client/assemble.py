@@ -18,7 +18,8 @@ from client.runtime import configure_torch, resolve_device
 from client.site import POOLED, Site
 from client.site_settings import real_settings, simulated_settings
 from client.text import Example, check_packing
-from conf.schema import Config, GraftConfig, Mode
+from conf.methods import GraftConfig
+from conf.schema import Config, Mode
 from conf.seeds import generator_for
 
 log = logging.getLogger("bouquet.client")

@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils import logging as transformers_logging
 
 from client.upcycle import upcycle_folder
-from conf.schema import Differentiation, ModelConfig, ModelSource, UpcycleConfig
+from conf.model import Differentiation, ModelConfig, ModelSource, UpcycleConfig
 
 logger = logging.getLogger(__name__)
 

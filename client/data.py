@@ -19,7 +19,8 @@ import datasets
 from client.embedded import embedded_rows
 from client.site_names import MIN_ROWS, site_names_from
 from client.templates import Example
-from conf.schema import Config, DataConfig, Dirichlet, Files, Natural, Pathological, Shard
+from conf.partitions import Dirichlet, Files, Natural, Pathological, Shard
+from conf.schema import Config, DataConfig
 from conf.seeds import generator_for
 
 logger = logging.getLogger(__name__)

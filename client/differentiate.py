@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from client.adapter_layout import moe_layers
 from client.embedded import pretraining_texts
 from client.routing import balance_loss, count_expert_tokens, routing_entropy
-from conf.schema import Differentiation, UpcycleConfig
+from conf.model import Differentiation, UpcycleConfig
 
 _LENGTH = 128
 """Tokens of a sequence of general text."""

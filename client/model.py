@@ -28,7 +28,8 @@ from client.grafting.grafts import NO_GRAFT, Graft, attach_grafts, graft_name, i
 from client.grafting.layout import graft_slots, graft_spec
 from client.quantization import quantize_int8
 from client.routing import ExpertTokenCounter, RoutedTokens, count_router_choices
-from conf.schema import GraftConfig, LoraConfig, ModelConfig, Quantization
+from conf.methods import GraftConfig
+from conf.model import LoraConfig, ModelConfig, Quantization
 from conf.seeds import generator_for
 from strategies.adapters import Arrays, check_same_layout
 

@@ -19,7 +19,7 @@ from flwr_datasets.partitioner import (
 )
 
 from client.site_names import MIN_ROWS, site_names_from
-from conf.schema import Dirichlet, Iid, Natural, PartitionConfig, Pathological, Shard
+from conf.partitions import Dirichlet, Iid, Natural, PartitionConfig, Pathological, Shard
 from conf.seeds import generator_for
 
 logger = logging.getLogger(__name__)

@@ -15,7 +15,8 @@ from client.private import PrivateStore, under
 from client.runtime import configure_torch
 from client.text import Example, TokenSequence
 from client.training import TrainingResult, train
-from conf.schema import Config, RouterTraining
+from conf.model import RouterTraining
+from conf.schema import Config
 from conf.seeds import generator_for
 from strategies.adapters import Arrays
 from strategies.base import ClientUpdate

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from client.adapter_layout import moe_layers
 from client.differentiate import describe_experts, differentiate, general_text
-from conf.schema import Differentiation, UpcycleConfig
+from conf.model import Differentiation, UpcycleConfig
 
 logger = logging.getLogger(__name__)
 

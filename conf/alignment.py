@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, ClassVar
 
-from conf.schema import MethodConfig
+from conf.methods import MethodConfig
 from strategies.base import require
 
 MIN_PROMPT_TOKENS = 8

@@ -3,16 +3,9 @@
 from __future__ import annotations
 
 from conf.alignment import BUILT_IN_REWARDS, MIN_PROMPT_TOKENS, AlignmentConfig, DpoConfig, FirmConfig
-from conf.schema import (
-    Config,
-    ExpertTraining,
-    Files,
-    Mode,
-    ModelSource,
-    PartitionConfig,
-    Quantization,
-    RouterTraining,
-)
+from conf.model import ExpertTraining, ModelSource, Quantization, RouterTraining
+from conf.partitions import Files, PartitionConfig
+from conf.schema import Config, Mode
 from strategies.clair import Clair, RefinedRank
 from strategies.screen import ScreenKind
 

@@ -27,9 +27,11 @@ from hydra.errors import ConfigCompositionException, HydraException, MissingConf
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
 
-from conf import alignment, schema
+from conf import alignment, methods, partitions
 from conf.check import check_config
-from conf.schema import Config, MethodConfig, PartitionConfig
+from conf.methods import MethodConfig
+from conf.partitions import PartitionConfig
+from conf.schema import Config
 from strategies.base import Strategy
 from strategies.centralised import Centralised
 from strategies.clair import Clair
@@ -51,11 +53,12 @@ STRATEGIES: tuple[type[Strategy], ...] = (
     FedMoe, FedAlignMoe, FcMoe, FcMoePlus, PflMoe, Flex, Clair, Firm, FedCmoo, LocalOnly, Centralised,
 )  # fmt: skip
 METHODS: tuple[type[MethodConfig], ...] = (
-    schema.SftConfig, schema.ScaffoldConfig, schema.FcMoeConfig, schema.FedAlignMoeConfig, schema.PflMoeConfig,
-    schema.FlexConfig, schema.LocalOnlyConfig, alignment.FirmConfig, alignment.DpoConfig,
+    methods.SftConfig, methods.ScaffoldConfig, methods.FcMoeConfig, methods.FedAlignMoeConfig, methods.PflMoeConfig,
+    methods.FlexConfig, methods.LocalOnlyConfig, alignment.FirmConfig, alignment.DpoConfig,
 )  # fmt: skip
 PARTITIONS: tuple[type[PartitionConfig], ...] = (
-    schema.Iid, schema.Dirichlet, schema.Pathological, schema.Shard, schema.Natural, schema.Files,
+    partitions.Iid, partitions.Dirichlet, partitions.Pathological, partitions.Shard, partitions.Natural,
+    partitions.Files,
 )  # fmt: skip
 
 NOT_HASHED = (

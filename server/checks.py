@@ -19,7 +19,8 @@ from client.node import default_private_root
 from client.site import shared_arrays
 from client.text import encode
 from conf.check import check_num_sites
-from conf.schema import Config, ExpertTraining, Mode
+from conf.model import ExpertTraining
+from conf.schema import Config, Mode
 from server.certificates import check_private_key, check_server_certificate, public_fingerprint
 from server.flower import environment
 from server.probe import check_clock, look_at

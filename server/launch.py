@@ -21,7 +21,9 @@ from rich.markup import escape
 from conf.alignment import FirmConfig
 from conf.check import check_num_sites
 from conf.compose import expand_sweep, load_config, quoted, swept_keys
-from conf.schema import Config, Files, Mode, ModelSource
+from conf.model import ModelSource
+from conf.partitions import Files
+from conf.schema import Config, Mode
 from server.compare import compare, comparison, report
 from server.compare_matrix import matrix_tables
 from server.doctor import doctor
@@ -47,7 +49,7 @@ cli.add_typer(site_cli, name="site")
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
-Overrides = Annotated[list[str] | None, typer.Argument(help="Settings, key=value; see conf/schema.py.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Settings, key=value; see conf/schema.py and its imports.")]
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,9 @@ from client.model import adapted_model
 from client.private import PrivateStore
 from client.site import Site
 from client.text import Example
-from conf.schema import Config, FcMoeConfig, LoraConfig, TrainConfig
+from conf.methods import FcMoeConfig
+from conf.model import LoraConfig
+from conf.schema import Config, TrainConfig
 from tests.client.tiny_models import save_tiny_base
 
 folder = Path(sys.argv[1])

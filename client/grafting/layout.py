@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 from client.adapter_layout import MoeLayer, Packing, Slot
 from client.grafting.grafts import Graft, GraftSpec, graft_name
-from conf.schema import GraftConfig, GraftForm, GraftStart, LoraConfig, ModelConfig
+from conf.methods import GraftConfig, GraftForm, GraftStart
+from conf.model import LoraConfig, ModelConfig
 
 
 def graft_spec(config: GraftConfig, lora: LoraConfig, model: ModelConfig, layers: Mapping[str, MoeLayer]) -> GraftSpec:

@@ -13,7 +13,7 @@ from client.methods.pfl_moe import PflMoe
 from client.methods.scaffold import Scaffold
 from client.methods.sft import Sft
 from conf.alignment import DpoConfig, FirmConfig
-from conf.schema import (
+from conf.methods import (
     FcMoeConfig,
     FedAlignMoeConfig,
     FlexConfig,

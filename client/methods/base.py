@@ -15,7 +15,8 @@ from client.evaluation.held_out import HeldOutLoss, held_out_loss
 from client.local_rule import LocalRule
 from client.model import AdaptedModel
 from client.text import Example, TokenSequence, encode
-from conf.schema import DataConfig, GraftConfig, MethodConfig
+from conf.methods import GraftConfig, MethodConfig
+from conf.schema import DataConfig
 from strategies.adapters import Arrays
 
 Evaluator = Callable[[Sequence[TokenSequence]], HeldOutLoss]

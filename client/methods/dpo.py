@@ -22,7 +22,8 @@ from client.model import AdaptedModel
 from client.prompts import PreferencePair, encode_pairs
 from client.text import Example, TokenSequence, collate
 from conf.alignment import DpoConfig, preference_of
-from conf.schema import DataConfig, MethodConfig
+from conf.methods import MethodConfig
+from conf.schema import DataConfig
 from strategies.adapters import Arrays
 
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from client.methods.base import Method
 from client.private import under
-from conf.schema import FcMoeConfig, MethodConfig, RetentionKind
+from conf.methods import FcMoeConfig, MethodConfig, RetentionKind
 from strategies.adapters import Arrays, difference
 from strategies.experts import by_layer, dots, is_expert_array, norms
 

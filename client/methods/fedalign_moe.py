@@ -9,7 +9,7 @@ from client.local_rule import LocalRule
 from client.methods.base import Method
 from client.model import AdaptedModel
 from client.private import under
-from conf.schema import FedAlignMoeConfig, MethodConfig
+from conf.methods import FedAlignMoeConfig, MethodConfig
 from strategies.adapters import Arrays
 from strategies.fedalign_moe import MEAN, PROBABILITY, REFERENCE
 

@@ -29,7 +29,8 @@ from client.private import under
 from client.prompts import PromptSequence, prompt_sequences
 from client.text import Example, TokenSequence, collate, response_sequence
 from conf.alignment import Estimator, FirmConfig, preference_of
-from conf.schema import DataConfig, MethodConfig
+from conf.methods import MethodConfig
+from conf.schema import DataConfig
 from strategies.adapters import Arrays
 from strategies.fedcmoo import WEIGHTS
 

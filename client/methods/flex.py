@@ -13,7 +13,7 @@ from client.grafting.selection import Selection, select_experts
 from client.methods.base import Beginning, Method
 from client.model import AdaptedModel
 from client.text import TokenSequence
-from conf.schema import FlexConfig, MethodConfig
+from conf.methods import FlexConfig, MethodConfig
 from strategies.adapters import Arrays
 
 log = logging.getLogger("bouquet.client")

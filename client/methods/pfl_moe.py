@@ -12,7 +12,7 @@ from client.mixed_prediction import Gate, MixedTokens, fitted_gate, mixed_loss, 
 from client.model import AdaptedModel
 from client.private import under
 from client.text import TokenSequence
-from conf.schema import MethodConfig, PflMoeConfig
+from conf.methods import MethodConfig, PflMoeConfig
 from strategies.adapters import Arrays
 
 _LOCAL = "pfl_moe/local/"

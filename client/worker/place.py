@@ -20,7 +20,8 @@ from pathlib import Path
 from urllib.parse import quote
 
 from client.node import Node
-from conf.schema import Device, ModelConfig
+from conf.model import ModelConfig
+from conf.schema import Device
 
 CODE_ROOT = Path(__file__).resolve().parents[2]
 _PACKAGES = ("strategies", "conf", "client")

@@ -14,7 +14,8 @@ from client.bases import BaseIdentity
 from client.model import AdaptedModel, BaseModel
 from client.text import Example, encode
 from conf.compose import load_config
-from conf.schema import DataConfig, LoraConfig, ModelConfig, Template
+from conf.model import LoraConfig, ModelConfig
+from conf.schema import DataConfig, Template
 from tests.client.tiny_models import save_tiny_base, tiny_model
 
 WORDS = ["red", "green", "blue", "a", "colour", "of", "sky", "grass", "?"]

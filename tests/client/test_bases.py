@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from client.adapter_layout import moe_layers
 from client.bases import content_sha256, export_base, materialise
-from conf.schema import Differentiation, ModelConfig, ModelSource, UpcycleConfig
+from conf.model import Differentiation, ModelConfig, ModelSource, UpcycleConfig
 from tests.client.tiny_models import save_tiny_base
 
 

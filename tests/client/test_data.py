@@ -13,7 +13,8 @@ from client import data as data_module
 from client.data import SiteData, held_out_file, own_site, simulated_sites, site_names
 from client.embedded import DOMAINS, embedded_rows
 from client.text import Example
-from conf.schema import Config, DataConfig, Dirichlet, Files, Iid, Natural
+from conf.partitions import Dirichlet, Files, Iid, Natural
+from conf.schema import Config, DataConfig
 from strategies.fedavg import FedAvg
 
 SHARED_DATA = Path(__file__).parents[3] / "shared" / "data"

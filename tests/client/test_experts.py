@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from client.adapter_layout import ADAPTER, adapter_slots, moe_layers, peft_config
 from client.experts import IMPLEMENTATION
 from client.model import AdaptedModel
-from conf.schema import ExpertTraining, LoraConfig, ModelConfig, RouterTraining
+from conf.model import ExpertTraining, LoraConfig, ModelConfig, RouterTraining
 from tests.client.test_model import adapt, random_adapter
 from tests.client.tiny_models import MOE_FAMILIES, NUM_EXPERTS, TOP_K, random_tokens, tiny_model
 

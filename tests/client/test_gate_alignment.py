@@ -10,7 +10,7 @@ import torch
 from client.gate_alignment import GateAlignment, RoutingStatistics, Target, divergence, log_probabilities
 from client.model import AdaptedModel, load_base
 from client.text import collate
-from conf.schema import ExpertTraining, LoraConfig, RouterTraining
+from conf.model import ExpertTraining, LoraConfig, RouterTraining
 from strategies.fedalign_moe import MARGIN, PROBABILITY, SEMANTICS
 from tests.client.local_training import distance, eight_sequences, noisy, run
 from tests.client.tiny_models import NUM_EXPERTS, TOP_K, save_tiny_base

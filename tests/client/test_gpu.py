@@ -10,7 +10,9 @@ from client.grafting.selection import select_experts
 from client.memory import Shape, TrainingMemory, choose_micro_batch, free_bytes, step_peak_bytes
 from client.model import AdaptedModel, load_base
 from client.runtime import configure_torch, resolve_device
-from conf.schema import Device, ExpertTraining, GraftConfig, LoraConfig, OptimizerState, Precision, TrainConfig
+from conf.methods import GraftConfig
+from conf.model import ExpertTraining, LoraConfig, Precision
+from conf.schema import Device, OptimizerState, TrainConfig
 from tests.client.local_training import distance, eight_sequences, gradient, length, noisy, run
 from tests.client.tiny_models import save_tiny_base
 

@@ -12,7 +12,8 @@ from client.memory import Shape, TrainingMemory, _LiveBytes, choose_micro_batch,
 from client.model import AdaptedModel, load_base
 from client.text import TokenSequence
 from client.throughput import matrix_weights
-from conf.schema import LoraConfig, Precision, Quantization, TrainConfig
+from conf.model import LoraConfig, Precision, Quantization
+from conf.schema import TrainConfig
 from tests.client.local_training import eight_sequences
 from tests.client.tiny_models import save_tiny_base
 
@@ -176,7 +177,7 @@ import torch
 
 from client.memory import Shape, TrainingMemory, free_bytes
 from client.model import AdaptedModel, load_base
-from conf.schema import LoraConfig
+from conf.model import LoraConfig
 from tests.client.local_training import run
 from tests.client.tiny_models import save_tiny_base
 

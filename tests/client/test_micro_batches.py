@@ -8,7 +8,8 @@ import torch
 
 from client.model import AdaptedModel, load_base
 from client.text import TokenSequence
-from conf.schema import ExpertTraining, LoraConfig, OptimizerState, Precision
+from conf.model import ExpertTraining, LoraConfig, Precision
+from conf.schema import OptimizerState
 from tests.client.local_training import distance, eight_sequences, gradient, length, live_tensor_bytes, noisy, run
 from tests.client.tiny_models import save_tiny_base
 

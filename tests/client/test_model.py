@@ -16,7 +16,7 @@ from client.adapter_layout import moe_layers
 from client.bases import BaseIdentity
 from client.model import AdaptedModel, BaseModel, adapted_model, base_model_loads, load_base
 from client.text import byte_tokenizer
-from conf.schema import ExpertTraining, LoraConfig, ModelConfig, Precision, RouterTraining
+from conf.model import ExpertTraining, LoraConfig, ModelConfig, Precision, RouterTraining
 from tests.client.tiny_models import (
     DENSE_FAMILIES,
     MOE_FAMILIES,

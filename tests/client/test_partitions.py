@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from client.partitions import assign_rows
-from conf.schema import Dirichlet, Files, Iid, Natural, Pathological, Shard
+from conf.partitions import Dirichlet, Files, Iid, Natural, Pathological, Shard
 
 VALUES = [("red", "green", "blue", "grey")[index // 50] for index in range(200)]
 """Sorted, as files often are."""

@@ -13,7 +13,7 @@ from client.bases import BaseIdentity
 from client.model import AdaptedModel, BaseModel, load_base
 from client.quantization import quantize_int8
 from client.text import byte_tokenizer
-from conf.schema import ModelConfig, Quantization
+from conf.model import ModelConfig, Quantization
 from tests.client.test_model import LORA, logits, random_adapter
 from tests.client.tiny_models import random_tokens, save_tiny_base, tiny_model
 

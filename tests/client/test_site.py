@@ -16,19 +16,9 @@ from client.private import PrivateStore
 from client.site import POOLED, Site, shared_arrays
 from client.text import Example, collate, encode
 from client.training import train
-from conf.schema import (
-    Config,
-    FcMoeConfig,
-    LocalOnlyConfig,
-    LoraConfig,
-    OptimizerState,
-    PflMoeConfig,
-    RetentionConfig,
-    RetentionKind,
-    RouterTraining,
-    SftConfig,
-    TrainConfig,
-)
+from conf.methods import FcMoeConfig, LocalOnlyConfig, PflMoeConfig, RetentionConfig, RetentionKind, SftConfig
+from conf.model import LoraConfig, RouterTraining
+from conf.schema import Config, OptimizerState, TrainConfig
 from conf.seeds import generator_for
 from strategies.fedavg import FedAvg
 from tests.client.local_training import live_tensor_bytes

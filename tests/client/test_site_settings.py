@@ -7,7 +7,8 @@ import pytest
 from client.node import real_node
 from client.site_settings import real_settings, simulated_settings
 from conf.alignment import FirmConfig
-from conf.schema import Config, SftConfig
+from conf.methods import SftConfig
+from conf.schema import Config
 
 CONFIG = Config(
     method=FirmConfig(rewards=["helpful:org/helpful", "length"], site_preferences={"bank": [0.9, 0.1]}),

@@ -11,7 +11,7 @@ from client.evaluation.held_out import response_nll
 from client.model import AdaptedModel, load_base
 from client.text import TokenSequence, collate
 from client.throughput import Lengths, ThroughputMeter, matmul_flops_per_second, peak_memory_bytes, training_flops
-from conf.schema import LoraConfig
+from conf.model import LoraConfig
 from tests.client.local_training import eight_sequences, noisy, run
 from tests.client.tiny_models import NUM_LAYERS, TOP_K, VOCAB_SIZE, save_tiny_base
 

@@ -8,7 +8,8 @@ import torch
 
 from client.evaluation.held_out import held_out_loss
 from client.model import AdaptedModel, load_base
-from conf.schema import ExpertTraining, LoraConfig, OptimizerState, Precision, RouterTraining
+from conf.model import ExpertTraining, LoraConfig, Precision, RouterTraining
+from conf.schema import OptimizerState
 from tests.client.local_training import distance, eight_sequences, gradient, noisy, run
 from tests.client.tiny_models import TOP_K, save_tiny_base
 

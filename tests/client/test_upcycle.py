@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from client.adapter_layout import moe_layers
 from client.upcycle import upcycle, upcycle_folder
-from conf.schema import Differentiation, UpcycleConfig
+from conf.model import Differentiation, UpcycleConfig
 from tests.client.tiny_models import random_tokens, save_tiny_base, tiny_model
 
 FOUR = UpcycleConfig(num_experts=4, experts_per_token=2)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from conf.schema import ModelConfig, ModelSource
+from conf.model import ModelConfig, ModelSource
 
 VOCAB_SIZE = 272
 NUM_EXPERTS = 4

@@ -6,26 +6,10 @@ import pytest
 
 from conf.check import check_config, check_num_sites, needed_sites, num_asked
 from conf.compose import load_config
-from conf.schema import (
-    ChoicesConfig,
-    Config,
-    DataConfig,
-    Dirichlet,
-    EvalConfig,
-    ExpertTraining,
-    FcMoeConfig,
-    FederationConfig,
-    Files,
-    FlexConfig,
-    Iid,
-    LocalOnlyConfig,
-    LoraConfig,
-    Mode,
-    ModelConfig,
-    Natural,
-    RouterTraining,
-    SftConfig,
-)
+from conf.methods import FcMoeConfig, FlexConfig, LocalOnlyConfig, SftConfig
+from conf.model import ExpertTraining, LoraConfig, ModelConfig, RouterTraining
+from conf.partitions import Dirichlet, Files, Iid, Natural
+from conf.schema import ChoicesConfig, Config, DataConfig, EvalConfig, FederationConfig, Mode
 from strategies.centralised import Centralised
 from strategies.fc_moe import FcMoe
 from strategies.fedavg import FedAvg

@@ -22,7 +22,9 @@ from conf.compose import (
     to_dict,
     to_yaml,
 )
-from conf.schema import Dirichlet, FcMoeConfig, Logger, OptimizerState, RetentionKind, SftConfig, Template
+from conf.methods import FcMoeConfig, RetentionKind, SftConfig
+from conf.partitions import Dirichlet
+from conf.schema import Logger, OptimizerState, Template
 from strategies.conflicts import Space
 from strategies.fc_moe import FcMoe
 

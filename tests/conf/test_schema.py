@@ -8,30 +8,30 @@ import re
 
 import pytest
 
-from conf import schema
+from conf import methods, model, partitions, schema
 
 OUT_OF_RANGE = [
-    (schema.UpcycleConfig, "model.upcycle.num_experts", 1, "0 or >= 2"),
-    (schema.UpcycleConfig, "model.upcycle.num_experts", -2, "0 or >= 2"),
-    (schema.UpcycleConfig, "model.upcycle.experts_per_token", 0, ">= 1"),
-    (schema.UpcycleConfig, "model.upcycle.steps", 0, ">= 1"),
-    (schema.LoraConfig, "lora.rank", 0, ">= 1"),
-    (schema.LoraConfig, "lora.alpha", 0.0, "> 0"),
-    (schema.LoraConfig, "lora.alpha", math.inf, "> 0"),
+    (model.UpcycleConfig, "model.upcycle.num_experts", 1, "0 or >= 2"),
+    (model.UpcycleConfig, "model.upcycle.num_experts", -2, "0 or >= 2"),
+    (model.UpcycleConfig, "model.upcycle.experts_per_token", 0, ">= 1"),
+    (model.UpcycleConfig, "model.upcycle.steps", 0, ">= 1"),
+    (model.LoraConfig, "lora.rank", 0, ">= 1"),
+    (model.LoraConfig, "lora.alpha", 0.0, "> 0"),
+    (model.LoraConfig, "lora.alpha", math.inf, "> 0"),
     (schema.DataConfig, "data.held_out_fraction", 0.0, "in (0, 1)"),
     (schema.DataConfig, "data.held_out_fraction", 1.0, "in (0, 1)"),
     (schema.DataConfig, "data.max_length", 7, ">= 8"),
     (schema.DataConfig, "data.num_examples", 1, "null or >= 2"),
-    (schema.Iid, "partition.num_sites", 0, ">= 1"),
-    (schema.Dirichlet, "partition.num_sites", 0, ">= 1"),
-    (schema.Dirichlet, "partition.alpha", 0.0, "> 0"),
-    (schema.Dirichlet, "partition.alpha", math.nan, "> 0"),
-    (schema.Dirichlet, "partition.min_examples", 1, ">= 2"),
-    (schema.Pathological, "partition.classes_per_site", 0, ">= 1"),
-    (schema.Shard, "partition.shards_per_site", 0, ">= 1"),
-    (schema.RetentionConfig, "method.retention.strength", -0.1, "in [0, 1]"),
-    (schema.RetentionConfig, "method.retention.strength", 1.1, "in [0, 1]"),
-    (schema.RetentionConfig, "method.retention.norm_guard", 0.9, "null or >= 1"),
+    (partitions.Iid, "partition.num_sites", 0, ">= 1"),
+    (partitions.Dirichlet, "partition.num_sites", 0, ">= 1"),
+    (partitions.Dirichlet, "partition.alpha", 0.0, "> 0"),
+    (partitions.Dirichlet, "partition.alpha", math.nan, "> 0"),
+    (partitions.Dirichlet, "partition.min_examples", 1, ">= 2"),
+    (partitions.Pathological, "partition.classes_per_site", 0, ">= 1"),
+    (partitions.Shard, "partition.shards_per_site", 0, ">= 1"),
+    (methods.RetentionConfig, "method.retention.strength", -0.1, "in [0, 1]"),
+    (methods.RetentionConfig, "method.retention.strength", 1.1, "in [0, 1]"),
+    (methods.RetentionConfig, "method.retention.norm_guard", 0.9, "null or >= 1"),
     (schema.TrainConfig, "train.max_steps", 0, "null or >= 1"),
     (schema.TrainConfig, "train.learning_rate", 0.0, "> 0"),
     (schema.TrainConfig, "train.learning_rate", math.inf, "> 0"),
@@ -45,10 +45,10 @@ OUT_OF_RANGE = [
     (schema.TrainConfig, "train.proximal_mu", -1.0, ">= 0"),
     (schema.TrainConfig, "train.proximal_mu", math.inf, ">= 0"),
     (schema.TrainConfig, "train.num_threads", 0, ">= 1"),
-    (schema.GraftConfig, "method.graft.num_experts", 0, "in [1, 3]"),
-    (schema.GraftConfig, "method.graft.num_experts", 4, "in [1, 3]"),
-    (schema.GraftConfig, "method.graft.rank", -1, ">= 0"),
-    (schema.GraftConfig, "method.graft.calibration_examples", 0, ">= 1"),
+    (methods.GraftConfig, "method.graft.num_experts", 0, "in [1, 3]"),
+    (methods.GraftConfig, "method.graft.num_experts", 4, "in [1, 3]"),
+    (methods.GraftConfig, "method.graft.rank", -1, ">= 0"),
+    (methods.GraftConfig, "method.graft.calibration_examples", 0, ">= 1"),
     (schema.EvalConfig, "eval.every", 0, ">= 1"),
     (schema.EvalConfig, "eval.max_examples", 0, "null or >= 1"),
     (schema.EvalConfig, "eval.batch_size", 0, ">= 1"),
@@ -82,7 +82,7 @@ def test_every_number_has_a_limit_tested_here():
         for field in dataclasses.fields(group):
             if str(field.type).removesuffix(" | None") in ("int", "float"):
                 inherited = any((base, field.name) in tested for base in group.__mro__)
-                counted = (schema.Iid, field.name) in tested
+                counted = (partitions.Iid, field.name) in tested
                 assert inherited or counted, f"{group.__name__}.{field.name}"
 
 
@@ -90,10 +90,10 @@ def test_more_experts_a_token_than_experts_are_refused():
     with pytest.raises(
         ValueError, match=r"model.upcycle.experts_per_token must be <= model.upcycle.num_experts=4, got 5"
     ):
-        schema.UpcycleConfig(num_experts=4, experts_per_token=5)
+        model.UpcycleConfig(num_experts=4, experts_per_token=5)
 
 
 @pytest.mark.parametrize("limit", [0.5, 1.0])
 def test_limits_themselves_are_allowed(limit):
     assert schema.FederationConfig(fraction=limit).fraction == limit
-    assert schema.RetentionConfig(strength=limit).strength == limit
+    assert methods.RetentionConfig(strength=limit).strength == limit

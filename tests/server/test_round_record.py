@@ -6,7 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conf.schema import Config, FederationConfig, Natural, SftConfig
+from conf.methods import SftConfig
+from conf.partitions import Natural
+from conf.schema import Config, FederationConfig
 from server.round_record import RoundRecord, sample_sites
 from strategies.fedavg import FedAvg
 

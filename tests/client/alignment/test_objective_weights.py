@@ -9,7 +9,7 @@ import torch
 from client.alignment.objective_gradients import ObjectiveGradients
 from client.alignment.objective_weights import ServerWeights
 from client.model import adapted_model
-from conf.schema import LoraConfig
+from conf.model import LoraConfig
 from strategies.fedcmoo import GRADIENT, SHARES, WEIGHTS, truncated
 from tests.client.tiny_models import save_tiny_base
 

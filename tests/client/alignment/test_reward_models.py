@@ -12,7 +12,8 @@ from client.alignment.reward_models import LinearHead, named_rewards, pair_featu
 from client.alignment.reward_training import Pairs, accuracy, bradley_terry_weights, train_head
 from client.model import adapted_model
 from client.text import Example, byte_tokenizer
-from conf.schema import DataConfig, LoraConfig, Template
+from conf.model import LoraConfig
+from conf.schema import DataConfig, Template
 from tests.client.local_training import noisy
 from tests.client.tiny_models import VOCAB_SIZE, save_tiny_base, tiny_config
 

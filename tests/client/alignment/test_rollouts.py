@@ -15,7 +15,8 @@ from client.alignment.rollouts import (
 from client.model import adapted_model
 from client.prompts import prompt_sequences
 from client.text import Example, collate
-from conf.schema import DataConfig, ExpertTraining, LoraConfig, RouterTraining, Template
+from conf.model import ExpertTraining, LoraConfig, RouterTraining
+from conf.schema import DataConfig, Template
 from tests.client.local_training import noisy
 from tests.client.tiny_models import save_tiny_base
 

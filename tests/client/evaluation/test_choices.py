@@ -9,7 +9,8 @@ from client.evaluation.choices import Question, accuracy, questions_of
 from client.evaluation.held_out import held_out_loss
 from client.model import AdaptedModel, load_base
 from client.text import Example
-from conf.schema import DataConfig, LoraConfig, Template, Truncation
+from conf.model import LoraConfig
+from conf.schema import DataConfig, Template, Truncation
 from tests.client.local_training import noisy
 from tests.client.tiny_models import save_tiny_base
 

@@ -12,7 +12,9 @@ from client.evaluation.measured import BASE, GLOBAL, PERSONAL
 from client.private import under
 from client.site import POOLED, Site
 from client.text import Example, encode, encode_prompts
-from conf.schema import EvalConfig, LocalOnlyConfig, PflMoeConfig, RouterTraining, SftConfig
+from conf.methods import LocalOnlyConfig, PflMoeConfig, SftConfig
+from conf.model import RouterTraining
+from conf.schema import EvalConfig
 from tests.client.test_site import HELD_OUT, TRAIN, first_global, make_site, noisy, settings_for
 from tests.client.tiny_models import save_tiny_base
 

@@ -6,7 +6,7 @@ import torch
 
 from client.evaluation.generation import greedy, rouge_l
 from client.model import AdaptedModel, load_base
-from conf.schema import LoraConfig
+from conf.model import LoraConfig
 from tests.client.local_training import noisy
 from tests.client.tiny_models import save_tiny_base
 

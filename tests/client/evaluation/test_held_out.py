@@ -9,7 +9,7 @@ import torch
 from client.evaluation.held_out import held_out_loss, response_logits
 from client.model import AdaptedModel, load_base
 from client.text import TokenSequence, collate
-from conf.schema import LoraConfig
+from conf.model import LoraConfig
 from tests.client.tiny_models import DENSE_FAMILIES, MOE_FAMILIES, save_tiny_base
 
 

@@ -9,7 +9,7 @@ from client.evaluation.held_out import held_out_loss
 from client.evaluation.relative_cost import counted_flops, relative_cost
 from client.model import AdaptedModel, load_base
 from client.text import TokenSequence
-from conf.schema import LoraConfig
+from conf.model import LoraConfig
 from tests.client.local_training import eight_sequences, noisy
 from tests.client.tiny_models import NUM_EXPERTS, NUM_LAYERS, TOP_K, save_tiny_base
 

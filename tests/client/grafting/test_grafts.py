@@ -18,7 +18,8 @@ from client.grafting.grafts import is_graft_array
 from client.memory import Shape, TrainingMemory
 from client.model import AdaptedModel, BaseModel
 from client.text import byte_tokenizer
-from conf.schema import ExpertTraining, GraftConfig, GraftForm, GraftStart, LoraConfig, ModelConfig
+from conf.methods import GraftConfig, GraftForm, GraftStart
+from conf.model import ExpertTraining, LoraConfig, ModelConfig
 from tests.client.tiny_models import MOE_FAMILIES, random_tokens, tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")

@@ -14,7 +14,8 @@ from client.model import adapted_model
 from client.text import Example
 from conf.alignment import DpoConfig
 from conf.compose import load_config
-from conf.schema import DataConfig, LoraConfig, Template
+from conf.model import LoraConfig
+from conf.schema import DataConfig, Template
 from tests.client.local_training import gradient, noisy, run
 from tests.client.tiny_models import save_tiny_base
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from client.methods import method_for
-from conf.schema import FcMoeConfig, RetentionConfig, RetentionKind
+from conf.methods import FcMoeConfig, RetentionConfig, RetentionKind
 
 LAYERS = ("model.layers.0.mlp", "model.layers.1.mlp")
 NUM_EXPERTS = 3

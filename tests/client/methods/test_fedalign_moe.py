@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from client.methods import method_for
-from conf.schema import FedAlignMoeConfig, RouterTraining, SftConfig
+from conf.methods import FedAlignMoeConfig, SftConfig
+from conf.model import RouterTraining
 from strategies.fedalign_moe import MARGIN, MEAN, PROBABILITY, REFERENCE, SEMANTICS, FedAlignMoe
 from tests.client.test_site import assert_same, differ, first_global, make_site, settings_for
 from tests.client.tiny_models import save_tiny_base

@@ -19,7 +19,8 @@ from client.model import adapted_model, base_model_loads
 from client.private import under
 from conf.alignment import Estimator, FirmConfig, Regulariser
 from conf.compose import load_config
-from conf.schema import DataConfig, LoraConfig, Template
+from conf.model import LoraConfig
+from conf.schema import DataConfig, Template
 from tests.client.local_training import live_tensor_bytes
 from tests.client.test_site import TRAIN, assert_same, first_global, make_site, noisy, settings_for
 from tests.client.tiny_models import save_tiny_base

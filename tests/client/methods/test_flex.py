@@ -15,15 +15,9 @@ from client.grafting.grafts import is_graft_array
 from client.methods import method_for
 from client.private import under
 from client.text import encode
-from conf.schema import (
-    ExpertTraining,
-    FlexConfig,
-    GraftConfig,
-    LoraConfig,
-    ModelConfig,
-    OptimizerState,
-    SftConfig,
-)
+from conf.methods import FlexConfig, GraftConfig, SftConfig
+from conf.model import ExpertTraining, LoraConfig, ModelConfig
+from conf.schema import OptimizerState
 from tests.client.test_site import HELD_OUT, TRAIN, assert_same, differ, first_global, make_site, noisy, settings_for
 from tests.client.tiny_models import NUM_EXPERTS, save_tiny_base
 

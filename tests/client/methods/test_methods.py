@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from client.methods import METHODS, method_for
-from conf.schema import FcMoeConfig, LocalOnlyConfig, MethodConfig, SftConfig
+from conf.methods import FcMoeConfig, LocalOnlyConfig, MethodConfig, SftConfig
 
 RECEIVED = {"model.layers.0.mlp.experts.up_proj.lora_A": np.ones((2, 1, 3), np.float32)}
 TRAINED = {name: 2 * array for name, array in RECEIVED.items()}

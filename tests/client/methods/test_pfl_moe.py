@@ -6,7 +6,7 @@ from client.evaluation.held_out import held_out_loss
 from client.mixed_prediction import fitted_gate, mixed_loss, predictions
 from client.private import under
 from client.text import encode
-from conf.schema import PflMoeConfig, SftConfig
+from conf.methods import PflMoeConfig, SftConfig
 from tests.client.test_site import HELD_OUT, TRAIN, assert_same, first_global, make_site, noisy, settings_for
 from tests.client.tiny_models import save_tiny_base
 

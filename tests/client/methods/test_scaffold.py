@@ -8,7 +8,8 @@ import torch
 
 from client.methods.scaffold import GradientCorrection
 from client.private import under
-from conf.schema import RouterTraining, ScaffoldConfig, SftConfig
+from conf.methods import ScaffoldConfig, SftConfig
+from conf.model import RouterTraining
 from strategies.base import ClientUpdate
 from strategies.fedavg import FedAvg
 from strategies.scaffold import CONTROL, Scaffold

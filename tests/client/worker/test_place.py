@@ -14,7 +14,8 @@ import pytest
 
 from client.node import real_node
 from client.worker.place import CODE_ROOT, base_key, place_of, runtime_folder
-from conf.schema import Device, ExpertTraining, ModelConfig, Precision
+from conf.model import ExpertTraining, ModelConfig, Precision
+from conf.schema import Device
 
 NODE = {"site": "ward", "data": "/data/a.jsonl", "private": "/private"}
 
