@@ -135,7 +135,7 @@ def carry_out(
 
 def add_arguments(parser: argparse.ArgumentParser, names: Iterable[str], tuning_seeds: Sequence[int]) -> None:
     """What every study can be told."""
-    parser.add_argument("--strategies", nargs="+", choices=list(names), default=list(names))
+    parser.add_argument("--strategies", nargs="+", choices=list(names), help="default: all")
     parser.add_argument("--tuning-seeds", type=int, nargs="*", default=list(tuning_seeds))
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the data sets")
     parser.add_argument("--budget-minutes", type=float, default=float("inf"))

@@ -74,6 +74,22 @@ CONTENDERS: dict[str, Contender] = {
     "fc_moe_no_importance": Contender(
         "- importance weighting", ("strategy=fc_moe", "strategy.importance=uniform"), follows="fc_moe"
     ),
+    **{
+        f"fc_moe_{name}": Contender(f"FC-MoE, {title}", ("strategy=fc_moe", setting), follows="fc_moe")
+        for name, title, setting in (
+            ("product", "conflicts in products B A", "strategy.conflict.space=product"),
+            ("matrix", "conflicts of matrices", "strategy.conflict.granularity=matrix"),
+            ("row", "conflicts of rows", "strategy.conflict.granularity=row"),
+            ("rank", "conflicts of ranks", "strategy.conflict.granularity=rank"),
+            ("others", "against the other sites' consensus", "strategy.conflict.against=others"),
+            ("pairwise", "against each other site", "strategy.conflict.against=pairwise"),
+            ("tokens", "importance: tokens", "strategy.importance=tokens"),
+            ("examples", "importance: examples", "strategy.importance=examples"),
+            ("filtered", "retention: filtered", "method.retention.kind=filtered"),
+            ("orthogonal", "retention: orthogonal", "method.retention.kind=orthogonal"),
+            ("guarded", "retention, norms kept within 1.2", "method.retention.norm_guard=1.2"),
+        )
+    },
     "fedprox": Contender("FedProx", ("strategy=fedprox",), (Knob("train.proximal_mu", (1e-3, 1e-2, 1e-1, 1.0), 1e-2),)),
     "fedadam": Contender(
         "FedAdam", ("strategy=fedadam",), (Knob("strategy.learning_rate", (2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2), 1e-2),)

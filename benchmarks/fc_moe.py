@@ -27,7 +27,7 @@ from benchmarks.fc_moe_tables import LAST, last_rounds, markdown
 from benchmarks.federation import simulated
 from benchmarks.measures import Judge, Score, expert_norm
 from benchmarks.render import HERE
-from benchmarks.workloads import VERSION, WORKLOADS
+from benchmarks.workloads import WORKLOADS
 from client.assemble import held_out_sets
 from conf.compose import load_config
 
@@ -44,8 +44,8 @@ class Cell:
     seed: int
     split: str
     """What it is judged on: validation or test."""
-    version: str = VERSION
-    """Of workloads and base model."""
+    version: str
+    """Of the workload and its base model."""
 
     @classmethod
     def of(cls, row: Row) -> Cell:
@@ -53,10 +53,10 @@ class Cell:
         return cls(row["workload"], row["experts"], tuple(row["settings"]), row["seed"], row["split"], row["version"])
 
 
-def run_cell(cell: Cell, data: Path) -> dict[str, Any]:
+def run_cell(cell: Cell, data: Path, device: str = "cpu") -> dict[str, Any]:
     """Its row: the cell, and per round what was measured; ``failed`` says why instead if training diverged."""
     workload = WORKLOADS[cell.workload]
-    words = [*workload.overrides(data, cell.seed, cell.split), f"model.experts={cell.experts}", *cell.settings]
+    words = [*workload.overrides(data, cell.seed, cell.split, device), f"model.experts={cell.experts}", *cell.settings]
     config = load_config(words)
     started = time.perf_counter()
     row: dict[str, Any] = asdict(cell)
@@ -70,9 +70,11 @@ def run_cell(cell: Cell, data: Path) -> dict[str, Any]:
         except ValueError as error:
             return row | {"failed": f"round {federation.server_round + 1}: {error}"}
         after = expert_norm(federation.whole_adapter())
+        answers = judge.rouge_l(federation) if cell.split == "test" and not workload.labels else None
     return row | {
         "accuracy": None if scores[0].accuracy is None else [round(score.accuracy or 0.0, 4) for score in scores],
         "loss": [round(score.loss, 4) for score in scores],
+        "rouge_l": answers and round(answers, 4),
         "sites": {
             name: round(float(np.mean([score.sites[name] for score in scores[-LAST:]])), 4) for name in scores[0].sites
         },
@@ -85,10 +87,11 @@ def run_cell(cell: Cell, data: Path) -> dict[str, Any]:
 
 def study_of(workload: str, experts: str, seeds: Sequence[int], tuning_seeds: Sequence[int]) -> Study[Cell]:
     """The cells of one workload and one way to train experts."""
+    version = WORKLOADS[workload].version
     return Study(
         CONTENDERS,
         experts,
-        cell=lambda settings, seed, split: Cell(workload, experts, settings, seed, split),
+        cell=lambda settings, seed, split: Cell(workload, experts, settings, seed, split, version),
         cell_of=Cell.of,
         score=_score,
         seeds=seeds,
@@ -99,7 +102,7 @@ def study_of(workload: str, experts: str, seeds: Sequence[int], tuning_seeds: Se
 def report(study: Study[Cell], name: str) -> dict[str, Any]:
     """The results file: settings of the study of the workload ``name``, and its tables as Markdown."""
     workload = WORKLOADS[name]
-    tested = {contender: study.tested(contender) for contender in CONTENDERS}
+    tested = {contender: study.tested(contender) for contender in workload.contenders or CONTENDERS}
     experts = "experts by LoRA" if study.experts == "lora" else "experts in full"
     return {
         "workload": name,
@@ -124,12 +127,15 @@ def main() -> None:
     parser.add_argument("--workload", choices=list(WORKLOADS), default="clinc")
     parser.add_argument("--experts", choices=["lora", "full"], default="lora")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--device", default="cpu")
     add_arguments(parser, CONTENDERS, tuning_seeds=[100])
     given = parser.parse_args()
+    names = given.strategies or WORKLOADS[given.workload].contenders or tuple(CONTENDERS)
     results = HERE / "results" / f"fc_moe_{given.workload}_{given.experts}.json"
     study = study_of(given.workload, given.experts, given.seeds, given.tuning_seeds)
-    run, reported = partial(run_cell, data=given.data), partial(report, study, given.workload)
-    carry_out(study, given.strategies, run, reported, results, given)
+    run = partial(run_cell, data=given.data, device=given.device)
+    reported = partial(report, study, given.workload)
+    carry_out(study, names, run, reported, results, given)
     print(reported()["markdown"])
 
 

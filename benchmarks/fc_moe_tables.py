@@ -44,9 +44,10 @@ def comparison(title: str, tested: Mapping[str, Outcome], seeds: Sequence[int]) 
     """A line for each contender, with ``missing`` where it has not been run."""
     done = [row for result in tested.values() for row in result.rows.values() if "failed" not in row]
     by_accuracy = any(row["accuracy"] for row in done)
+    answered = any(row.get("rouge_l") for row in done)
     measure = "accuracy, %" if by_accuracy else "loss, nats"
     columns = [
-        "method", f"test {measure}", "minus FedAvg", "last round", "loss",
+        "method", f"test {measure}", "minus FedAvg", "last round", *(["ROUGE-L"] if answered else ["loss"]),
         "on sites' own data: mean / worst / spread", "rounds to FedAvg's end", "MB", "expert norm", "tuned",
     ]  # fmt: skip
     lines = [[*columns], ["---"] * len(columns)]
@@ -90,13 +91,21 @@ def _cells(result: Outcome, baseline: Mapping[int, Row], by_accuracy: bool) -> l
         with_interval(list(values.values()), digits) + (f" ({failed} diverged)" if failed else ""),
         with_interval(differences, digits, sign="+") if differences and result.rows is not baseline else "",
         f"{final:.{digits}f}",
-        f"{np.mean([last_rounds(row['loss']) for row in rows.values()]):.3f}",
+        _rouge(rows) if any(row.get("rouge_l") for row in rows.values()) else _loss(rows),
         _on_sites(rows, by_accuracy, scale, digits),
         _rounds(rows, _good(baseline), curve, higher=by_accuracy),
         f"{np.mean([row['bytes'] for row in rows.values()]) / 1e6:.1f}",
         f"x {np.mean([row['expert_norm'][1] / row['expert_norm'][0] for row in rows.values()]):.2f}",
         _tuned(result.settings),
     ]
+
+
+def _loss(rows: Mapping[int, Row]) -> str:
+    return f"{np.mean([last_rounds(row['loss']) for row in rows.values()]):.3f}"
+
+
+def _rouge(rows: Mapping[int, Row]) -> str:
+    return with_interval([row["rouge_l"] for row in rows.values()], 3)
 
 
 def _good(rows: Mapping[int, Row]) -> dict[int, Row]:

@@ -158,7 +158,7 @@ def main() -> None:
     results = HERE / "results" / f"flex_{given.model}_{given.partition}.json"
     study = study_of(given.model, given.partition, given.seeds, given.tuning_seeds)
     run, reported = partial(run_cell, data=given.data), partial(report, study, given.model, given.partition)
-    carry_out(study, given.strategies, run, reported, results, given)
+    carry_out(study, given.strategies or PERSONAL, run, reported, results, given)
     print(reported()["markdown"])
 
 

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.federation import Federation
+from client.evaluation.examination import answered
 from client.evaluation.held_out import held_out_loss
 from client.model import AdaptedModel
 from client.text import IGNORED_LABEL, Example, TokenSequence, collate, encode
@@ -53,6 +54,7 @@ class Judge:
             ValueError: If a label word is not exactly one token of the model's vocabulary.
         """
         self.adapted = adapted
+        self.examples = test
         self.test = {name: encode(examples, adapted.tokenizer, config.data) for name, examples in test.items()}
         self.label_ids = torch.tensor([_one_token(adapted, label) for label in labels], dtype=torch.int64)
 
@@ -81,6 +83,14 @@ class Judge:
             accuracy=None,
             sites={name: loss.loss for name, loss in losses.items()},
         )
+
+    def rouge_l(self, federation: Federation) -> float:
+        """Of greedy answers to the first test examples of each site, mean over the sites of the model in use there."""
+        found = []
+        for name, site in federation.sites.items():
+            in_use = site.in_use(federation.received(name))
+            found.append(answered(in_use, self.examples[name], self.adapted, federation.config)[0])
+        return float(np.mean(found))
 
     def _by_labels(self, adapter: Arrays) -> Score:
         everything = [sequence for sequences in self.test.values() for sequence in sequences]

@@ -7,9 +7,11 @@ validation, test), so that ``bouquet run`` with the same settings does the same.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import datasets
@@ -20,11 +22,13 @@ from benchmarks.word_base import __file__ as word_base_file
 from client.bases import cache_root
 from conf.seeds import generator_for
 
-VERSION = hashlib.sha256(b"".join(Path(file).read_bytes() for file in (__file__, word_base_file))).hexdigest()[:8]
-"""Of the workloads and their base model: changes with what they are made by, and results of another are not used."""
-
 Rows = dict[str, list[dict[str, str]]]
 """Split -> rows."""
+
+KEY_CONTENDERS = (
+    "fedavg", "noise", "fedavg_step", "fedalign_moe", "fc_moe", "fc_moe_plus", "local_only", "centralised"
+)  # fmt: skip
+"""Who is compared where not everyone is."""
 
 
 @dataclass(frozen=True)
@@ -40,24 +44,40 @@ class Workload:
     """Words of which the model chooses one; empty: judged by its loss."""
     rows: Callable[[Path, int], Rows] | None = None
     """From the folder of data sets and a seed; None: the embedded default, new text with every seed."""
+    model: tuple[str, ...] = ()
+    """Settings of the base model and its template; empty: the one of ``word_base``."""
+    contenders: tuple[str, ...] = KEY_CONTENDERS
+    """Who is compared; empty: everyone."""
 
-    def overrides(self, data: Path, seed: int, split: str) -> list[str]:
+    @cached_property
+    def version(self) -> str:
+        """Changes with what the workload is made by: results of another version are not used."""
+        base = b"" if self.model or self.rows is None else Path(word_base_file).read_bytes()
+        made_by = [inspect.getsource(function) for function in (self.rows, _drawn, cut) if function is not None]
+        settings = repr((self.rounds, self.settings, self.labels, self.model))
+        return hashlib.sha256(base + "".join([*made_by, settings]).encode()).hexdigest()[:8]
+
+    def overrides(self, data: Path, seed: int, split: str, device: str = "cpu") -> list[str]:
         """Settings of a run that is judged on ``split``; model and data are built if the cache lacks them."""
-        own = [*self.settings, f"rounds={self.rounds}", f"seed={seed}", "device=cpu"]
+        own = [*self.settings, f"rounds={self.rounds}", f"seed={seed}", f"device={device}"]
         if self.rows is None:
             return own
-        base = word_base(data, [label for workload in WORKLOADS.values() for label in workload.labels])
         return [
-            *own, f"model.name={base}", "model.source=hub", f"data.path={self.file(data, seed)}",
+            *own, *(self.model or _word_base_settings(data)), f"data.path={self.file(data, seed)}",
             "data.prompt_column=text", "data.context_column=null", "data.response_column=label",
-            "data.template=plain", "data.split_column=split", f"data.held_out_split={split}",
+            "data.split_column=split", f"data.held_out_split={split}",
         ]  # fmt: skip
 
     def file(self, data: Path, seed: int) -> Path:
         """This seed's data as this file makes them, written if the cache lacks them."""
         rows = self.rows
         assert rows is not None
-        return data_file(f"{VERSION}/{self.name}-{seed}", lambda: rows(data, seed))
+        return data_file(f"{self.version}/{self.name}-{seed}", lambda: rows(data, seed))
+
+
+def _word_base_settings(data: Path) -> list[str]:
+    base = word_base(data, [label for workload in WORKLOADS.values() for label in workload.labels])
+    return [f"model.name={base}", "model.source=hub", "data.template=plain"]
 
 
 def data_file(name: str, rows: Callable[[], Rows]) -> Path:
@@ -142,12 +162,27 @@ def _mcq(data: Path, seed: int) -> Rows:
     return cut(rows, {"train": 2850, "validation": 1000, "test": 1000}, seed)
 
 
+_DOLLY_SIZES = {"train": 3000, "validation": 800, "test": 800}
+
+
 def _dolly(data: Path, seed: int) -> Rows:
     rows = [
         {"text": row["instruction"], "label": row["response"], "group": row["category"]}
         for row in table(data, "dolly15k", "instruction", "response", "category")
     ]
-    return cut(rows, {"train": 3000, "validation": 800, "test": 800}, seed)
+    return cut(rows, _DOLLY_SIZES, seed)
+
+
+def _dolly_published(data: Path, seed: int) -> Rows:
+    """FedIT's ten clients (https://arxiv.org/abs/2305.05644), each with the same share of its rows."""
+    rows = [
+        {"text": row["instruction"], "label": row["response"], "group": str(row["fedit_client"])}
+        for row in table(data, "dolly15k", "instruction", "response", "fedit_client")
+        if int(row["fedit_client"]) >= 0
+    ]
+    order = generator_for(seed, "benchmark data", "pool").permutation(len(rows))
+    parts = np.split(order, np.cumsum(list(_DOLLY_SIZES.values())))
+    return {split: [rows[index] for index in part] for split, part in zip(_DOLLY_SIZES, parts, strict=False)}
 
 
 def _dirichlet(alpha: float, num_sites: int = 10) -> tuple[str, ...]:
@@ -159,6 +194,22 @@ def _dirichlet(alpha: float, num_sites: int = 10) -> tuple[str, ...]:
 
 
 _TRAINING = ("lora.rank=4", "lora.alpha=8", "train.batch_size=16", "train.num_threads=1")
+_ANSWERS = ("eval.num_answers=16", "eval.max_new_tokens=48")
+_SMOLLM2 = (
+    "model=smollm2_moe", "model.upcycle.differentiate=steps", "data.template=alpaca", "train.micro_batch=auto",
+)  # fmt: skip
+
+
+def _ag_news_workload(name: str, alpha: float) -> Workload:
+    return Workload(
+        name,
+        f"AG News topics, 10 sites, Dirichlet {alpha}, 1,000 examples, 25 rounds",
+        25,
+        (*_TRAINING, *_dirichlet(alpha), "data.max_length=48"),
+        tuple(AG_NEWS_WORDS.values()),
+        _ag_news,
+    )
+
 
 WORKLOADS: dict[str, Workload] = {
     workload.name: workload
@@ -170,15 +221,11 @@ WORKLOADS: dict[str, Workload] = {
             (*_TRAINING, *_dirichlet(0.1), "data.max_length=40"),
             tuple(CLINC_WORDS.values()),
             _clinc,
+            contenders=(),
         ),
-        Workload(
-            "ag_news",
-            "AG News topics, 10 sites, Dirichlet 0.1, 1,000 examples, 25 rounds",
-            25,
-            (*_TRAINING, *_dirichlet(0.1), "data.max_length=48"),
-            tuple(AG_NEWS_WORDS.values()),
-            _ag_news,
-        ),
+        _ag_news_workload("ag_news", 0.1),
+        _ag_news_workload("ag_news_0.5", 0.5),
+        _ag_news_workload("ag_news_1.0", 1.0),
         Workload(
             "mcq",
             "MMLU, 10 sites, Dirichlet 0.1 over subjects, 2,850 examples, 25 rounds",
@@ -191,15 +238,38 @@ WORKLOADS: dict[str, Workload] = {
             "dolly",
             "Dolly by category, 8 sites, 3,000 examples, 15 rounds",
             15,
-            (*_TRAINING, "partition=natural", "partition.column=group", "data.max_length=96"),
-            (),
-            _dolly,
+            (*_TRAINING, "partition=natural", "partition.column=group", "data.max_length=96", *_ANSWERS),
+            rows=_dolly,
+        ),
+        Workload(
+            "dolly_published",
+            "Dolly as FedIT divides it, 10 sites, 3,000 examples, 15 rounds",
+            15,
+            (*_TRAINING, "partition=natural", "partition.column=group", "data.max_length=96", *_ANSWERS),
+            rows=_dolly_published,
         ),
         Workload(
             "embedded",
             "the embedded default, 4 sites, 1,200 examples, 10 rounds",
             10,
             _TRAINING,
+        ),
+        Workload(
+            "clinc_smollm2",
+            "CLINC150 domains, SmolLM2-135M as experts, 10 sites, Dirichlet 0.1, 1,000 examples, 15 rounds",
+            15,
+            ("train.batch_size=16", *_dirichlet(0.1), "data.max_length=96"),
+            tuple(CLINC_WORDS.values()),
+            _clinc,
+            model=_SMOLLM2,
+        ),
+        Workload(
+            "dolly_smollm2",
+            "Dolly as FedIT divides it, SmolLM2-135M as experts, 10 sites, 3,000 examples, 10 rounds",
+            10,
+            ("train.batch_size=16", "partition=natural", "partition.column=group", "data.max_length=384", *_ANSWERS),
+            rows=_dolly_published,
+            model=_SMOLLM2,
         ),
     )
 }

@@ -71,21 +71,26 @@ def score(model: ModelInUse, on: EvalSet, adapted: AdaptedModel, config: Config)
     if on.examples:
         loss = model.loss(encode(on.examples, adapted.tokenizer, config.data))
         found |= {"loss": loss.loss, "num_tokens": loss.num_tokens, "num_examples": loss.num_examples}
-    answered = on.examples[: config.eval.num_answers]
-    if answered:
-        prompts = encode_prompts(answered, adapted.tokenizer, config.data)
-        tokens = model.generator()(prompts, config.eval.max_new_tokens)
-        answers = adapted.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-        found |= {
-            "rouge_l": rouge_l(answers, [example.response for example in answered]),
-            "num_answers": len(answered),
-        }
+    if on.examples and config.eval.num_answers:
+        close, count = answered(model, on.examples, adapted, config)
+        found |= {"rouge_l": close, "num_answers": count}
     if on.questions:
         found |= {
             "accuracy": accuracy(model.loss, on.questions, adapted.tokenizer, config.data),
             "num_questions": len(on.questions),
         }
     return Score(**found)  # type: ignore[arg-type]
+
+
+def answered(
+    model: ModelInUse, examples: Sequence[Example], adapted: AdaptedModel, config: Config
+) -> tuple[float, int]:
+    """ROUGE-L of the model's answers to the first ``eval.num_answers`` examples, and how many there are."""
+    chosen = examples[: config.eval.num_answers]
+    prompts = encode_prompts(chosen, adapted.tokenizer, config.data)
+    tokens = model.generator()(prompts, config.eval.max_new_tokens)
+    answers = adapted.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    return rouge_l(answers, [example.response for example in chosen]), len(chosen)
 
 
 def scored(

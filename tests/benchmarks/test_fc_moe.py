@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -52,10 +53,27 @@ def test_table_pairs_by_seed_and_says_what_is_missing():
     assert cells_of(table, "FedAdam")[1] == "missing"
 
 
+def test_workloads_judged_by_loss_show_rouge_l_instead_of_the_loss_again():
+    rows = {seed: row(seed, 0.5) | {"accuracy": None, "rouge_l": 0.1 * seed} for seed in (1, 3)}
+    tested = {"fedavg": Outcome((), rows)}
+    table = comparison("title", tested, [1, 3])
+    assert "ROUGE-L" in table
+    assert cells_of(table, "FedAvg")[4].startswith("0.200 ±")
+
+
+def test_a_workloads_version_is_its_own():
+    """Other workloads may change without a run of this one being lost."""
+    clinc = WORKLOADS["clinc"]
+    assert replace(clinc, title="other").version == clinc.version
+    for changes in ({"rounds": 3}, {"settings": ()}, {"labels": ("a",)}, {"rows": None}, {"model": ("model=x",)}):
+        assert replace(clinc, **changes).version != clinc.version
+
+
 @pytest.fixture
 def tiny(monkeypatch):
     """The embedded default, a round of one step."""
-    settings = ("data.num_examples=24", "eval.max_examples=2", "train.max_steps=1", "train.batch_size=1", "lora.rank=1")
+    settings = ("data.num_examples=24", "eval.max_examples=2", "train.max_steps=1", "train.batch_size=1", "lora.rank=1",
+                "eval.num_answers=1", "eval.max_new_tokens=2")  # fmt: skip
     workload = Workload("tiny", "tiny", 1, settings)
     monkeypatch.setitem(WORKLOADS, "tiny", workload)
     return workload
@@ -63,9 +81,10 @@ def tiny(monkeypatch):
 
 @pytest.mark.slow
 def test_a_cell_is_measured_after_every_round(tiny, tmp_path):
-    found = run_cell(Cell("tiny", "lora", ("strategy=fedavg", "train.learning_rate=0.01"), 0, "test"), tmp_path)
+    found = run_cell(Cell("tiny", "lora", ("strategy=fedavg", "train.learning_rate=0.01"), 0, "test", "1"), tmp_path)
     assert len(found["loss"]) == 1
     assert found["accuracy"] is None
+    assert 0 <= found["rouge_l"] <= 1
     assert sorted(found["sites"]) == ["bank", "clinic", "court", "workshop"]
     assert found["bytes"] > 0
     assert found["expert_norm"][1] > found["expert_norm"][0] > 0
@@ -75,7 +94,7 @@ def test_a_cell_is_measured_after_every_round(tiny, tmp_path):
 @pytest.mark.slow
 def test_a_run_that_diverges_is_a_row_that_says_so(tiny, tmp_path):
     words = ("strategy=fedavg", "train.learning_rate=1e30", "train.max_grad_norm=1e30", "train.max_steps=3")
-    found = run_cell(Cell("tiny", "lora", words, 0, "test"), tmp_path)
+    found = run_cell(Cell("tiny", "lora", words, 0, "test", "1"), tmp_path)
     assert found["failed"].startswith("round 1: ")
 
 
@@ -83,7 +102,7 @@ def test_a_restart_goes_on_from_the_cells_that_are_there(monkeypatch, tmp_path):
     """The second command computes nothing; with one line less it computes that cell, and the file is the same."""
     computed = []
 
-    def run(cell, data):
+    def run(cell, data, device):
         computed.append(cell)
         rate = float(dict(word.split("=") for word in cell.settings)["train.learning_rate"])
         return row(cell.seed, 1 / (1 + abs(math.log(rate / 4e-3))), workload="clinc", experts="lora",
@@ -103,7 +122,7 @@ def test_a_restart_goes_on_from_the_cells_that_are_there(monkeypatch, tmp_path):
     computed.clear()
     fc_moe.main()
     assert computed == []
-    path.write_text(before.replace(fc_moe.VERSION, "other"))
+    path.write_text(before.replace(WORKLOADS["clinc"].version, "other"))
     fc_moe.main()
     assert len(computed) == 3 + 2 + 2
     computed.clear()
