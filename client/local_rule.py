@@ -65,10 +65,6 @@ class LocalRule:
         """Held while training lasts, for hooks on the model."""
         yield
 
-    def passes_over(self, sequences: Sequence[TokenSequence]) -> Sequence[TokenSequence]:
-        """What forward passes will go over when the loop trains on ``sequences``: memory is estimated from it."""
-        return sequences
-
     def accumulate(self, step: Step) -> StepLoss:
         """Add the gradients of one step's loss, times ``step.loss_scale``, to those of the adapter's parameters.
 

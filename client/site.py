@@ -128,6 +128,7 @@ class Site:
                 config=self.config.train,
                 generator=generator_for(self.config.seed, "train", server_round, self.name),
                 rule=rule,
+                passes=self.method.passes_over(self._train_sequences),
             )
         metrics |= {**_metrics(result), **rule.metrics()}
         if evaluate_own:

@@ -62,6 +62,7 @@ def train(
     config: TrainConfig,
     generator: np.random.Generator,
     rule: LocalRule | None = None,
+    passes: Sequence[TokenSequence] | None = None,
 ) -> TrainingResult:
     """Train ``start`` on ``sequences`` in an order drawn from ``generator``; the result stays loaded.
 
@@ -75,6 +76,7 @@ def train(
         config: The settings under ``train.``.
         generator: Source of every random draw, torch's included.
         rule: What the method adds to the loop; None: nothing.
+        passes: What the rule's forward passes go over (``Method.passes_over``); None: ``sequences``.
 
     Raises:
         ValueError: If there is no sequence, ``start`` does not fit the model, a pass of ``train.micro_batch``
@@ -87,7 +89,7 @@ def train(
     configure_torch(config)
     # Before memory is measured: a graft that an adapter lacks takes none.
     adapted.load_adapter(start)
-    micro_batch = choose_micro_batch(adapted, rule.passes_over(sequences), config, free_bytes(adapted.device))
+    micro_batch = choose_micro_batch(adapted, passes or sequences, config, free_bytes(adapted.device))
     # Spawned, so that the order of the sequences is the generator's own stream.
     torch.manual_seed(int(generator.spawn(1)[0].integers(2**63)))
     adapted.model.train()

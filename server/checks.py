@@ -11,13 +11,15 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
+from client.alignment.reward_models import named_rewards
 from client.assemble import model_for, site_model
 from client.bases import cache_root
 from client.data import SiteData, label_counts, own_site, simulated_sites
 from client.memory import amount, choose_micro_batch, free_bytes, training_memory
+from client.methods import method_for
 from client.node import default_private_root
 from client.site import shared_arrays
-from client.text import encode
+from conf.alignment import FirmConfig
 from conf.check import check_num_sites
 from conf.model import ExpertTraining
 from conf.schema import Config, Mode
@@ -122,13 +124,33 @@ def memory(config: Config, load: Callable[[], Iterable[SiteData]]) -> str:
         raise Caution("not estimated: the data cannot be had") from None
     if not examples:
         return f"{amount(free)} free on {adapted.device} beside the base model; nothing is trained here"
-    sequences = encode(examples, adapted.tokenizer, config.data)
+    method = method_for(config.method)
+    sequences = method.passes_over(method.encode(examples, adapted.tokenizer, config.data))
     needed = training_memory(adapted, sequences, config.train)
     together = _processes(config, adapted.device.type)
     # Every further process loads the base model once more.
     share = (free - (together - 1) * needed.base_bytes) // together
     num_sequences = choose_micro_batch(adapted, sequences, config.train, share)
     return f"{needed.describe(num_sequences)}; {amount(free)} free for {together} process(es) that train at a time"
+
+
+def rewards(config: Config, *, at_site: bool) -> str:
+    """Each reward of ``method.rewards``, tried on two texts.
+
+    Raises:
+        ValueError: If one cannot be had or does not work.
+        Caution: If that is so at a site, whose node config may name a reward model of its own.
+    """
+    assert isinstance(config.method, FirmConfig)
+    try:
+        found = named_rewards(config.method.rewards, site_model(config))
+        scores = found.score(["Name a colour.", "Say no."], ["Red.", "no"])
+    except (ValueError, OSError) as error:
+        if at_site:
+            raise Caution(f"{error}; unless this site's node config names its own") from None
+        raise ValueError(str(error)) from None
+    return ", ".join(f"{name} {low:.2g} to {high:.2g}" for name, low, high in zip(
+        found.names, scores.min(axis=0), scores.max(axis=0), strict=True))  # fmt: skip
 
 
 def _processes(config: Config, device: str) -> int:

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from conf.alignment import FirmConfig
 from conf.check import needed_sites
 from conf.compose import load_config, settings_hash
 from conf.schema import Config, Mode
@@ -121,13 +122,16 @@ def _checks(config: Config, overrides: list[str], place: Place) -> Iterator[Chec
     yield "telemetry", checks.telemetry
     yield "working directory", lambda: checks.working_directory(Path.cwd())
     yield "base model", lambda: checks.base_model(config)
+    remote = config.federation.mode is not Mode.simulation
+    if isinstance(config.method, FirmConfig) and (place.name is not None or not remote):
+        yield "rewards", lambda: checks.rewards(config, at_site=place.name is not None)
     if place.name is not None and place.data is not None:
         yield from _site_checks(config, place, place.name, place.data)
         return
     yield "disk", lambda: checks.disk(config, checks.run_folders(config))
     if place.certificates is not None:
         yield "certificates", lambda folder=place.certificates: checks.server_certificates(folder)  # type: ignore[misc]
-    if config.federation.mode is Mode.simulation:
+    if not remote:
         yield "data", lambda: checks.partition(config)
         yield "memory", lambda: checks.memory(config, lambda: simulated_sites(config).values())
         return

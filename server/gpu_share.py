@@ -68,14 +68,16 @@ def _measure(config: Config) -> Need | None:
     from client.assemble import site_model  # noqa: PLC0415
     from client.data import simulated_sites  # noqa: PLC0415
     from client.memory import training_memory  # noqa: PLC0415
+    from client.methods import method_for  # noqa: PLC0415
     from client.runtime import resolve_device  # noqa: PLC0415
-    from client.text import encode  # noqa: PLC0415
 
     if resolve_device(config.device).type != "cuda":
         return None
     adapted = site_model(config)
     examples = [example for site in simulated_sites(config).values() for example in site.train]
-    memory = training_memory(adapted, encode(examples, adapted.tokenizer, config.data), config.train)
+    method = method_for(config.method)
+    sequences = method.passes_over(method.encode(examples, adapted.tokenizer, config.data))
+    memory = training_memory(adapted, sequences, config.train)
     gpu = torch.cuda.get_device_properties(adapted.device).total_memory
     wanted = config.train.micro_batch
     # With "auto", the whole step if it fits on a GPU of its own; the site finds out what does.

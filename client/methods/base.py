@@ -94,6 +94,10 @@ class Method(ABC):
         """
         return encode(examples, tokenizer, data)
 
+    def passes_over(self, sequences: Sequence[TokenSequence]) -> Sequence[TokenSequence]:
+        """What forward passes go over when the site trains on ``sequences``: memory is estimated from it."""
+        return sequences
+
     def local_rule(self, adapted: AdaptedModel, broadcast: Arrays, private: Arrays) -> LocalRule:  # noqa: ARG002
         """What the method adds to the local loop of this round; by default nothing.
 

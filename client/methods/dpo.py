@@ -59,6 +59,10 @@ class Dpo(Method):
             raise ValueError(f"method.objectives={wanted} are those of no pair; data.objective_column holds {present}")
         return weighted(self.config, encode_pairs(chosen, tokenizer, data))
 
+    def passes_over(self, sequences: Sequence[TokenSequence]) -> Sequence[TokenSequence]:
+        """Both responses of every pair."""
+        return _both_responses(_as_pairs(sequences))
+
     def local_rule(self, adapted: AdaptedModel, broadcast: Arrays, private: Arrays) -> LocalRule:  # noqa: ARG002
         """DPO's loss in place of the supervised one."""
         return PairwiseLoss(self.config.beta)
@@ -87,10 +91,6 @@ class PairwiseLoss(LocalRule):
     def __init__(self, beta: float) -> None:
         self._beta = beta
 
-    def passes_over(self, sequences: Sequence[TokenSequence]) -> Sequence[TokenSequence]:
-        """Both responses of every pair."""
-        return [sequence for pair in _as_pairs(sequences) for sequence in (pair, pair.rejected)]
-
     def accumulate(self, step: Step) -> StepLoss:
         """Gradients of the weighted mean over the step's pairs; ``micro_batch`` counts sequences, two a pair."""
         pairs = _as_pairs(step.chosen)
@@ -102,8 +102,12 @@ class PairwiseLoss(LocalRule):
             loss = -(weights_P[part] * functional.logsigmoid(self._beta * margins_P)).sum() / len(pairs)
             torch.autograd.backward(loss * step.loss_scale)
             total += float(loss.detach())
-        sequences = self.passes_over(pairs)
+        sequences = _both_responses(pairs)
         return StepLoss(total=total * sum(sequence.num_targets for sequence in sequences), sequences=sequences)
+
+
+def _both_responses(pairs: Sequence[PreferencePair]) -> list[TokenSequence]:
+    return [sequence for pair in pairs for sequence in (pair, pair.rejected)]
 
 
 def weighted(config: DpoConfig, pairs: Sequence[PreferencePair]) -> list[PreferencePair]:

@@ -71,6 +71,12 @@ class Firm(Method):
         """Prompts; the responses of the data are there for the held-out loss alone."""
         return prompt_sequences(examples, tokenizer, data, self.config.max_new_tokens)
 
+    def passes_over(self, sequences: Sequence[TokenSequence]) -> Sequence[TokenSequence]:
+        """Prompts with completions of full length."""
+        return [
+            response_sequence(prompt.prompt_ids, [0] * self.config.max_new_tokens) for prompt in _as_prompts(sequences)
+        ]
+
     def local_rule(self, adapted: AdaptedModel, broadcast: Arrays, private: Arrays) -> LocalRule:
         """Policy gradients, combined by the site's own weights, or by the server's if it sends any (FedCMOO).
 
@@ -124,12 +130,6 @@ class InClientAlignment(LocalRule):
         self._num_rollouts = 0
         self._weights_sum_M = np.zeros(len(rewards.names))
         self._measured: dict[str, float] = defaultdict(float)
-
-    def passes_over(self, sequences: Sequence[TokenSequence]) -> Sequence[TokenSequence]:
-        """Prompts with completions of full length."""
-        return [
-            response_sequence(prompt.prompt_ids, [0] * self._config.max_new_tokens) for prompt in _as_prompts(sequences)
-        ]
 
     def accumulate(self, step: Step) -> StepLoss:
         """The gradients of the objectives' losses, combined; a new rollout every ``steps_per_rollout`` steps.

@@ -7,6 +7,10 @@ import json
 import pytest
 from typer.testing import CliRunner
 
+from client.assemble import site_model
+from client.data import simulated_sites
+from client.text import encode_prompts
+from conf.compose import load_config
 from server import checks
 from server.certificates import make_certificates
 from server.checks import Caution
@@ -77,6 +81,23 @@ def test_run_that_trains_no_expert_is_pointed_out(settings, tmp_path):
     assert (dense.state, "set model.upcycle.num_experts" in dense.text) == ("warning", True)
     frozen = findings([*settings, "model.experts=frozen"])["base model"]
     assert (frozen.state, "set model.experts=lora" in frozen.text) == ("warning", True)
+
+
+def test_rewards_are_tried_and_memory_is_that_of_completions(settings, tmp_path):
+    words = [*settings, "strategy=firm", "method.max_new_tokens=40", "data.max_length=400"]
+    found = findings(words)
+    assert found["rewards"].text == "brevity 0.94 to 0.97, format 0.33 to 1"
+    prompts = encode_prompts(
+        [example for site in simulated_sites(load_config(words)).values() for example in site.train],
+        site_model(load_config(words)).tokenizer, load_config(words).data,
+    )  # fmt: skip
+    assert f" x {max(map(len, prompts)) + 40} tokens" in found["memory"].text
+    words = [*words, f"method.rewards=[kind:{tmp_path},format]"]
+    finding = findings(words)["rewards"]
+    assert (finding.state, f"{tmp_path}" in finding.text) == ("failed", True)
+    data = write_site_files(tmp_path / "data", 60)["bank"]
+    own = findings(words, Place(name="bank", data=data, home=tmp_path))["rewards"]
+    assert (own.state, "unless this site's node config names its own" in own.text) == ("warning", True)
 
 
 def test_shadowing_folder_is_named(settings, tmp_path):

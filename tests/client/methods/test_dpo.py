@@ -127,7 +127,7 @@ def test_only_pairs_of_the_objectives_are_used_and_each_needs_both_responses(ada
 
 def test_memory_is_estimated_for_both_responses(adapted):
     pairs = pairs_of(adapted, DpoConfig())
-    over = Dpo(DpoConfig()).local_rule(adapted, {}, {}).passes_over(pairs)
+    over = Dpo(DpoConfig()).passes_over(pairs)
     assert len(over) == 2 * len(pairs)
 
 
