@@ -26,7 +26,7 @@ class Knob:
 
 
 def _learning_rate(start: float) -> Knob:
-    return Knob("train.learning_rate", (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2), start)
+    return Knob("train.learning_rate", (1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2), start)
 
 
 LEARNING_RATE = {"lora": _learning_rate(4e-3), "full": _learning_rate(2e-3)}
@@ -80,7 +80,7 @@ CONTENDERS: dict[str, Contender] = {
             ("product", "conflicts in products B A", "strategy.conflict.space=product"),
             ("matrix", "conflicts of matrices", "strategy.conflict.granularity=matrix"),
             ("row", "conflicts of rows", "strategy.conflict.granularity=row"),
-            ("rank", "conflicts of ranks", "strategy.conflict.granularity=rank"),
+            ("component", "conflicts of rank components", "strategy.conflict.granularity=component"),
             ("others", "against the other sites' consensus", "strategy.conflict.against=others"),
             ("pairwise", "against each other site", "strategy.conflict.against=pairwise"),
             ("tokens", "importance: tokens", "strategy.importance=tokens"),
@@ -112,7 +112,8 @@ _SERVER_RATE = Knob("strategy.learning_rate", (2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2), 
 _FLEX = ("method=flex", "model.experts=frozen")
 
 PERSONAL: dict[str, Contender] = {
-    "flex": Contender("FLEx", ("strategy=flex",)),
+    "flex": Contender("FLEx, exact start (ours)", ("strategy=flex",)),
+    "flex_paper": Contender("FLEx as printed", ("strategy=flex", "method.graft.start=paper")),
     "flex_conflicts": Contender(
         "FLEx, conflicts in attention", ("strategy=fc_moe", "strategy.attention=as_experts", *_FLEX)
     ),

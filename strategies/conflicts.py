@@ -40,7 +40,7 @@ class Granularity(Enum):
     """The expert as a whole, as in the paper."""
     matrix = "matrix"
     """Each projection; the two factors of a LoRA pair go together."""
-    rank = "rank"
+    component = "component"
     """Each rank component of each LoRA pair: row r of A with column r of B."""
     row = "row"
     """Each row of each array as it is stored: of A, of B, or of a whole weight."""
@@ -217,14 +217,14 @@ def join(
     widths = [_as_groups(like[name], name, granularity).shape[-1] for name in names]
     arrays = {}
     for name, part in zip(names, np.split(step_EGD, np.cumsum(widths)[:-1], axis=-1), strict=True):
-        is_column = granularity is Granularity.rank and name.endswith(".lora_B")
+        is_column = granularity is Granularity.component and name.endswith(".lora_B")
         arrays[name] = np.swapaxes(part, -1, -2) if is_column else part.reshape(like[name].shape)
     return arrays
 
 
 def _as_groups(array: NDArray[_Real], name: str, granularity: Granularity) -> NDArray[_Real]:
     """(E, G, D) view of an expert array (E, ...)."""
-    if granularity is Granularity.rank:
+    if granularity is Granularity.component:
         return np.swapaxes(array, -1, -2) if name.endswith(".lora_B") else array
     num_groups = array.shape[1] if granularity is Granularity.row and array.ndim > 2 else 1
     return array.reshape(len(array), num_groups, -1)

@@ -25,8 +25,8 @@ from strategies.expert_steps import step_factors, step_products
 class Importance(Enum):
     """How much say a site has in an expert. In each case a site that routed no token to it has none."""
 
-    routings_x_norm = "routings_x_norm"
-    """Tokens routed to the expert times the length of its update, as in the paper (Eq. 1)."""
+    paper = "paper"
+    """Tokens routed to the expert times the length of its update (Eq. 1)."""
     tokens = "tokens"
     """Tokens routed to the expert."""
     examples = "examples"
@@ -49,7 +49,7 @@ class FcMoe(Strategy):
 
     name: ClassVar[str] = "fc_moe"
 
-    importance: Importance = Importance.routings_x_norm
+    importance: Importance = Importance.paper
     conflict: ConflictConfig = field(default_factory=ConflictConfig)
     attention: Attention = Attention.averaged
     """Ours: where experts are frozen, conflicts of what is left can be told from its projections."""
@@ -64,7 +64,7 @@ class FcMoe(Strategy):
             name for name in adapter if experts.is_expert_array(name) and not name.endswith((".lora_A", ".lora_B"))
         ]
         for key, setting in {"space": self.conflict.space, "granularity": self.conflict.granularity}.items():
-            if whole and setting in {Space.product, Granularity.rank}:
+            if whole and setting in {Space.product, Granularity.component}:
                 raise ValueError(
                     f"strategy.conflict.{key}={setting.name} needs model.experts=lora, but {whole[0]} is a whole weight"
                 )
@@ -94,7 +94,7 @@ class FcMoe(Strategy):
         self, tokens_CE: NDArray[np.floating], examples_C: NDArray[np.float64], norms_CE: NDArray[np.float64]
     ) -> NDArray[np.float64]:
         """(C, E) share of each site in each expert: its importance (Eq. 1) over that of all sites."""
-        if self.importance is Importance.routings_x_norm:
+        if self.importance is Importance.paper:
             return experts.shares(tokens_CE * norms_CE)
         if self.importance is Importance.tokens:
             return experts.shares(tokens_CE)

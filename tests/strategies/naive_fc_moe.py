@@ -56,7 +56,7 @@ def naive_groups(names, adapter, granularity):
             key = {
                 Granularity.expert: "all",
                 Granularity.matrix: projection,
-                Granularity.rank: (projection, component),
+                Granularity.component: (projection, component),
                 Granularity.row: (name, index[0] if len(shape) > 1 else 0),
             }[granularity]
             groups.setdefault(key, []).append((name, flat))
@@ -71,7 +71,7 @@ def naive_weights(strategy, updates, layer, expert, names, adapter):
         tokens = update.expert_tokens[layer][expert]
         importance.append(
             {
-                Importance.routings_x_norm: tokens * np.linalg.norm(np.concatenate(changes)),
+                Importance.paper: tokens * np.linalg.norm(np.concatenate(changes)),
                 Importance.tokens: tokens,
                 Importance.examples: update.num_examples * (tokens > 0),
                 Importance.uniform: 1.0 * (tokens > 0),

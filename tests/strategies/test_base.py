@@ -23,7 +23,7 @@ AVERAGING = [
     FedYogi(),
     FcMoe(),
     FcMoe(conflict=ConflictConfig(space=Space.product)),
-    FcMoe(conflict=ConflictConfig(granularity=Granularity.rank)),
+    FcMoe(conflict=ConflictConfig(granularity=Granularity.component)),
     FcMoe(conflict=ConflictConfig(against=Against.others)),
     FcMoe(conflict=ConflictConfig(against=Against.off)),
 ]

@@ -186,7 +186,7 @@ SHAPES = [(2, 3), (5, 2), (2, 4), (6, 2)]
     [
         (Granularity.expert, [(4, (1, 6 + 10 + 8 + 12))]),
         (Granularity.matrix, [(2, (1, 6 + 10)), (2, (1, 8 + 12))]),
-        (Granularity.rank, [(2, (2, 3 + 5)), (2, (2, 4 + 6))]),
+        (Granularity.component, [(2, (2, 3 + 5)), (2, (2, 4 + 6))]),
         (Granularity.row, [(1, (2, 3)), (1, (5, 2)), (1, (2, 4)), (1, (6, 2))]),
     ],
 )
@@ -222,8 +222,8 @@ def test_rows_of_a_bias_are_one_group():
     ("settings", "message"),
     [
         (
-            {"granularity": Granularity.rank},
-            "strategy.conflict.granularity must be expert or matrix with strategy.conflict.space=product, got 'rank'",
+            {"granularity": Granularity.component},
+            "strategy.conflict.granularity must be expert or matrix with strategy.conflict.space=product, got 'component'",
         ),
         ({"granularity": Granularity.row}, "strategy.conflict.granularity must be .* got 'row'"),
         (

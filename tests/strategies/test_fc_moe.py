@@ -36,7 +36,7 @@ CASES = [
     pytest.param(shapes, strategy, id=f"{kind}-{strategy}")
     for kind, shapes in (("lora", LORA), ("full", FULL))
     for strategy in VARIANTS
-    if not (shapes is FULL and strategy.conflict.granularity is Granularity.rank)
+    if not (shapes is FULL and strategy.conflict.granularity is Granularity.component)
 ]
 
 
@@ -179,7 +179,10 @@ def test_ranges_of_experts_give_the_same_as_all_at_once(monkeypatch):
             ConflictConfig(space=Space.product),
             "strategy.conflict.space=product needs model.experts=lora, but .* is a whole",
         ),
-        (ConflictConfig(granularity=Granularity.rank), "strategy.conflict.granularity=rank needs model.experts=lora"),
+        (
+            ConflictConfig(granularity=Granularity.component),
+            "strategy.conflict.granularity=component needs model.experts=lora",
+        ),
     ],
 )
 def test_whole_experts_have_neither_products_nor_ranks(conflict, message):
