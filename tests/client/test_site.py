@@ -52,12 +52,12 @@ def settings_for(base_config, method=None, router=RouterTraining.frozen, **train
     )
 
 
-def make_site(config, folder, name="here", held_out=None):
+def make_site(config, folder, name="here", held_out=None, train=TRAIN):
     graft = method_for(config.method).graft
     adapted = adapted_model(config.model, config.lora, torch.device("cpu"), graft)
     store = PrivateStore(folder, name, adapted.base.identity.sha256)
     sets = held_out or {name: HELD_OUT}
-    return Site(name, TRAIN, sets, adapted=adapted, config=config, store=store)
+    return Site(name, train, sets, adapted=adapted, config=config, store=store)
 
 
 def first_global(site):

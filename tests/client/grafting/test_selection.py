@@ -101,6 +101,16 @@ def test_losses_are_those_of_the_layer_without_all_others(family: str, overrides
         assert not single.is_tie
 
 
+def test_the_third_is_the_best_beside_the_first_two() -> None:
+    adapted = grafted_model("olmoe", num_experts_per_tok=3)
+    two, three = select(adapted, 2), select(adapted, 3)
+    for layer, choice in three.layers.items():
+        both = two.layers[layer].experts
+        left = {other: naive_loss(adapted, layer, (*both, other)) for other in set(range(NUM_EXPERTS)) - {*both}}
+        assert choice.experts == (*both, min(left, key=lambda other: left[other]))
+        assert choice.loss == pytest.approx(min(left.values()), rel=1e-4)
+
+
 def test_with_every_expert_chosen_and_used_nothing_is_left_to_lose() -> None:
     """Where each token goes to all experts, dropping none changes nothing."""
     adapted = grafted_model("mixtral", num_experts_per_tok=NUM_EXPERTS)
