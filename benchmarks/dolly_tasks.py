@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.word_base import table
-from benchmarks.workloads import cut, data_file
+from benchmarks.word_base import table, word_base
+from benchmarks.workloads import WORKLOADS, cut, data_file
 
 VERSION = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
 """Of data and settings: rows of another version are not used."""
@@ -31,17 +31,20 @@ class Size:
     splits: Mapping[str, int]
     """Split -> examples of all tasks together."""
     num_general: int
+    on_words: bool = False
+    """Whether the base is the one of ``benchmarks.word_base``."""
 
 
 SIZES = {
-    "tiny_moe": Size(
+    "words": Size(
         (
-            "model=tiny_moe", "data.template=plain", "data.max_length=256", "lora.rank=4", "lora.alpha=8", "rounds=3",
-            "train.max_steps=5", "train.batch_size=8", "eval.num_answers=4", "eval.max_new_tokens=32",
-            "eval.choices.max_questions=10", "device=cpu",
+            "data.template=plain", "data.max_length=192", "lora.rank=4", "lora.alpha=8", "rounds=8",
+            "train.max_steps=10", "train.batch_size=16", "train.num_threads=1", "eval.num_answers=16",
+            "eval.max_new_tokens=32", "eval.choices.max_questions=50", "device=cpu",
         ),
-        {"train": 640, "validation": 160, "test": 160},
-        num_general=16,
+        {"train": 2400, "validation": 400, "test": 400},
+        num_general=100,
+        on_words=True,
     ),
     "smollm2_moe": Size(
         (
@@ -54,7 +57,7 @@ SIZES = {
         num_general=200,
     ),
 }  # fmt: skip
-"""By ``--model``; the first is for a CPU: a byte-level model that knows no English, which shows the way and no more."""
+"""By ``--model``; the first is for a CPU: its base knows 2,000 words and has read instructions of all tasks."""
 
 
 def _dirichlet(alpha: float) -> tuple[str, ...]:
@@ -91,8 +94,10 @@ def overrides(data: Path, model: str, partition: str, seed: int, split: str) -> 
         f"{VERSION}/dolly-general-{model}-{seed}",
         lambda: cut(_rows(data, of_tasks=False), {"general": size.num_general}, seed),
     )
+    labels = [label for workload in WORKLOADS.values() for label in workload.labels]
+    base = [f"model.name={word_base(data, labels)}", "model.source=hub"] if size.on_words else []
     return [
-        *size.settings, *PARTITIONS[partition], f"seed={seed}", f"data.path={tasks}",
+        *base, *size.settings, *PARTITIONS[partition], f"seed={seed}", f"data.path={tasks}",
         "data.split_column=split", f"data.held_out_split={split}", f"eval.matrix={str(split == 'test').lower()}",
         f"eval.general_path={general}", f"eval.choices.path={data / 'eval_mcq.parquet'}",
         "eval.choices.name_column=dataset", f"eval.choices.names=[{','.join(CHOICES)}]",

@@ -150,7 +150,7 @@ def report(study: Study[Cell], model: str, partition: str) -> dict[str, Any]:
 def main() -> None:
     """Run what is missing, as long as there is time; write cells and tables."""
     parser = argparse.ArgumentParser(description="FLEx and its rivals")
-    parser.add_argument("--model", choices=list(SIZES), default="tiny_moe")
+    parser.add_argument("--model", choices=list(SIZES), default="words")
     parser.add_argument("--partition", choices=list(PARTITIONS), default="pathological")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add_arguments(parser, PERSONAL, tuning_seeds=[100])

@@ -105,10 +105,11 @@ def _costs(done: Mapping[str, Mapping[int, Row]]) -> str:
         }
     )
     columns = ["method", *(f"{name.strip('*')}: {metric.replace('_', '-')}" for metric, name in general),
-               "kB up", "kB down", "routing entropy", "operations", "time", "spread of the choice"]  # fmt: skip
+               "kB up", "kB down", "routing entropy", "busiest expert", "operations", "time",
+               "spread of the choice"]  # fmt: skip
     lines = [columns, ["---"] * len(columns)]
     base = next((rows for rows in done.values() if rows), {})
-    lines.append(["base model", *(_over_seeds(base, _general(BASE, *each)) for each in general), *[""] * 6])
+    lines.append(["base model", *(_over_seeds(base, _general(BASE, *each)) for each in general), *[""] * 7])
     for name, rows in done.items():
         if rows:
             kept = [_over_seeds(rows, _general(None, *each)) for each in general]
@@ -137,11 +138,13 @@ _COSTS: tuple[tuple[Number, int], ...] = (
     (lambda row: row["bytes_up"] / 1e3, 1),
     (lambda row: row["bytes_down"] / 1e3, 1),
     (lambda row: _mean([layer["entropy"] for layer in row["evaluation"]["routing"].values()]), 3),
+    (lambda row: _mean([layer["largest_share"] for layer in row["evaluation"]["routing"].values()]), 3),
     (lambda row: _mean([cost["flops"] for cost in row["evaluation"]["cost"].values()]) or 1.0, 3),
     (lambda row: _mean([cost["seconds"] for cost in row["evaluation"]["cost"].values()]) or 1.0, 2),
     (lambda row: _mean(list(row["graft_spread"].values())), 4),
 )
-"""Bytes of a site and round, both ways; mean entropy of routing over layers; a token's cost over one adapter's."""
+"""Bytes of a site and round, both ways; routing, mean over layers: entropy, share of the expert with the most tokens; a
+token's cost over one adapter's."""
 
 
 def _over_seeds(rows: Mapping[int, Row], number: Number, digits: int = 4) -> str:

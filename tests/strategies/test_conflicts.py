@@ -223,7 +223,8 @@ def test_rows_of_a_bias_are_one_group():
     [
         (
             {"granularity": Granularity.component},
-            "strategy.conflict.granularity must be expert or matrix with strategy.conflict.space=product, got 'component'",
+            "strategy.conflict.granularity must be expert or matrix with strategy.conflict.space=product, got "
+            "'component'",
         ),
         ({"granularity": Granularity.row}, "strategy.conflict.granularity must be .* got 'row'"),
         (
