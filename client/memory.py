@@ -66,7 +66,8 @@ class TrainingMemory:
     """Bytes that training takes on the model's device, with sequences of one shape."""
 
     def __init__(self, adapted: AdaptedModel, shape: Shape, *, gradient_checkpointing: bool) -> None:
-        self._adapted = adapted
+        # Weakly, since what is known of a model lasts as long as the model.
+        self._adapted = weakref.ref(adapted)
         self._shape = shape
         self._gradient_checkpointing = gradient_checkpointing
         trained = adapted.parameters_by_name().values()
@@ -116,8 +117,10 @@ class TrainingMemory:
         return max(0, self._measured(2) - self._one)
 
     def _measured(self, num_sequences: int) -> int:
+        adapted = self._adapted()
+        assert adapted is not None
         return step_peak_bytes(
-            self._adapted,
+            adapted,
             [self._shape.sequence()] * num_sequences,
             gradient_checkpointing=self._gradient_checkpointing,
         )

@@ -45,6 +45,9 @@ class BaseModel:
 
 _bases: dict[str, BaseModel] = {}
 _adapted: dict[str, AdaptedModel] = {}
+"""By settings, the one used last at the end."""
+_KEPT = 2
+"""Of them: a server's and its sites', or the adapter's rank and a personal one. A worker outlives many runs."""
 _num_base_loads = 0
 
 
@@ -81,15 +84,17 @@ def load_base(model: ModelConfig, device: torch.device) -> BaseModel:
 def adapted_model(
     model: ModelConfig, lora: LoraConfig, device: torch.device, graft: GraftConfig | None = None
 ) -> AdaptedModel:
-    """The base model with room for an adapter; made once a process, so callers load the adapter they mean to use.
+    """The base model with room for an adapter; the last ones made are shared, so callers load the adapter they use.
 
     Raises:
         ValueError: If the settings do not fit the model: see ``AdaptedModel`` and ``load_base``.
     """
     key = repr((model, lora, device, graft))
-    if key not in _adapted:
-        _adapted[key] = AdaptedModel(load_base(model, device), model, lora, graft)
-    return _adapted[key]
+    found = _adapted.pop(key, None) or AdaptedModel(load_base(model, device), model, lora, graft)
+    _adapted[key] = found
+    if len(_adapted) > _KEPT:
+        del _adapted[next(iter(_adapted))]
+    return found
 
 
 class AdaptedModel:

@@ -142,7 +142,7 @@ class Site:
         return ClientUpdate(
             site=self.name,
             adapter=shared,
-            num_examples=self.num_examples,
+            num_examples=sum(len(sequence.lengths) for sequence in self._train_sequences),
             # Counts weigh what is shared; a site that shares nothing does not tell how its text was routed.
             expert_tokens=result.expert_tokens if shared else {},
             extras=rule.to_send(),

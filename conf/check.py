@@ -7,7 +7,9 @@ from conf.model import ExpertTraining, ModelSource, Quantization, RouterTraining
 from conf.partitions import Files, PartitionConfig
 from conf.schema import Config, Mode
 from strategies.clair import Clair, RefinedRank
-from strategies.screen import ScreenKind
+from strategies.fc_moe import Importance
+from strategies.fedavg import Weights
+from strategies.screen import OnReject, ScreenKind
 
 UNSCREENED = ("clair", "scaffold", "local_only", "centralised")
 """Strategies that judge sites themselves, count on every site's update, get no adapters or have one site."""
@@ -78,6 +80,16 @@ def _check_clair(config: Config) -> None:
         raise ValueError(
             f"strategy.refined_rank=exact makes adapters too large to train on: it needs rounds=1, got {config.rounds}"
         )
+    uncounted = (getattr(strategy, "weights", None), getattr(strategy, "importance", None))
+    if (
+        config.screen.kind is not ScreenKind.off
+        and config.screen.on_reject is OnReject.downweight
+        and (Weights.uniform in uncounted or Importance.uniform in uncounted or strategy.name == "fedalign_moe")
+    ):
+        raise ValueError(
+            f"screen.on_reject=downweight lowers examples and tokens, which strategy={strategy.name} does not weigh by "
+            "as it is set: use exclude or warn"
+        )
     if config.screen.kind is not ScreenKind.off and config.strategy.name in UNSCREENED:
         raise ValueError(
             f"screen={config.screen.kind.name} cannot stand before strategy={config.strategy.name}: set screen=off"
@@ -85,6 +97,8 @@ def _check_clair(config: Config) -> None:
 
 
 def _check_routers(config: Config) -> None:
+    if config.strategy.name == "fedcmoo" and config.model.router is RouterTraining.local:
+        raise ValueError("strategy=fedcmoo sends gradients of all that is trained: it needs another model.router")
     if config.method.name == "fedalign_moe" and config.model.router is RouterTraining.averaged:
         raise ValueError("method=fedalign_moe never sends routers: it needs model.router=local or frozen, got averaged")
 

@@ -250,7 +250,7 @@ class FederationConfig:
     """GPU share of one simulated site, 0: no GPU; null: none without a GPU, else as little as the memory estimate of
     its training allows."""
     join_timeout_seconds: float = 600.0
-    """How long to wait for ``min_sites`` sites before round 1; a site may have to build its base model first."""
+    """How long to wait for ``min_sites`` sites before a round; before the first a site may have to build its base."""
     round_timeout_seconds: float = 3600.0
     """How long to wait for the replies of one round."""
 

@@ -165,7 +165,11 @@ def sites(config: Config, overrides: Sequence[str]) -> str:
         RuntimeError: If the run could not start, or too few sites joined.
     """
     timeout = min(_JOIN_SECONDS, config.federation.join_timeout_seconds)
-    words = [*overrides, f"federation.join_timeout_seconds={timeout:g}"]
+    # The output folder is the run's, which does not start in one that is not empty.
+    words = [
+        *(word for word in overrides if not word.startswith("output=")),
+        f"federation.join_timeout_seconds={timeout:g}",
+    ]
     with remote_superlink(str(config.federation.superlink), config.federation.root_certificates) as connection:
         outcome = _dry_run(connection, words)
     if outcome.summary is None or not outcome.completed:

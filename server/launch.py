@@ -110,7 +110,10 @@ def fetch(folder: Annotated[Path, typer.Argument(help="Local folder of a remote 
         View(console, folder.name) as view,
     ):
         process = connection.log(launched["run_id"])
-        outcome = follow(process, view, folder / "log.txt", RunFolder(folder), lambda _: None)
+        try:
+            outcome = follow(process, view, folder / "log.txt", RunFolder(folder), lambda _: None)
+        finally:
+            process.terminate()
     if not _report(folder.name, outcome):
         raise SystemExit(FAILED)
     console.print(escape(str(folder)), soft_wrap=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 from server.certificates import public_fingerprint
 from server.flower import Connection
 
+_TIMEOUT_SECONDS = 120
 SITES_FILE = "BOUQUET_SITES"
 """Environment variable of the SuperLink and its ServerApps: the record of the sites registered there."""
 
@@ -38,7 +39,10 @@ class Register:
         self.sites: dict[str, dict[str, str]] = json.loads(record.read_text()) if record.exists() else {}
 
     def sync(self) -> None:
-        """Bring the SuperLink up to date; what fails is told once and tried again when its file changes."""
+        """Bring the SuperLink up to date; what fails is told once.
+
+        A key that cannot be added is tried again when its file changes, one that cannot be removed every time.
+        """
         wanted = self._wanted()
         for node, facts in list(self.sites.items()):
             if wanted.get(facts["key"]) != facts["site"]:
@@ -74,18 +78,27 @@ class Register:
         self.tell(f"{site} may join, with key {key}")
 
     def _unregister(self, node: str, facts: dict[str, str]) -> None:
-        self._flwr("unregister", node, "bouquet")
+        answer = self._flwr("unregister", node, "bouquet")
+        if "node-id" not in answer:
+            why = answer.get("error-message", answer)
+            self._tell_once(
+                facts["site"], f"{facts['site']} could NOT be removed, may still join, is tried again: {why}"
+            )
+            return
         del self.sites[node]
         self._save()
         self.tell(f"{facts['site']} may no longer join with key {facts['key']}")
 
     def _flwr(self, command: str, *words: str) -> dict[str, object]:
         """Answer of ``flwr supernode COMMAND``; a foreign one as its ``error-message``."""
-        done = subprocess.run(  # noqa: S603
-            self.connection.command("supernode", command, *words, "--format", "json"),
-            env=dict(self.connection.environment), cwd=self.connection.environment["FLWR_HOME"],
-            capture_output=True, text=True, timeout=120, check=False,
-        )  # fmt: skip
+        try:
+            done = subprocess.run(  # noqa: S603
+                self.connection.command("supernode", command, *words, "--format", "json"),
+                env=dict(self.connection.environment), cwd=self.connection.environment["FLWR_HOME"],
+                capture_output=True, text=True, timeout=_TIMEOUT_SECONDS, check=False,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            return {"error-message": f"no answer in {_TIMEOUT_SECONDS} s"}
         try:
             return dict(json.loads(done.stdout))
         except ValueError:

@@ -28,13 +28,15 @@ class Roster:
     nodes: dict[str, int] = field(default_factory=dict)
     """Site name -> node id, as last seen."""
     refused: dict[int, str] = field(default_factory=dict)
-    """Node id -> why it may not take part."""
+    """Node id -> why it may not take part; it is asked again after it has been away."""
     num_examples: dict[str, int] = field(default_factory=dict)
     """Site name -> training examples, as it said when it joined."""
     loads: dict[str, int] = field(default_factory=dict)
     """Process -> times it has loaded the base model."""
     _asked: dict[str, int] = field(default_factory=dict)
     """Message id -> node id of join messages without an answer."""
+    _barred: set[int] = field(default_factory=set)
+    """Nodes that were refused and have not been away since."""
     _rivals: dict[int, str] = field(default_factory=dict)
     """Node id -> site in whose name it came while another node was connected."""
     _gone: set[str] = field(default_factory=set)
@@ -66,12 +68,23 @@ class Roster:
                 f"(federation.join_timeout_seconds={timeout_seconds:g}{waiting}): {refused}"
             )
 
+    def wait_until(self, grid: Grid, enough: Callable[[int], bool], timeout_seconds: float) -> None:
+        """Wait until enough of the sites that have joined are connected, or the time is over."""
+        deadline = time.monotonic() + timeout_seconds
+        self.update(grid)
+        if not enough(len(self.present(grid))):
+            self.tell(f"waiting for sites, {len(self.present(grid))} connected")
+        while not enough(len(self.present(grid))) and time.monotonic() < deadline:
+            time.sleep(POLL_SECONDS)
+            self.update(grid)
+
     def update(self, grid: Grid) -> None:
         """Ask nodes not seen before who they are, and admit those that have answered; never waits."""
         present = set(grid.get_node_ids())
         self._tell_gone(present)
         self._forget_rivals(present)
-        self._ask(grid, sorted(present - set(self.nodes.values()) - set(self.refused) - set(self._asked.values())))
+        self._barred &= present
+        self._ask(grid, sorted(present - set(self.nodes.values()) - self._barred - set(self._asked.values())))
         for reply in poll(grid, self._asked):
             node = self._asked.pop(reply.metadata.reply_to_message_id, None)
             if node is not None:
@@ -105,6 +118,7 @@ class Roster:
         for node, site in list(self._rivals.items()):
             if self.nodes[site] not in present:
                 del self._rivals[node], self.refused[node]
+                self._barred.discard(node)
 
     def _ask(self, grid: Grid, nodes: Sequence[int]) -> None:
         self._asked |= push(grid, [encode_request(JOIN, node, self.request, {}) for node in nodes])
@@ -114,9 +128,11 @@ class Roster:
             sender, joined = decode_joined(reply)
             self._check_newcomer(node, sender, joined, present)
         except ValueError as error:
+            self._barred.add(node)
             self.refused[node] = f"{site_of(reply) or f'node {node}'} refused: {error}"
             self.tell(self.refused[node])
         else:
+            self.refused.pop(node, None)
             self.nodes[sender.site] = node
             self.num_examples[sender.site] = joined.num_examples
             self.loads[sender.process] = sender.base_model_loads

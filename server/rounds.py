@@ -26,7 +26,7 @@ from client.messages import (
     to_record,
 )
 from client.site import POOLED
-from conf.check import needed_sites
+from conf.check import needed_sites, num_asked
 from conf.schema import Config, Mode
 from server.exchange import Exchange, send
 from server.record import RunRecord
@@ -42,7 +42,7 @@ from strategies.screen import screened
 class FederatedRounds(FlowerStrategy):
     """Runs any of our strategies inside Flower, and judges every reply by itself.
 
-    After ``start``: ``adapter`` is the global adapter, ``losses`` each site's last held-out loss,
+    After ``start``: ``adapter`` is the global adapter, ``losses`` each site's held-out loss of the last evaluation,
     ``last_global_loss`` that of the global model, ``rounds_done`` the rounds completed, ``measured`` what the sites
     tell for the evaluation matrix, ``expert_tokens`` the last round's tokens by layer and site.
     """
@@ -92,7 +92,7 @@ class FederatedRounds(FlowerStrategy):
         self._measure_start()
         for server_round in range(1, num_rounds + 1):
             self._round = RoundRecord(server_round)
-            self.roster.update(grid)
+            self.roster.wait_until(grid, self._enough, self.config.federation.join_timeout_seconds)
             exchange = self._send(grid, self.configure_train(server_round, initial_arrays, none, grid), timeout)
             self.aggregate_train(server_round, exchange.replies())
             if self._evaluation_due(server_round):
@@ -102,6 +102,9 @@ class FederatedRounds(FlowerStrategy):
                 self.aggregate_evaluate(server_round, exchange.replies())
             self._finish_round()
         return Result(arrays=to_record(self.adapter))
+
+    def _enough(self, connected: int) -> bool:
+        return num_asked(self.config, connected) >= needed_sites(self.config)
 
     def configure_train(  # noqa: D102
         self,
@@ -170,8 +173,8 @@ class FederatedRounds(FlowerStrategy):
             if measured is not None:
                 self.measured[sender.site] = measured
             losses |= answer
+        self.losses = {name: found.loss for name, found in losses.items()}
         for name, found in losses.items():
-            self.losses[name] = found.loss
             # What a site measured must not overwrite what we did.
             self._round.sites[name] = {**found.metrics, **self._round.site(name), "loss": found.loss}
         if pooled:

@@ -54,7 +54,13 @@ class Verdict:
 
 
 def judge(
-    distance_G: NDArray[np.float64], num_sites: int, *, agreement: float, min_gap: float, threshold: float | None = None
+    distance_G: NDArray[np.float64],
+    num_sites: int,
+    *,
+    agreement: float,
+    min_gap: float,
+    threshold: float | None = None,
+    scale: float = 0.0,
 ) -> Verdict:
     """The collaborative set from the distances of all pairs of at least 2 sites.
 
@@ -77,6 +83,7 @@ def judge(
         agreement: alpha, in [0.5, 1).
         min_gap: Smallest score of a gap.
         threshold: tau_n, in the units of the distances; None looks for the gap.
+        scale: Length of what the distances are the rest of: a millionth of it is rounding.
     """
     pair_KK = np.zeros((num_sites, num_sites))
     j, k = pairs_of(num_sites).T
@@ -85,7 +92,7 @@ def judge(
     distance_K = np.sort(pair_KK, axis=1)[:, _needed(num_sites, agreement)]
     if threshold is not None:
         return Verdict(distances=distance_K, threshold=threshold, gap=math.nan)
-    return _separated(distance_K, float(distance_G.max(initial=0.0)), agreement, min_gap)
+    return _separated(distance_K, max(scale, float(distance_G.max(initial=0.0))), agreement, min_gap)
 
 
 def _needed(num_sites: int, agreement: float) -> int:
@@ -98,13 +105,14 @@ def _separated(distance_K: NDArray[np.float64], largest: float, agreement: float
     num_sites = len(distance_K)
     needed = _needed(num_sites, agreement)
     ordered = np.sort(distance_K)
-    logs = np.log(np.maximum(ordered, _RESOLUTION * largest)) if largest else np.zeros(num_sites)
+    floored = np.maximum(ordered, _RESOLUTION * (largest or 1.0))
+    logs = np.log(floored)
     scores = np.diff(logs)[needed:] / (_SPREAD + logs[needed:-1] - logs[0]) / (1 + _CHANCE / num_sites)
     if num_sites < MIN_SITES or largest == 0 or not len(scores):
         return Verdict(distances=distance_K, threshold=math.inf, gap=math.nan)
     best = int(scores.argmax())
     gap = float(scores[best])
-    within = float(ordered[needed + best]) if gap >= min_gap else math.inf
+    within = float(floored[needed + best]) if gap >= min_gap else math.inf
     return Verdict(distances=distance_K, threshold=within, gap=gap)
 
 

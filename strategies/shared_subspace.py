@@ -109,6 +109,7 @@ def examine(products: Factors, config: SubspaceConfig) -> Finding:
             agreement=config.agreement,
             min_gap=config.min_gap,
             threshold=config.threshold,
+            scale=float(_norms(blocks).max(initial=0.0)),
         ),
         iterations=solved.iterations,
         relative_gap=float(solved.relative_gap),

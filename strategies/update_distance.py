@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from strategies.adapters import Arrays
 from strategies.base import ClientUpdate
-from strategies.collaborative_set import Verdict, judge
+from strategies.collaborative_set import MIN_SITES, Verdict, judge
 from strategies.product_cores import pairs_of
 
 _COPY = 0.01
@@ -49,7 +49,9 @@ def compare(received: Arrays, updates: Sequence[ClientUpdate], *, agreement: flo
         if names and len(updates) >= 2:
             distance_G = _distances(received, updates, names)
             verdict = judge(distance_G, len(updates), agreement=agreement, min_gap=min_gap)
-            compared.append(Compared(kind=kind, verdict=verdict, is_copy=_copies(distance_G, len(updates))))
+            enough = len(updates) >= MIN_SITES
+            is_copy = _copies(distance_G, len(updates)) if enough else np.zeros(len(updates), bool)
+            compared.append(Compared(kind=kind, verdict=verdict, is_copy=is_copy))
     return compared
 
 

@@ -5,6 +5,7 @@ Shape suffixes: P pairs, T tokens.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -25,6 +26,8 @@ from conf.alignment import DpoConfig, preference_of
 from conf.methods import MethodConfig
 from conf.schema import DataConfig
 from strategies.adapters import Arrays
+
+log = logging.getLogger("bouquet.client")
 
 
 class Dpo(Method):
@@ -55,8 +58,9 @@ class Dpo(Method):
         wanted = self.config.objectives
         chosen = [example for example in examples if not wanted or example.objective in wanted]
         if examples and not chosen:
-            present = sorted({example.objective for example in examples})
-            raise ValueError(f"method.objectives={wanted} are those of no pair; data.objective_column holds {present}")
+            # The server is told no value of a column: the run's settings name it, and it may hold text.
+            log.error("data.objective_column holds %s", sorted({example.objective for example in examples})[:20])
+            raise ValueError(f"method.objectives={wanted} are those of none of {len(examples)} pairs")
         return weighted(self.config, encode_pairs(chosen, tokenizer, data))
 
     def passes_over(self, sequences: Sequence[TokenSequence]) -> Sequence[TokenSequence]:
@@ -70,14 +74,15 @@ class Dpo(Method):
     def measures(
         self, adapted: AdaptedModel, adapter: Arrays, sequences: Sequence[TokenSequence], batch_size: int
     ) -> dict[str, float]:
-        """How often and by how much, in nats, each objective's pairs are ranked right."""
+        """How often and by how much, in nats, pairs are ranked right: of each of ``method.objectives``, or of all."""
         adapted.load_adapter(adapter)
         margins: dict[str, list[float]] = {}
         with adapted.evaluating(), torch.no_grad():
             for first in range(0, len(sequences), batch_size):
                 pairs = _as_pairs(sequences[first : first + batch_size])
                 for pair, margin in zip(pairs, margins_of(adapted, pairs).tolist(), strict=True):
-                    margins.setdefault(pair.objective or "pairs", []).append(margin)
+                    named = pair.objective if pair.objective in self.config.objectives else "pairs"
+                    margins.setdefault(named, []).append(margin)
         found = {}
         for name, values in sorted(margins.items()):
             found[f"held_out_accuracy/{name}"] = sum(value > 0 for value in values) / len(values)

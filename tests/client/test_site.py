@@ -18,7 +18,7 @@ from client.text import Example, collate, encode
 from client.training import train
 from conf.methods import FcMoeConfig, LocalOnlyConfig, PflMoeConfig, RetentionConfig, RetentionKind, SftConfig
 from conf.model import LoraConfig, RouterTraining
-from conf.schema import Config, OptimizerState, TrainConfig
+from conf.schema import Config, OptimizerState, TrainConfig, Truncation
 from conf.seeds import generator_for
 from strategies.fedavg import FedAvg
 from tests.client.local_training import live_tensor_bytes
@@ -298,3 +298,13 @@ def test_other_arrays_than_the_shared_ones_are_refused_by_name(config, tmp_path)
         site.train(1, {other: received[other] for other in others})
     with pytest.raises(ValueError, match=r"\['foreign'\]"):
         site.evaluate({**received, "foreign": np.ones(1, np.float32)})
+
+
+def test_what_is_left_out_of_training_has_no_weight(base_config, tmp_path):
+    """Two examples are too long to be used: the mean over sites must not count them."""
+    long = [Example("Name a very long colour. " * 20, "", colour) for colour in ("red", "blue")]
+    config = settings_for(base_config, SftConfig())
+    config = replace(config, data=replace(config.data, max_length=128, truncation=Truncation.drop))
+    site = make_site(config, tmp_path, train=[*TRAIN, *long])
+    assert site.num_examples == len(TRAIN) + 2
+    assert site.train(1, first_global(site)).num_examples == len(TRAIN)

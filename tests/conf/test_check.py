@@ -147,6 +147,15 @@ def test_number_of_sites_that_the_data_decide_is_checked_too():
         ("strategy=clair screen=clair", "screen=clair cannot stand before strategy=clair: set screen=off"),
         ("strategy=scaffold screen=clair", "screen=clair cannot stand before strategy=scaffold"),
         ("strategy=local_only screen=clair", "screen=clair cannot stand before strategy=local_only"),
+        (
+            "strategy=fedavg strategy.weights=uniform screen=clair screen.on_reject=downweight",
+            "screen.on_reject=downweight lowers examples and tokens, which strategy=fedavg does not weigh by",
+        ),
+        (
+            "strategy=fc_moe strategy.importance=uniform screen=clair screen.on_reject=downweight",
+            "which strategy=fc_moe does not weigh by as it is set: use exclude or warn",
+        ),
+        ("strategy=fedcmoo model.router=local", "strategy=fedcmoo sends gradients of all that is trained"),
         ("strategy=clair strategy.refined_rank=exact", "strategy.refined_rank=exact .* needs rounds=1, got 5"),
         (
             "strategy=fedalign_moe model.router=averaged",

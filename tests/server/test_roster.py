@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 
 import pytest
@@ -161,3 +162,31 @@ def test_node_has_the_name_of_its_site_or_its_number(roster):
     roster.update(grid)
     assert roster.name_of(roster.nodes["a"]) == "a"
     assert roster.name_of(5) == "node 5"
+
+
+def test_refused_node_is_asked_again_after_it_has_been_away(roster, told):
+    """An operator mends the data file and restarts the SuperNode, which keeps its node id where keys are registered."""
+    grid = grid_of(fails("a", "its data cannot be used"))
+    (node,) = grid.nodes
+    for _ in range(2):
+        roster.update(grid)
+    assert roster.nodes == {}
+    away = grid.nodes.pop(node)
+    roster.update(grid)
+    grid.nodes[node] = replace(away, fault=joins("a"))
+    roster.update(grid)
+    assert (roster.nodes, roster.refused) == ({"a": node}, {})
+    assert told[-1] == "a joined with 5 training examples"
+
+
+def test_sites_that_are_away_are_waited_for(roster, told):
+    grid = grid_of(joins("a"), joins("b"))
+    roster.update(grid)
+    node, away = roster.nodes["b"], grid.nodes.pop(roster.nodes["b"])
+    threading.Timer(0.2, lambda: grid.nodes.update({node: away})).start()
+    roster.wait_until(grid, lambda count: count >= 2, 30)
+    assert roster.present(grid) == ["a", "b"]
+    assert told[-1] == "waiting for sites, 1 connected"
+    del grid.nodes[node]
+    roster.wait_until(grid, lambda count: count >= 2, 0.1)
+    assert roster.present(grid) == ["a"]

@@ -91,6 +91,21 @@ def test_rounding_among_exact_sites_is_no_gap():
     assert judge(found, 6, **RULE).accepted.tolist() == [True] * 5 + [False]
 
 
+def test_sites_that_agree_exactly_have_a_threshold_to_be_measured_by():
+    """Most users of an expert may have trained nothing: zero distances, which no distance can be divided by."""
+    verdict = judge(distances([0, 0, 0, 0, 1.0]), 5, **RULE)
+    assert 0 < verdict.threshold < 1
+    assert verdict.accepted.tolist() == [True] * 4 + [False]
+    votes = count_votes("abcde", [("abcde", verdict)])
+    assert votes["e"].rejected
+    assert np.isfinite(votes["e"].ratio)
+
+
+def test_rounding_of_what_was_taken_away_is_no_gap():
+    """The only site that trained spans the shared row space itself: beside its length what is left is nothing."""
+    assert judge(distances([0, 0, 0, 0, 1e-17]), 5, **RULE, scale=1.0).accepted.all()
+
+
 def test_majority_of_the_matrices_that_judged_a_site_rejects_it():
     def verdict(*accepted):
         return Verdict(distances=np.where(accepted, 1.0, 3.0), threshold=2.0, gap=5.0)

@@ -242,6 +242,7 @@ def test_copies_are_rejected_together_and_only_as_such():
     copied = swapped(updates, {7: updates[6].adapter})
     assert rejected(screen(evidence=[Evidence.copies]).aggregate(adapter, {}, copied)) == ["site-6", "site-7"]
     assert rejected(screen(evidence=list(Evidence)).aggregate(adapter, {}, updates)) == []
+    assert rejected(screen(evidence=[Evidence.copies]).aggregate(adapter, {}, copied[4:])) == []  # four judge nobody
 
 
 def test_honest_sites_are_no_copies_of_each_other_beside_colluders_far_away():

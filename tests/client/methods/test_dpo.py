@@ -105,6 +105,17 @@ def test_held_out_pairs_are_counted_by_objective(adapted, start):
     assert found["held_out_margin/harmless"] == pytest.approx(margins[2].item(), rel=1e-4)
 
 
+def test_values_of_a_column_that_the_settings_do_not_name_are_told_nobody(adapted, start, caplog):
+    """A run chooses the column: with the column of responses they would be text of the site."""
+    config = DpoConfig()
+    found = Dpo(config).measures(adapted, start, pairs_of(adapted, config), 2)
+    assert {name.partition("/")[2] for name in found} == {"pairs"}
+    with pytest.raises(ValueError, match="funny") as refusal:
+        pairs_of(adapted, DpoConfig(objectives=["funny"]))
+    assert "harmless" not in str(refusal.value)
+    assert "harmless" in caplog.text
+
+
 def test_weights_make_a_mean_over_pairs_the_preferred_mean_over_objectives(adapted):
     config = DpoConfig(objectives=["helpful", "harmless"], preference=[0.4, 0.6])
     pairs = pairs_of(adapted, config)
@@ -118,7 +129,7 @@ def test_weights_make_a_mean_over_pairs_the_preferred_mean_over_objectives(adapt
 
 def test_only_pairs_of_the_objectives_are_used_and_each_needs_both_responses(adapted):
     assert len(pairs_of(adapted, DpoConfig(objectives=["harmless"]))) == 1
-    with pytest.raises(ValueError, match=r"those of no pair; data.objective_column holds \['harmless', 'helpful'\]"):
+    with pytest.raises(ValueError, match=r"^method.objectives=\['funny'\] are those of none of 4 pairs$"):
         pairs_of(adapted, DpoConfig(objectives=["funny"]))
     lacking = [*EXAMPLES, replace(EXAMPLES[0], rejected=" ")]
     with pytest.raises(ValueError, match="data.rejected_column='rejected' is empty in 1 of 5 examples"):
