@@ -304,7 +304,7 @@ def test_what_is_left_out_of_training_has_no_weight(base_config, tmp_path):
     """Two examples are too long to be used: the mean over sites must not count them."""
     long = [Example("Name a very long colour. " * 20, "", colour) for colour in ("red", "blue")]
     config = settings_for(base_config, SftConfig())
-    config = replace(config, data=replace(config.data, max_length=128, truncation=Truncation.drop))
+    config = replace(config, data=replace(config.data, max_length=400, truncation=Truncation.drop))
     site = make_site(config, tmp_path, train=[*TRAIN, *long])
     assert site.num_examples == len(TRAIN) + 2
     assert site.train(1, first_global(site)).num_examples == len(TRAIN)
