@@ -48,7 +48,7 @@ with socket.socket(socket.AF_UNIX) as connection:
 
 @contextlib.contextmanager
 def fast_clientapps(environment: Mapping[str, str]) -> Iterator[dict[str, str]]:
-    """The environment with which a SuperNode starts its ClientApps fast, as long as the block runs.
+    """What to set in a SuperNode's environment so that it starts its ClientApps fast, as long as the block runs.
 
     Args:
         environment: That of the SuperNode, as it would be otherwise.
@@ -57,7 +57,7 @@ def fast_clientapps(environment: Mapping[str, str]) -> Iterator[dict[str, str]]:
         ValueError: If there is no folder that only this user can enter: see ``runtime_folder``.
     """
     folder = Path(tempfile.mkdtemp(prefix="start-", dir=runtime_folder()))
-    quick = dict(environment) | {
+    changes = {
         "PATH": f"{folder}{os.pathsep}{environment.get('PATH', os.defpath)}",
         "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": POLL_SECONDS,
     }
@@ -68,10 +68,10 @@ def fast_clientapps(environment: Mapping[str, str]) -> Iterator[dict[str, str]]:
             _write_command(folder)
             process = subprocess.Popen(  # noqa: S603
                 [sys.executable, "-P", "-m", "server.clientapps", str(os.getpid())],
-                env=quick | {"PYTHONPATH": str(CODE_ROOT)}, stdin=listener.fileno(),
+                env={**environment, **changes, "PYTHONPATH": str(CODE_ROOT)}, stdin=listener.fileno(),
             )  # fmt: skip
         try:
-            yield quick
+            yield changes
         finally:
             process.terminate()
             process.wait()

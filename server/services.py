@@ -26,6 +26,7 @@ from server.certificates import (
     load_certificate,
     make_certificates,
 )
+from server.clientapps import fast_clientapps
 from server.flower import MARK, Connection, binary, end_marked, environment, free_port, remote_superlink
 from server.probe import UnreachableError, check_clock, look_at, split_address
 from server.register import SITES_FILE, Register
@@ -113,8 +114,8 @@ def site_up(  # noqa: PLR0917 - its options
     security = _site_security(superlink, root_certificates, key, insecure=insecure)
     words = [str(binary("flower-supernode")), *security, "--superlink", superlink, "--host", "127.0.0.1"]
     words += ["--node-config", node_config(name, data, folder, settings or [])]
-    with _until_stopped():
-        _keep_up(_Link(superlink, None if insecure else root_certificates, key), name, folder, words)
+    with _until_stopped(), fast_clientapps(environment(folder / "flwr", 1)) as variables:
+        _keep_up(_Link(superlink, None if insecure else root_certificates, key), name, folder, words, variables)
 
 
 def node_config(name: str, data: Path, home: Path, settings: Sequence[str]) -> str:
@@ -139,12 +140,12 @@ def node_config(name: str, data: Path, home: Path, settings: Sequence[str]) -> s
     return " ".join(f"{setting}='{value}'" for setting, value in values.items())
 
 
-def _keep_up(link: _Link, name: str, home: Path, words: Sequence[str]) -> NoReturn:
+def _keep_up(link: _Link, name: str, home: Path, words: Sequence[str], variables: Mapping[str, str]) -> NoReturn:
     """Run the SuperNode again and again; ends with an error only if the server keeps refusing it or its settings."""
     refused_since: float | None = None
     while True:
         _wait_for_server(link, home)
-        if _run_supernode([*words, "--port", str(free_port())], home) != "refused":
+        if _run_supernode([*words, "--port", str(free_port())], home, variables) != "refused":
             refused_since = None
             _say(f"the connection ended; trying again in {_RETRY_SECONDS:g} s")
         else:
@@ -206,7 +207,7 @@ def _watch(process: subprocess.Popen[str], connection: Connection, certificates:
             process.wait(_WATCH_SECONDS)
 
 
-def _run_supernode(words: Sequence[str], home: Path) -> str:
+def _run_supernode(words: Sequence[str], home: Path, variables: Mapping[str, str]) -> str:
     """Run Flower's SuperNode to its end, passing its lines on; ``refused`` or ``ended``."""
     printed: list[str] = []
 
@@ -217,7 +218,7 @@ def _run_supernode(words: Sequence[str], home: Path) -> str:
                 _set_status(home, "connected")
             printed.extend(text for text in (_NOT_ACTIVATED,) if text in line)
 
-    with _service(words, home, {}, subprocess.PIPE) as process:
+    with _service(words, home, variables, subprocess.PIPE) as process:
         assert process.stdout is not None
         # A thread, since the SuperNode's helper may hold its output open after it has ended.
         reader = threading.Thread(target=pass_on, args=(process.stdout,), daemon=True)

@@ -100,12 +100,13 @@ def supernode(home: Path, address: str, node_config: str, fast: bool = True) -> 
     """A SuperNode, as the README starts it, by default with fast ClientApps; yields its process."""
     home.mkdir(parents=True, exist_ok=True)
     mark = uuid.uuid4().hex
-    start = fast_clientapps if fast else contextlib.nullcontext
+    environment = _environment(home, mark)
+    start = fast_clientapps(environment) if fast else contextlib.nullcontext({})
     words = [
         "flower-supernode", "--insecure", "--superlink", address, "--port", str(free_port()),
         "--node-config", node_config,
     ]  # fmt: skip
-    with start(_environment(home, mark)) as environment, _started(words, home, environment) as process, _ended(mark):
+    with start as changes, _started(words, home, {**environment, **changes}) as process, _ended(mark):
         yield process
 
 

@@ -20,8 +20,8 @@ pytestmark = pytest.mark.processes
 
 @pytest.fixture(scope="module")
 def environment():
-    with fast_clientapps(dict(os.environ)) as environment:
-        yield environment
+    with fast_clientapps(os.environ) as changes:
+        yield {**os.environ, **changes}
 
 
 def clientapp(environment, *words):
@@ -37,13 +37,13 @@ def test_it_does_what_flowers_command_does(environment):
 
 
 def test_without_the_forking_process_flowers_own_command_runs(environment):
-    with fast_clientapps(dict(os.environ)) as other:
+    with fast_clientapps(os.environ) as other:
         (starter,) = [
             child for child in psutil.Process().children()
             if "server.clientapps" in child.cmdline() and child.environ().get("PATH") == other["PATH"]
         ]  # fmt: skip
         starter.kill()
-        assert "Run a Flower ClientApp" in clientapp(other, "--help").stdout
+        assert "Run a Flower ClientApp" in clientapp({**os.environ, **other}, "--help").stdout
 
 
 HOLD = """
