@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import fc_moe_printed
 from benchmarks.cells import Row, Study, add_arguments, carry_out
 from benchmarks.contenders import CONTENDERS, Settings
 from benchmarks.fc_moe_tables import LAST, last_rounds, markdown
@@ -111,7 +112,7 @@ def report(study: Study[Cell], name: str) -> dict[str, Any]:
         "tuning_seeds": list(study.tuning_seeds),
         "settings": list(workload.settings),
         "runs": len(study.rows),
-        "markdown": markdown(f"{workload.title}, {experts}", tested, study.seeds),
+        "markdown": markdown(f"{workload.title}, {experts}", tested, study.seeds, fc_moe_printed.of_workload(name)),
     }
 
 

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
 from benchmarks.cells import Outcome, Row
 from benchmarks.contenders import CONTENDERS, Settings
+from benchmarks.fc_moe_printed import ABLATION
 from server.intervals import with_interval
 
 LAST = 5
 """Rounds at the end whose mean is what counts."""
 BASELINE = "fedavg"
 
-# FC-MoE, Table II: test and local accuracy at alpha 0.1 with Switch-base-16, AG News and MMLU.
-_PRINTED = {
-    "fc_moe_no_projection": (".7849 / .5574", ".3306 / .2992"),
-    "fc_moe_no_retention": (".8068 / .6108", ".3478 / .3225"),
-    "fc_moe_no_importance": (".8264 / .6459", ".3616 / .3428"),
-    "fc_moe": (".8359 / .6732", ".3764 / .3559"),
-}
 _TITLES = {"fc_moe": "full"}
 
 
@@ -35,13 +29,26 @@ def rounds_to(curve: Sequence[float], target: float, *, higher: bool) -> int | N
     return reached.index(True) + 1 if any(reached) else None
 
 
-def markdown(title: str, tested: Mapping[str, Outcome], seeds: Sequence[int]) -> str:
-    """The comparison and the ablation, below each other."""
-    return f"{comparison(title, tested, seeds)}\n\n{ablation(tested)}"
+def markdown(
+    title: str, tested: Mapping[str, Outcome], seeds: Sequence[int], printed: Mapping[str, float] | None = None
+) -> str:
+    """All tables that there is something to say in, below each other."""
+    tables = [comparison(title, tested, seeds, printed or {}), ablation(tested)]
+    return "\n\n".join(filter(None, tables))
 
 
-def comparison(title: str, tested: Mapping[str, Outcome], seeds: Sequence[int]) -> str:
-    """A line for each contender, with ``missing`` where it has not been run."""
+def comparison(
+    title: str, tested: Mapping[str, Outcome], seeds: Sequence[int], printed: Mapping[str, float] | None = None
+) -> str:
+    """A line for each contender, with ``missing`` where it has not been run.
+
+    Args:
+        title: Of the table.
+        tested: Contender -> what is known of it; one of them is ``BASELINE``.
+        seeds: That it is to be run with.
+        printed: Contender -> accuracy that a paper prints, for a column of its own; who is in no other way here gets a
+            line too.
+    """
     done = [row for result in tested.values() for row in result.rows.values() if "failed" not in row]
     by_accuracy = any(row["accuracy"] for row in done)
     answered = any(row.get("rouge_l") for row in done)
@@ -50,30 +57,40 @@ def comparison(title: str, tested: Mapping[str, Outcome], seeds: Sequence[int]) 
         "method", f"test {measure}", "minus FedAvg", "last round", *(["ROUGE-L"] if answered else ["loss"]),
         "on sites' own data: mean / worst / spread", "rounds to FedAvg's end", "MB", "expert norm", "tuned",
     ]  # fmt: skip
-    lines = [[*columns], ["---"] * len(columns)]
+    blank = [""] * (len(columns) - 2)
+    lines = {}
     baseline = tested[BASELINE].rows
     for name, result in tested.items():
-        cells = _cells(result, baseline, by_accuracy) if result.rows else ["missing", *[""] * (len(columns) - 2)]
+        cells = _cells(result, baseline, by_accuracy) if result.rows else ["missing", *blank]
         count = f" ({len(result.rows)} of {len(seeds)} seeds)" if 0 < len(result.rows) < len(seeds) else ""
-        lines.append([CONTENDERS[name].title + count, *cells])
-    return f"{title}, {len(seeds)} seeds\n\n" + "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+        lines[name] = [CONTENDERS[name].title + count, *cells]
+    if printed:
+        columns.append("printed, %")
+        lines |= {name: [CONTENDERS[name].title, "not compared", *blank] for name in printed if name not in lines}
+        for name, cells in lines.items():
+            cells.append(f"{100 * printed[name]:.1f}" if name in printed else "")
+    return f"{title}, {len(seeds)} seeds\n\n{_table(columns, lines.values())}"
 
 
 def ablation(tested: Mapping[str, Outcome]) -> str:
-    """The paper's Table II: here and as printed, global / on the sites' own data."""
-    lines = [
-        ["variant", "here: test / local", "printed, AG News", "printed, MMLU"],
-        ["---"] * 4,
-    ]
-    for name, (ag_news, mmlu) in _PRINTED.items():
+    """The paper's Table II: here and as printed, global / on the sites' own data; empty if nothing was left out."""
+    compared = [name for name in ABLATION if name in tested]
+    if not any(name.startswith("fc_moe_no_") for name in compared):
+        return ""
+    lines = []
+    for name in compared:
         rows = _good(tested[name].rows)
         ours = "missing"
         if rows and all(row["accuracy"] for row in rows.values()):
             test = np.mean([last_rounds(row["accuracy"]) for row in rows.values()])
             local = np.mean([np.mean(list(row["sites"].values())) for row in rows.values()])
             ours = f"{test:.4f} / {local:.4f}"
-        lines.append([_TITLES.get(name, CONTENDERS[name].title), ours, ag_news, mmlu])
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+        lines.append([_TITLES.get(name, CONTENDERS[name].title), ours, *ABLATION[name]])
+    return _table(["variant", "here: test / local", "printed, AG News", "printed, MMLU"], lines)
+
+
+def _table(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [columns, ["---"] * len(columns), *lines])
 
 
 def _cells(result: Outcome, baseline: Mapping[int, Row], by_accuracy: bool) -> list[str]:

@@ -29,6 +29,8 @@ KEY_CONTENDERS = (
     "fedavg", "noise", "fedavg_step", "fedalign_moe", "fc_moe", "fc_moe_plus", "local_only", "centralised"
 )  # fmt: skip
 """Who is compared where not everyone is."""
+ABLATED = (*KEY_CONTENDERS, "fc_moe_no_projection", "fc_moe_no_retention", "fc_moe_no_importance")
+"""Who is compared on the data of the paper's ablation."""
 
 
 @dataclass(frozen=True)
@@ -200,7 +202,7 @@ _SMOLLM2 = (
 )  # fmt: skip
 
 
-def _ag_news_workload(name: str, alpha: float) -> Workload:
+def _ag_news_workload(name: str, alpha: float, contenders: tuple[str, ...] = KEY_CONTENDERS) -> Workload:
     return Workload(
         name,
         f"AG News topics, 10 sites, Dirichlet {alpha}, 1,000 examples, 25 rounds",
@@ -208,6 +210,7 @@ def _ag_news_workload(name: str, alpha: float) -> Workload:
         (*_TRAINING, *_dirichlet(alpha), "data.max_length=48"),
         tuple(AG_NEWS_WORDS.values()),
         _ag_news,
+        contenders=contenders,
     )
 
 
@@ -223,7 +226,7 @@ WORKLOADS: dict[str, Workload] = {
             _clinc,
             contenders=(),
         ),
-        _ag_news_workload("ag_news", 0.1),
+        _ag_news_workload("ag_news", 0.1, ABLATED),
         _ag_news_workload("ag_news_0.5", 0.5),
         _ag_news_workload("ag_news_1.0", 1.0),
         Workload(
@@ -233,6 +236,7 @@ WORKLOADS: dict[str, Workload] = {
             (*_TRAINING, *_dirichlet(0.1), "data.max_length=96"),
             LETTERS,
             _mcq,
+            contenders=ABLATED,
         ),
         Workload(
             "dolly",

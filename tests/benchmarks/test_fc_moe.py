@@ -11,8 +11,8 @@ import pytest
 from benchmarks import fc_moe
 from benchmarks.cells import Outcome
 from benchmarks.contenders import CONTENDERS
-from benchmarks.fc_moe import Cell, run_cell, study_of
-from benchmarks.fc_moe_tables import comparison, rounds_to
+from benchmarks.fc_moe import Cell, report, run_cell, study_of
+from benchmarks.fc_moe_tables import ablation, comparison, rounds_to
 from benchmarks.workloads import WORKLOADS, Workload
 
 
@@ -51,6 +51,35 @@ def test_table_pairs_by_seed_and_says_what_is_missing():
     assert ours[6:9] == ["1.0", "2.0", "x 1.50"]
     assert cells_of(table, "FedProx")[1] == "diverged"
     assert cells_of(table, "FedAdam")[1] == "missing"
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_every_workload_has_its_tables_before_anything_has_run(name):
+    table = report(study_of(name, "lora", [0], [100]), name)["markdown"]
+    assert cells_of(table, "FedAvg |")[1] == "missing"
+    assert ("| variant |" in table) == (name in {"clinc", "ag_news", "mcq"})
+    assert ("| printed, % |" in table) == (name in {"ag_news", "ag_news_0.5", "ag_news_1.0", "mcq"})
+
+
+def test_ablation_shows_the_variants_that_are_compared():
+    """Last rounds' accuracy, and the mean over sites, here of a and half of a; without variants there is no table."""
+    tested = {"fc_moe": Outcome((), {0: row(0, 0.6), 1: row(1, 0.4)}), "fc_moe_no_retention": Outcome((), {})}
+    table = ablation(tested)
+    assert cells_of(table, "full")[1:] == ["0.5000 / 0.3750", ".8359 / .6732", ".3764 / .3559"]
+    assert cells_of(table, "- local retention")[1] == "missing"
+    assert "projection" not in table
+    assert ablation({"fc_moe": tested["fc_moe"]}) == ""
+
+
+def test_printed_accuracy_has_a_column_and_those_not_compared_here_a_line():
+    tested = {"fedavg": Outcome((), {0: row(0, 0.6)}), "fc_moe_plus": Outcome((), {})}
+    table = comparison("title", tested, [0], {"fedavg": 0.774, "fedmoe": 0.8137})
+    assert cells_of(table, "FedAvg |")[-1] == "77.4"
+    assert cells_of(table, "FC-MoE plus")[-1] == ""
+    fedmoe = cells_of(table, "FedMoE")
+    assert (fedmoe[1], fedmoe[-1]) == ("not compared", "81.4")
+    assert len({len(cells.split("|")) for cells in table.splitlines()[2:]}) == 1
+    assert "printed" not in comparison("title", tested, [0])
 
 
 def test_workloads_judged_by_loss_show_rouge_l_instead_of_the_loss_again():
