@@ -5,8 +5,8 @@ A new method is a new entry: any settings of ``conf``, and the knobs that are it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -23,6 +23,8 @@ class Knob:
     key: str
     values: tuple[float, ...]
     start: float
+    unsaid: float | None = None
+    """Value that settings leave out, since it changes nothing: its runs are those without the knob. None: no value."""
 
 
 def _learning_rate(start: float) -> Knob:
@@ -43,9 +45,13 @@ class Contender:
     """Its own, beside the learning rate."""
     follows: str | None = None
     """Name of the contender whose tuned values it takes: an ablation changes nothing else."""
+    instead: Mapping[str, float] = field(default_factory=dict)
+    """Values in place of those tuned, of knobs or any other setting: how flat the leader is around its own."""
 
 
 _STEP = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0)
+_PLUS_SWEEPS = {"step": (1.0, 1.5, 2.0, 3.0), "flatten": (0.0, 0.5, 1.0), "ridge": (0.03, 0.1, 1.0, 3.0)}
+"""Of ``fc_moe_plus``; its ridge is not tuned and 0.3."""
 
 CONTENDERS: dict[str, Contender] = {
     "fedavg": Contender("FedAvg", ("strategy=fedavg",)),
@@ -55,7 +61,7 @@ CONTENDERS: dict[str, Contender] = {
         follows="fedavg",
     ),
     "fedavg_step": Contender(
-        "FedAvg, tuned step on experts", ("strategy=fedavg",), (Knob("strategy.expert_step", _STEP, 1.0),)
+        "FedAvg, tuned step on experts", ("strategy=fedavg",), (Knob("strategy.expert_step", _STEP, 1.0, unsaid=1.0),)
     ),
     "fc_moe": Contender(
         "FC-MoE as printed", ("strategy=fc_moe",), (Knob("method.retention.strength", (0.1, 0.3, 0.5, 0.8), 0.5),)
@@ -100,11 +106,21 @@ CONTENDERS: dict[str, Contender] = {
     "fedalign_moe": Contender(
         "FedAlign-MoE (routers trained, local)",
         ("strategy=fedalign_moe",),
-        (Knob("method.strength", (0.01, 0.1, 1.0), 0.1),),
+        (
+            Knob("method.strength", (0.01, 0.1, 1.0), 0.1),
+            Knob("method.overlap", (0.0, 0.1, 0.3), 0.1, unsaid=0.1),
+        ),
     ),
     "scaffold": Contender("SCAFFOLD", ("strategy=scaffold",)),
     "local_only": Contender("local only (bound)", ("strategy=local_only",)),
     "centralised": Contender("centralised (bound)", ("strategy=centralised",)),
+    **{
+        f"fc_moe_plus_{knob}_{value:g}": Contender(
+            f"{knob} {value:g}", ("strategy=fc_moe_plus",), follows="fc_moe_plus", instead={f"strategy.{knob}": value}
+        )
+        for knob, values in _PLUS_SWEEPS.items()
+        for value in values
+    },
 }
 
 
@@ -163,12 +179,13 @@ def tuned(
     for _ in range(PASSES):
         before = dict(values)
         for knob in knobs:
-            missing = _climb(knob, values, lambda trial: score(_settings(leader, trial)))
+            missing = _climb(knob, values, lambda trial: score(_settings(leader, knobs, trial)))
             if missing:
-                return Tuning(_settings(leader, values), tuple(_settings(leader, trial) for trial in missing))
+                trials = tuple(_settings(leader, knobs, trial) for trial in missing)
+                return Tuning(_settings(leader, knobs, values), trials)
         if values == before:
             break
-    return Tuning(_settings(contenders[name], values), ())
+    return Tuning(_settings(contenders[name], knobs, {**values, **contenders[name].instead}), ())
 
 
 def _climb(
@@ -189,5 +206,7 @@ def _climb(
         values[knob.key] = best
 
 
-def _settings(contender: Contender, values: Mapping[str, float]) -> Settings:
-    return (*contender.settings, *(f"{key}={value:g}" for key, value in sorted(values.items())))
+def _settings(contender: Contender, knobs: Sequence[Knob], values: Mapping[str, float]) -> Settings:
+    unsaid = {knob.key: knob.unsaid for knob in knobs}
+    said = {key: value for key, value in sorted(values.items()) if value != unsaid.get(key)}
+    return (*contender.settings, *(f"{key}={value:g}" for key, value in said.items()))

@@ -33,14 +33,14 @@ def markdown(
     title: str, tested: Mapping[str, Outcome], seeds: Sequence[int], printed: Mapping[str, float] | None = None
 ) -> str:
     """All tables that there is something to say in, below each other."""
-    tables = [comparison(title, tested, seeds, printed or {}), ablation(tested)]
+    tables = [comparison(title, tested, seeds, printed), ablation(tested), one_knob_changed(tested)]
     return "\n\n".join(filter(None, tables))
 
 
 def comparison(
     title: str, tested: Mapping[str, Outcome], seeds: Sequence[int], printed: Mapping[str, float] | None = None
 ) -> str:
-    """A line for each contender, with ``missing`` where it has not been run.
+    """A line for each contender with its own knobs, with ``missing`` where it has not been run.
 
     Args:
         title: Of the table.
@@ -49,18 +49,17 @@ def comparison(
         printed: Contender -> accuracy that a paper prints, for a column of its own; who is in no other way here gets a
             line too.
     """
-    done = [row for result in tested.values() for row in result.rows.values() if "failed" not in row]
-    by_accuracy = any(row["accuracy"] for row in done)
-    answered = any(row.get("rouge_l") for row in done)
-    measure = "accuracy, %" if by_accuracy else "loss, nats"
+    by_accuracy = _by_accuracy(tested)
+    answered = any(row.get("rouge_l") for row in _done(tested))
     columns = [
-        "method", f"test {measure}", "minus FedAvg", "last round", *(["ROUGE-L"] if answered else ["loss"]),
+        "method", _measure(tested), "minus FedAvg", "last round", *(["ROUGE-L"] if answered else ["loss"]),
         "on sites' own data: mean / worst / spread", "rounds to FedAvg's end", "MB", "expert norm", "tuned",
     ]  # fmt: skip
     blank = [""] * (len(columns) - 2)
     lines = {}
     baseline = tested[BASELINE].rows
-    for name, result in tested.items():
+    compared = {name: result for name, result in tested.items() if not CONTENDERS[name].instead}
+    for name, result in compared.items():
         cells = _cells(result, baseline, by_accuracy) if result.rows else ["missing", *blank]
         count = f" ({len(result.rows)} of {len(seeds)} seeds)" if 0 < len(result.rows) < len(seeds) else ""
         lines[name] = [CONTENDERS[name].title + count, *cells]
@@ -89,6 +88,47 @@ def ablation(tested: Mapping[str, Outcome]) -> str:
     return _table(["variant", "here: test / local", "printed, AG News", "printed, MMLU"], lines)
 
 
+def one_knob_changed(tested: Mapping[str, Outcome]) -> str:
+    """Those who differ from their leader in one value, beside it: is it flat there? Empty if there are none."""
+    swept = [name for name in tested if CONTENDERS[name].instead]
+    leaders = dict.fromkeys(filter(None, (CONTENDERS[name].follows for name in swept)))
+    tables = []
+    for leader in leaders:
+        followers = {name: CONTENDERS[name].title for name in swept if CONTENDERS[name].follows == leader}
+        as_tuned = _values(tested[leader].rows, _by_accuracy(tested))
+        lines = []
+        for name, title in {leader: f"as tuned: {_tuned(tested[leader].settings)}", **followers}.items():
+            values = _values(tested[name].rows, _by_accuracy(tested))
+            differences = [value - as_tuned[seed] for seed, value in values.items() if seed in as_tuned]
+            digits = 1 if _by_accuracy(tested) else 3
+            lines.append([
+                title,
+                with_interval(list(values.values()), digits) if values else "missing",
+                with_interval(differences, digits, sign="+") if differences and name != leader else "",
+            ])  # fmt: skip
+        table = _table(["value", _measure(tested), "minus as tuned"], lines)
+        tables.append(f"{leader}: one knob changed\n\n{table}")
+    return "\n\n".join(tables)
+
+
+def _done(tested: Mapping[str, Outcome]) -> list[Row]:
+    return [row for result in tested.values() for row in _good(result.rows).values()]
+
+
+def _by_accuracy(tested: Mapping[str, Outcome]) -> bool:
+    return any(row["accuracy"] for row in _done(tested))
+
+
+def _measure(tested: Mapping[str, Outcome]) -> str:
+    return "test accuracy, %" if _by_accuracy(tested) else "test loss, nats"
+
+
+def _values(rows: Mapping[int, Row], by_accuracy: bool) -> dict[int, float]:
+    """Seed -> what counts, in percent or nats, of the runs that did not diverge."""
+    curve, scale = ("accuracy", 100) if by_accuracy else ("loss", 1)
+    return {seed: scale * last_rounds(row[curve]) for seed, row in _good(rows).items()}
+
+
 def _table(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [columns, ["---"] * len(columns), *lines])
 
@@ -99,8 +139,7 @@ def _cells(result: Outcome, baseline: Mapping[int, Row], by_accuracy: bool) -> l
         return ["diverged"] + [""] * 7 + [_tuned(result.settings)]
     curve = "accuracy" if by_accuracy else "loss"
     scale, digits = (100, 1) if by_accuracy else (1, 3)
-    values = {seed: scale * last_rounds(row[curve]) for seed, row in rows.items()}
-    base = {seed: scale * last_rounds(row[curve]) for seed, row in _good(baseline).items()}
+    values, base = _values(rows, by_accuracy), _values(baseline, by_accuracy)
     differences = [value - base[seed] for seed, value in values.items() if seed in base]
     final = np.mean([scale * row[curve][-1] for row in rows.values()])
     failed = len(result.rows) - len(rows)

@@ -10,7 +10,7 @@ import hashlib
 import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -214,17 +214,25 @@ def _ag_news_workload(name: str, alpha: float, contenders: tuple[str, ...] = KEY
     )
 
 
+_CLINC = Workload(
+    "clinc",
+    "CLINC150 domains, 10 sites, Dirichlet 0.1, 1,000 examples, 15 rounds",
+    15,
+    (*_TRAINING, *_dirichlet(0.1), "data.max_length=40"),
+    tuple(CLINC_WORDS.values()),
+    _clinc,
+    contenders=(),
+)
 WORKLOADS: dict[str, Workload] = {
     workload.name: workload
     for workload in (
-        Workload(
-            "clinc",
-            "CLINC150 domains, 10 sites, Dirichlet 0.1, 1,000 examples, 15 rounds",
-            15,
-            (*_TRAINING, *_dirichlet(0.1), "data.max_length=40"),
-            tuple(CLINC_WORDS.values()),
-            _clinc,
-            contenders=(),
+        _CLINC,
+        replace(
+            _CLINC,
+            name="clinc_half",
+            title=f"{_CLINC.title}, half of the sites in each",
+            settings=(*_CLINC.settings, "federation.fraction=0.5"),
+            contenders=KEY_CONTENDERS,
         ),
         _ag_news_workload("ag_news", 0.1, ABLATED),
         _ag_news_workload("ag_news_0.5", 0.5),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -13,6 +14,8 @@ STEP = Knob("strategy.learning_rate", (0.5, 1.0, 1.5, 2.0, 3.0), 1.0)
 METHODS = {
     "plain": Contender("plain", ("strategy=fedavg",)),
     "step": Contender("step", ("strategy=fedavgm",), (STEP,)),
+    "unsaid": Contender("unsaid", ("strategy=fedavgm",), (replace(STEP, unsaid=1.0),)),
+    "swept": Contender("swept", ("strategy=fedavgm",), follows="step", instead={"strategy.learning_rate": 3}),
     "ablation": Contender("ablation", ("strategy=fedavgm", "strategy.momentum=0"), follows="step"),
 }
 
@@ -61,6 +64,23 @@ def test_who_follows_gets_the_leaders_values_under_its_own_settings_and_asks_for
     assert all("strategy.momentum=0" not in settings for settings in known)
 
 
+def test_a_value_that_changes_nothing_shares_its_runs_with_those_who_lack_the_knob():
+    known, tuning = search("unsaid", lambda rate, step: -abs(rate - 4e-3))
+    plain = {("strategy=fedavgm", *settings[1:]) for settings in search("plain", lambda rate, step: 1.0)[0]}
+    assert plain <= known.keys()
+    assert tuning.settings == ("strategy=fedavgm", "train.learning_rate=0.004")
+    assert any("strategy.learning_rate=1.5" in settings for settings in known)
+
+
+def test_a_value_instead_of_the_tuned_one_wins_and_changes_nothing_else():
+    """The leader's step is 2; at the value that it has itself, settings are the leader's to the letter."""
+    _, tuning = search("swept", lambda rate, step: -abs(step - 2))
+    leader = search("step", lambda rate, step: -abs(step - 2))[1]
+    assert tuning.settings == ("strategy=fedavgm", "strategy.learning_rate=3", leader.settings[2])
+    same = METHODS | {"swept": replace(METHODS["swept"], instead={"strategy.learning_rate": 2})}
+    assert search("swept", lambda rate, step: -abs(step - 2), same)[1].settings == leader.settings
+
+
 @pytest.mark.parametrize("name", [*CONTENDERS, *sorted(PERSONAL.keys() - CONTENDERS.keys())])
 def test_settings_of_every_contender_are_valid_wherever_its_knobs_stand(name):
     contenders = CONTENDERS if name in CONTENDERS else PERSONAL
@@ -72,5 +92,13 @@ def test_settings_of_every_contender_are_valid_wherever_its_knobs_stand(name):
     lowest = [f"{knob.key}={knob.values[0]:g}" for knob in leader.knobs]
     highest = [f"{knob.key}={knob.values[-1]:g}" for knob in leader.knobs]
     experts = ["model.experts=lora"] if name in CONTENDERS else []
+    instead = [f"{key}={value:g}" for key, value in contender.instead.items()]
     for values in (lowest, highest):
-        load_config([*experts, *contender.settings, *values])
+        load_config([*experts, *contender.settings, *values, *instead])
+
+
+def test_what_is_left_unsaid_is_what_settings_say_anyway():
+    for contender in CONTENDERS.values():
+        for knob in (knob for knob in contender.knobs if knob.unsaid is not None):
+            said = load_config([*contender.settings, f"{knob.key}={knob.unsaid:g}"])
+            assert said == load_config(contender.settings)

@@ -12,8 +12,10 @@ from benchmarks import fc_moe
 from benchmarks.cells import Outcome
 from benchmarks.contenders import CONTENDERS
 from benchmarks.fc_moe import Cell, report, run_cell, study_of
-from benchmarks.fc_moe_tables import ablation, comparison, rounds_to
+from benchmarks.fc_moe_tables import ablation, comparison, one_knob_changed, rounds_to
 from benchmarks.workloads import WORKLOADS, Workload
+from conf.compose import load_config
+from server.round_record import sample_sites
 
 
 def row(seed, accuracy, **changes):
@@ -57,6 +59,7 @@ def test_table_pairs_by_seed_and_says_what_is_missing():
 def test_every_workload_has_its_tables_before_anything_has_run(name):
     table = report(study_of(name, "lora", [0], [100]), name)["markdown"]
     assert cells_of(table, "FedAvg |")[1] == "missing"
+    assert ("one knob changed" in table) == (name == "clinc")
     assert ("| variant |" in table) == (name in {"clinc", "ag_news", "mcq"})
     assert ("| printed, % |" in table) == (name in {"ag_news", "ag_news_0.5", "ag_news_1.0", "mcq"})
 
@@ -82,12 +85,35 @@ def test_printed_accuracy_has_a_column_and_those_not_compared_here_a_line():
     assert "printed" not in comparison("title", tested, [0])
 
 
+def test_values_around_the_tuned_ones_have_a_table_of_their_own():
+    """70 - 50 and 50 - 50 points against the leader at seeds 1 and 2; nothing of it stands among the methods."""
+    tested = {name: Outcome((), {}) for name in CONTENDERS if name.startswith(("fedavg", "fc_moe_plus"))}
+    tested["fc_moe_plus"] = Outcome(("strategy.step=2",), {seed: row(seed, 0.5) for seed in (1, 2, 3)})
+    tested["fc_moe_plus_step_3"] = Outcome((), {1: row(1, 0.7), 2: row(2, 0.5)})
+    table = one_knob_changed(tested)
+    assert table.startswith("fc_moe_plus: one knob changed")
+    assert cells_of(table, "as tuned: step=2")[1:] == ["50.0 ± 0.0", ""]
+    assert cells_of(table, "step 3")[1].startswith("60.0 ±")
+    assert cells_of(table, "step 3")[2].startswith("+10.0 ±")
+    assert cells_of(table, "ridge 0.1")[1:] == ["missing", ""]
+    assert "step 3" not in comparison("title", tested, [1, 2])
+    assert one_knob_changed({"fedavg": tested["fedavg"]}) == ""
+
+
 def test_workloads_judged_by_loss_show_rouge_l_instead_of_the_loss_again():
     rows = {seed: row(seed, 0.5) | {"accuracy": None, "rouge_l": 0.1 * seed} for seed in (1, 3)}
     tested = {"fedavg": Outcome((), rows)}
     table = comparison("title", tested, [1, 3])
     assert "ROUGE-L" in table
     assert cells_of(table, "FedAvg")[4].startswith("0.200 ±")
+
+
+def test_half_of_the_sites_is_all_that_differs():
+    whole, half = (load_config(WORKLOADS[name].settings) for name in ("clinc", "clinc_half"))
+    assert len(sample_sites([f"site{index}" for index in range(10)], half, 1)) == 5
+    centralised = load_config([*WORKLOADS["clinc_half"].settings, "strategy=centralised"])
+    assert sample_sites(["everyone"], centralised, 1) == ["everyone"]
+    assert replace(half, federation=whole.federation) == whole
 
 
 def test_a_workloads_version_is_its_own():
