@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import fc_moe_printed
+from benchmarks import fc_moe_averaging, fc_moe_printed
 from benchmarks.cells import Row, Study, add_arguments, carry_out
 from benchmarks.contenders import CONTENDERS, Settings
 from benchmarks.fc_moe_tables import LAST, last_rounds, markdown
@@ -64,6 +64,9 @@ def run_cell(cell: Cell, data: Path, device: str = "cpu") -> dict[str, Any]:
     scores: list[Score] = []
     with tempfile.TemporaryDirectory() as private:
         federation = simulated(config, Path(private))
+        averaged: list[fc_moe_averaging.Found] = []
+        if cell.split == "test":
+            federation.watch = lambda *of_round: averaged.append(fc_moe_averaging.of_round(*of_round))
         judge = Judge(federation.adapted, config, held_out_sets(config), workload.labels)
         before = expert_norm(federation.whole_adapter())
         try:
@@ -81,6 +84,7 @@ def run_cell(cell: Cell, data: Path, device: str = "cpu") -> dict[str, Any]:
         },
         "bytes": federation.bytes_up + federation.bytes_down,
         "expert_norm": [round(before, 4), round(after, 4)],
+        "averaging": fc_moe_averaging.mean_of(averaged) if averaged else None,
         "base_sha256": federation.adapted.base.identity.sha256,
         "seconds": round(time.perf_counter() - started, 1),
     }

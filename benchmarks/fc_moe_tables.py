@@ -8,6 +8,7 @@ import numpy as np
 
 from benchmarks.cells import Outcome, Row
 from benchmarks.contenders import CONTENDERS, Settings
+from benchmarks.fc_moe_averaging import MEASURES
 from benchmarks.fc_moe_printed import ABLATION
 from server.intervals import with_interval
 
@@ -15,6 +16,9 @@ LAST = 5
 """Rounds at the end whose mean is what counts."""
 BASELINE = "fedavg"
 
+_DIGITS = {
+    "kept": 2, "negative": 3, "pairs": 3, "step": 2, "factor": 4, "largest_weight": 2, "largest_share": 2
+}  # fmt: skip
 _TITLES = {"fc_moe": "full"}
 
 
@@ -33,7 +37,12 @@ def markdown(
     title: str, tested: Mapping[str, Outcome], seeds: Sequence[int], printed: Mapping[str, float] | None = None
 ) -> str:
     """All tables that there is something to say in, below each other."""
-    tables = [comparison(title, tested, seeds, printed), ablation(tested), one_knob_changed(tested)]
+    tables = [
+        comparison(title, tested, seeds, printed),
+        ablation(tested),
+        one_knob_changed(tested),
+        averaging(tested),
+    ]
     return "\n\n".join(filter(None, tables))
 
 
@@ -109,6 +118,26 @@ def one_knob_changed(tested: Mapping[str, Outcome]) -> str:
         table = _table(["value", _measure(tested), "minus as tuned"], lines)
         tables.append(f"{leader}: one knob changed\n\n{table}")
     return "\n\n".join(tables)
+
+
+def averaging(tested: Mapping[str, Outcome]) -> str:
+    """What the rules did to experts, mean over the runs that measured it; empty if none did."""
+    lines = []
+    for name, result in tested.items():
+        runs = [row.get("averaging") or {} for row in _good(result.rows).values()]
+        found = [run for run in runs if run.get("kept") is not None]
+        if found and not CONTENDERS[name].instead:
+            cells = (_mean_of([run[measure] for run in found], digits) for measure, digits in _DIGITS.items())
+            lines.append([CONTENDERS[name].title, *cells])
+    if not lines:
+        return ""
+    table = _table(["method", *(MEASURES[measure] for measure in _DIGITS)], lines)
+    return f"What aggregation did to experts, mean over rounds, experts and runs\n\n{table}"
+
+
+def _mean_of(values: Sequence[float | None], digits: int) -> str:
+    known = [value for value in values if value is not None]
+    return f"{np.mean(known):.{digits}f}" if known else ""
 
 
 def _done(tested: Mapping[str, Outcome]) -> list[Row]:

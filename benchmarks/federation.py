@@ -6,7 +6,7 @@ but training: the base model is loaded once for any number of runs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from client.assemble import model_for, simulated_site
@@ -16,8 +16,11 @@ from client.site import Site, shared_arrays
 from conf.schema import Config
 from server.round_record import sample_sites
 from strategies.adapters import Arrays, check_finite
-from strategies.base import ClientUpdate
+from strategies.base import Aggregation, ClientUpdate
 from strategies.screen import screened
+
+Watch = Callable[[Arrays, Sequence[ClientUpdate], Aggregation, Mapping[str, Arrays]], object]
+"""Told of every round: the adapter before it, the updates, what became of them, and by site what it got of its own."""
 
 
 class Federation:
@@ -41,6 +44,7 @@ class Federation:
         self.server_round = 0
         self.bytes_down = self.bytes_up = 0
         """Bytes of adapters and what goes beside them so far: values alone, no names or headers."""
+        self.watch: Watch | None = None
 
     def received(self, site: str) -> Arrays:
         """What the server would send the site now."""
@@ -71,6 +75,8 @@ class Federation:
         self.bytes_up += sum(_num_bytes(update.adapter) + _num_bytes(update.extras) for update in updates)
         aggregation = self.strategy.aggregate(self.adapter, self.state, updates)
         check_finite(aggregation.adapter)
+        if self.watch is not None:
+            self.watch(self.adapter, updates, aggregation, self.personal)
         self.adapter, self.state = aggregation.adapter, aggregation.state
         self.personal = {**self.personal, **aggregation.personal}
         self.server_round += 1

@@ -12,7 +12,8 @@ from benchmarks import fc_moe
 from benchmarks.cells import Outcome
 from benchmarks.contenders import CONTENDERS
 from benchmarks.fc_moe import Cell, report, run_cell, study_of
-from benchmarks.fc_moe_tables import ablation, comparison, one_knob_changed, rounds_to
+from benchmarks.fc_moe_averaging import MEASURES
+from benchmarks.fc_moe_tables import ablation, averaging, comparison, one_knob_changed, rounds_to
 from benchmarks.workloads import WORKLOADS, Workload
 from conf.compose import load_config
 from server.round_record import sample_sites
@@ -100,6 +101,17 @@ def test_values_around_the_tuned_ones_have_a_table_of_their_own():
     assert one_knob_changed({"fedavg": tested["fedavg"]}) == ""
 
 
+def test_what_averaging_did_is_shown_of_runs_that_measured_it():
+    """0.4 and 0.5: 0.45, whether or not a third run measured it; what a rule does not report stays empty."""
+    measured = dict.fromkeys(MEASURES, 0.5) | {"factor": None}
+    rows = {0: row(0, 0.5, averaging=measured), 1: row(1, 0.5, averaging=measured | {"kept": 0.4}), 2: row(2, 0.5)}
+    table = averaging({"fedavg": Outcome((), rows), "fedmoe": Outcome((), {0: row(0, 0.5)})})
+    assert cells_of(table, "FedAvg |")[1:] == ["0.45", "0.500", "0.500", "0.50", "", "0.50", "0.50"]
+    assert "FedMoE" not in table
+    nothing = Outcome((), {0: row(0, 0.5, averaging=dict.fromkeys(MEASURES))})
+    assert averaging({"local_only": nothing}) == ""
+
+
 def test_workloads_judged_by_loss_show_rouge_l_instead_of_the_loss_again():
     rows = {seed: row(seed, 0.5) | {"accuracy": None, "rouge_l": 0.1 * seed} for seed in (1, 3)}
     tested = {"fedavg": Outcome((), rows)}
@@ -143,6 +155,8 @@ def test_a_cell_is_measured_after_every_round(tiny, tmp_path):
     assert sorted(found["sites"]) == ["bank", "clinic", "court", "workshop"]
     assert found["bytes"] > 0
     assert found["expert_norm"][1] > found["expert_norm"][0] > 0
+    assert 0 < found["averaging"]["kept"] <= 1
+    assert found["averaging"]["largest_weight"] is None
     assert Cell.of(json.loads(json.dumps(found))) == Cell.of(found)
 
 

@@ -25,8 +25,13 @@ def test_a_round_of_fedavg_is_the_mean_of_what_the_sites_trained(tmp_path):
     federation = simulated(load_config(settings(tmp_path, "strategy=fedavg")), tmp_path / "private")
     before = federation.adapter
     sites = {name: site.train(1, before) for name, site in federation.sites.items()}
+    seen = []
+    federation.watch = lambda *of_round: seen.append(of_round)
     updates = federation.play()
     assert [update.site for update in updates] == sorted(sites)
+    ((received, of_round, aggregation, personal),) = seen
+    assert (received is before, of_round is updates, aggregation.adapter is federation.adapter) == (True, True, True)
+    assert personal == {}
     mean = weighted_mean([update.adapter for update in sites.values()], [u.num_examples for u in sites.values()])
     for name, array in mean.items():
         np.testing.assert_array_equal(federation.adapter[name], array)
