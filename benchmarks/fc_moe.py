@@ -2,6 +2,8 @@
 
     python -m benchmarks.fc_moe --workload clinc --experts lora --data ../shared/data --budget-minutes 60 --jobs 2
 
+``--workload`` and ``--experts`` take several values: one table after the other, in one budget.
+
 Every run is a cell; finished cells are appended to ``results/fc_moe_WORKLOAD_EXPERTS.jsonl``, and a restart computes
 what is missing. The tables are made from the cells and written beside them (``.json``) after every cell. For every
 method the learning rate and its own knobs are tuned on the validation data of the tuning seeds; the table shows the
@@ -11,6 +13,7 @@ test data of other seeds. A run is one of ``bouquet run`` with the cell's settin
 from __future__ import annotations
 
 import argparse
+import itertools
 import tempfile
 import time
 from collections.abc import Sequence
@@ -127,21 +130,24 @@ def _score(row: Row) -> float:
 
 
 def main() -> None:
-    """Run what is missing, as long as there is time; write cells and tables."""
+    """Run what is missing, one table after the other, as long as there is time; write cells and tables."""
     parser = argparse.ArgumentParser(description="FC-MoE and its rivals")
-    parser.add_argument("--workload", choices=list(WORKLOADS), default="clinc")
-    parser.add_argument("--experts", choices=["lora", "full"], default="lora")
+    parser.add_argument("--workload", choices=list(WORKLOADS), nargs="+", default=["clinc"])
+    parser.add_argument("--experts", choices=["lora", "full"], nargs="+", default=["lora"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--device", default="cpu")
     add_arguments(parser, CONTENDERS, tuning_seeds=[100])
     given = parser.parse_args()
-    names = given.strategies or WORKLOADS[given.workload].contenders or tuple(CONTENDERS)
-    results = HERE / "results" / f"fc_moe_{given.workload}_{given.experts}.json"
-    study = study_of(given.workload, given.experts, given.seeds, given.tuning_seeds)
+    deadline = time.monotonic() + 60 * given.budget_minutes
     run = partial(run_cell, data=given.data, device=given.device)
-    reported = partial(report, study, given.workload)
-    carry_out(study, names, run, reported, results, given)
-    print(reported()["markdown"])
+    for workload, experts in itertools.product(given.workload, given.experts):
+        names = given.strategies or WORKLOADS[workload].contenders or tuple(CONTENDERS)
+        results = HERE / "results" / f"fc_moe_{workload}_{experts}.json"
+        study = study_of(workload, experts, given.seeds, given.tuning_seeds)
+        reported = partial(report, study, workload)
+        given.budget_minutes = (deadline - time.monotonic()) / 60
+        carry_out(study, names, run, reported, results, given)
+        print(reported()["markdown"])
 
 
 if __name__ == "__main__":

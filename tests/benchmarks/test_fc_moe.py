@@ -167,18 +167,24 @@ def test_a_run_that_diverges_is_a_row_that_says_so(tiny, tmp_path):
     assert found["failed"].startswith("round 1: ")
 
 
-def test_a_restart_goes_on_from_the_cells_that_are_there(monkeypatch, tmp_path):
-    """The second command computes nothing; with one line less it computes that cell, and the file is the same."""
-    computed = []
+@pytest.fixture
+def computed(monkeypatch, tmp_path):
+    """Cells that the command computes, by a formula, with results below ``tmp_path``."""
+    cells = []
 
     def run(cell, data, device):
-        computed.append(cell)
+        cells.append(cell)
         rate = float(dict(word.split("=") for word in cell.settings)["train.learning_rate"])
-        return row(cell.seed, 1 / (1 + abs(math.log(rate / 4e-3))), workload="clinc", experts="lora",
+        return row(cell.seed, 1 / (1 + abs(math.log(rate / 4e-3))), workload=cell.workload, experts=cell.experts,
                    settings=list(cell.settings), split=cell.split, version=cell.version)  # fmt: skip
 
     monkeypatch.setattr(fc_moe, "run_cell", run)
     monkeypatch.setattr(fc_moe, "HERE", tmp_path)
+    return cells
+
+
+def test_a_restart_goes_on_from_the_cells_that_are_there(monkeypatch, tmp_path, computed):
+    """The second command computes nothing; with one line less it computes that cell, and the file is the same."""
     words = ["fc_moe", "--strategies", "fedavg", "noise", "--seeds", "5", "6"]
     monkeypatch.setattr("sys.argv", words)
     fc_moe.main()
@@ -199,6 +205,17 @@ def test_a_restart_goes_on_from_the_cells_that_are_there(monkeypatch, tmp_path):
     fc_moe.main()
     assert len(computed) == 1
     assert path.read_text() == before
+
+
+def test_one_command_makes_several_tables(monkeypatch, tmp_path, computed):
+    words = ["--workload", "clinc", "mcq", "--experts", "full", "lora", "--strategies", "fedavg", "--seeds", "5"]
+    monkeypatch.setattr("sys.argv", ["fc_moe", *words])
+    fc_moe.main()
+    tables = [f"fc_moe_{workload}_{experts}.json" for workload in ("clinc", "mcq") for experts in ("full", "lora")]
+    assert sorted(path.name for path in (tmp_path / "results").glob("*.json")) == tables
+    assert {(cell.workload, cell.experts) for cell in computed if cell.split == "test"} == {
+        ("clinc", "full"), ("clinc", "lora"), ("mcq", "full"), ("mcq", "lora")
+    }  # fmt: skip
 
 
 def test_no_run_begins_after_the_time_is_up(monkeypatch, tmp_path):

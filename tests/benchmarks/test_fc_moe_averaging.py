@@ -43,14 +43,14 @@ def test_orthogonal_and_opposite_updates_by_hand():
 
 
 def test_the_rules_own_factor_and_weights_by_hand():
-    """Equal tokens, so weights by length: 3/7 and 4/7; 1/3 and 2/3, with a mean of -1, against which goes a 1: s = 1/3."""
+    """Equal tokens, so weights by length: 3/7 and 4/7; 1/3 and 2/3, mean -1, which a 1 goes against: s = 1/3."""
     found = measured(FcMoe())
     assert found["factor"] == pytest.approx((1 + 4 / 3) / 2, abs=1e-3)
     assert found["largest_weight"] == pytest.approx((4 / 7 + 2 / 3) / 2, abs=1e-3)
 
 
 def test_mean_is_over_the_values_of_all_rounds():
-    rounds = [{name: values for name in MEASURES} for values in ([1.0, 2.0], [6.0], [])]
+    rounds = [dict.fromkeys(MEASURES, values) for values in ([1.0, 2.0], [6.0], [])]
     assert mean_of(rounds) == dict.fromkeys(MEASURES, 3.0)
 
 
