@@ -112,6 +112,8 @@ CONTENDERS: dict[str, Contender] = {
         ),
     ),
     "scaffold": Contender("SCAFFOLD", ("strategy=scaffold",)),
+    # Its global model is FedAvg's: what it mixes with it stays at the sites.
+    "pfl_moe": Contender("PFL-MoE (sites mix in their own model)", ("strategy=pfl_moe",), follows="fedavg"),
     "local_only": Contender("local only (bound)", ("strategy=local_only",)),
     "centralised": Contender("centralised (bound)", ("strategy=centralised",)),
     **{

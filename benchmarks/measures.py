@@ -1,12 +1,12 @@
 """How good a federation's model is: over all test examples, and on each site's own.
 
-Shapes: N examples, L label words, V tokens of the vocabulary.
+Shapes: N examples, B of a batch, L label words, T tokens, V tokens of the vocabulary, D model width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 
 from benchmarks.federation import Federation
 from client.evaluation.examination import answered
-from client.evaluation.held_out import held_out_loss
+from client.evaluation.held_out import held_out_loss, reading_hidden_states
+from client.methods.pfl_moe import PflMoe
+from client.mixed_prediction import Mixture, log_mixture
 from client.model import AdaptedModel
 from client.text import IGNORED_LABEL, Example, TokenSequence, collate, encode
 from conf.schema import Config
@@ -33,7 +35,7 @@ class Score:
     accuracy: float | None
     """Share of test examples whose label word is the likeliest; None without label words."""
     sites: dict[str, float]
-    """Site -> the same on its own test examples: accuracy, without label words the loss."""
+    """Site -> accuracy, without label words the loss, of the model in use there, on its own test examples."""
 
 
 class Judge:
@@ -59,10 +61,14 @@ class Judge:
         self.label_ids = torch.tensor([_one_token(adapted, label) for label in labels], dtype=torch.int64)
 
     def score(self, federation: Federation) -> Score:
-        """Of the global model; where there is none, of the sites' own models, each on all examples and on its own."""
+        """Of the global model; where there is none, of the sites' own models, each on all examples and on its own.
+
+        Where a site mixes the global model with its own, on its own examples that is scored.
+        """
         names = federation.adapted.parameters_by_name().keys()
         if federation.adapter.keys() == names and not federation.personal:
-            return self.score_of(federation.adapter)
+            score = self.score_of(federation.adapter)
+            return replace(score, sites=score.sites | self._mixed(federation))
         own = {name: site.adapter_in_use(federation.received(name)) for name, site in federation.sites.items()}
         scores = {name: self.score_of(adapter) for name, adapter in own.items()}
         accuracies = [score.accuracy for score in scores.values() if score.accuracy is not None]
@@ -92,9 +98,23 @@ class Judge:
             found.append(answered(in_use, self.examples[name], self.adapted, federation.config)[0])
         return float(np.mean(found))
 
+    def _mixed(self, federation: Federation) -> dict[str, float]:
+        """Site -> the same on its own examples, of the mixture that it uses; sites that mix nothing are left out."""
+        found = {}
+        for name, site in federation.sites.items():
+            if not isinstance(site.method, PflMoe):
+                continue
+            if not len(self.label_ids):
+                found[name] = site.in_use(federation.adapter).loss(self.test[name]).loss
+            elif mixture := site.method.mixture(*site.using(federation.adapter)):
+                log_NL = mixed_label_log_p(self.adapted, mixture, self.test[name], self.label_ids)
+                found[name] = float(label_scores(log_NL, self.test[name], self.label_ids)[1].mean())
+        return found
+
     def _by_labels(self, adapter: Arrays) -> Score:
         everything = [sequence for sequences in self.test.values() for sequence in sequences]
-        nll_N, is_right_N = label_scores(self.adapted, adapter, everything, self.label_ids)
+        log_NL, _ = label_log_p(self.adapted, adapter, everything, self.label_ids)
+        nll_N, is_right_N = label_scores(log_NL, everything, self.label_ids)
         ends = np.cumsum([len(sequences) for sequences in self.test.values()])[:-1]
         of_sites = zip(self.test, np.split(is_right_N, ends), strict=True)
         return Score(
@@ -105,34 +125,68 @@ class Judge:
 
 
 def label_scores(
-    adapted: AdaptedModel, adapter: Arrays, sequences: Sequence[TokenSequence], label_ids: torch.Tensor
+    log_NL: torch.Tensor, sequences: Sequence[TokenSequence], label_ids: torch.Tensor
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     """(N,) nats of each example's label word, and whether it is the likeliest of the label words.
 
     Args:
+        log_NL: Log-probabilities of the label words: see ``label_log_p``.
+        sequences: Whose response is one label word.
+        label_ids: (L,) int64, the label words.
+    """
+    answers_N = torch.tensor([_first_of_response(sequence) for sequence in sequences])
+    is_answer_NL = answers_N[:, None] == label_ids
+    assert is_answer_NL.any(dim=1).all()
+    right_N = is_answer_NL.int().argmax(dim=1)
+    nll_N = -log_NL.gather(1, right_N[:, None])[:, 0]
+    return nll_N.double().numpy(), (log_NL.argmax(dim=1) == right_N).numpy()
+
+
+def label_log_p(
+    adapted: AdaptedModel, adapter: Arrays, sequences: Sequence[TokenSequence], label_ids: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(N, L) log-probabilities of the label words where each response begins, and (N, D) the hidden states there.
+
+    Both are float32, the former on the CPU, the latter on the model's device.
+
+    Args:
         adapted: The model; ``adapter`` stays loaded.
         adapter: What to compute with.
-        sequences: Whose response is one label word.
+        sequences: Prompts with responses.
         label_ids: (L,) int64, the label words.
     """
     adapted.load_adapter(adapter)
     adapted.model.eval()
-    nll_N, is_right_N = np.empty(len(sequences)), np.empty(len(sequences), bool)
+    log_p, hidden = [], []
     order = sorted(range(len(sequences)), key=lambda index: len(sequences[index].input_ids))
-    with torch.no_grad():
+    with torch.no_grad(), reading_hidden_states(adapted) as read:
         for first in range(0, len(order), BATCH):
             chosen = order[first : first + BATCH]
             batch = collate([sequences[index] for index in chosen], adapted.tokenizer.pad_token_id)
             # The first token of the response is predicted where the prompt ends.
-            place_B = (batch["labels"] != IGNORED_LABEL).int().argmax(dim=1)
+            place_B = (batch["labels"] != IGNORED_LABEL).int().argmax(dim=1) - 1
             rows_B = torch.arange(len(chosen))
-            label_B = batch["labels"][rows_B, place_B]
             inputs = {key: batch[key].to(adapted.device) for key in ("input_ids", "attention_mask")}
             logits_BTV = adapted.model(**inputs, use_cache=False).logits
-            log_BV = logits_BTV[rows_B, place_B - 1].float().log_softmax(dim=-1).cpu()
-            nll_N[chosen] = -log_BV[rows_B, label_B].numpy()
-            is_right_N[chosen] = (label_ids[log_BV[:, label_ids].argmax(dim=1)] == label_B).numpy()
-    return nll_N, is_right_N
+            log_p.append(logits_BTV[rows_B, place_B].float().log_softmax(dim=-1).cpu()[:, label_ids])
+            hidden.append(read.pop()[rows_B, place_B].float())
+    back_N = torch.tensor(order).argsort()
+    return torch.cat(log_p)[back_N], torch.cat(hidden)[back_N.to(adapted.device)]
+
+
+def mixed_label_log_p(
+    adapted: AdaptedModel, mixture: Mixture, sequences: Sequence[TokenSequence], label_ids: torch.Tensor
+) -> torch.Tensor:
+    """(N, L) log-probabilities of the label words as the mixture has them: see ``label_log_p``."""
+    log_local_NL, _ = label_log_p(adapted, mixture.local, sequences, label_ids)
+    log_global_NL, hidden_ND = label_log_p(adapted, mixture.shared, sequences, label_ids)
+    with torch.no_grad():
+        logit_N = mixture.gate(hidden_ND).cpu()
+    return log_mixture(logit_N[:, None], log_local_NL, log_global_NL)
+
+
+def _first_of_response(sequence: TokenSequence) -> int:
+    return next(label for label in sequence.labels if label != IGNORED_LABEL)
 
 
 def expert_norm(adapter: Arrays) -> float:

@@ -63,6 +63,15 @@ def log_mixture(logit: Tensor, log_local: Tensor, log_global: Tensor) -> Tensor:
     return torch.logaddexp(functional.logsigmoid(logit) + log_local, functional.logsigmoid(-logit) + log_global)
 
 
+@dataclass(frozen=True)
+class Mixture:
+    """Two adapters of one model, and the gate between what the model predicts with either."""
+
+    local: Arrays
+    shared: Arrays
+    gate: Gate
+
+
 def fitted_gate(predictions: Predictions) -> Gate:
     """The gate under which the tokens are likely; it starts at 1/2 everywhere, and both models stay as they are."""
     gate = Gate(predictions.hidden_TD)

@@ -159,7 +159,7 @@ class Site:
             ValueError: If ``received`` is not the shared part of this model's adapter, the store cannot be used, or a
                 held-out set is empty.
         """
-        using = self._using(received)
+        using = self.using(received)
         loss = self.method.evaluator(*using)
         adapted, adapter, *_, size = using
         return {
@@ -173,13 +173,17 @@ class Site:
         Raises:
             ValueError: If ``received`` is not the shared part of this model's adapter, or the store cannot be used.
         """
-        using = self._using(received)
+        using = self.using(received)
         return ModelInUse(self.method.evaluator(*using), cache(lambda: self.method.generator(*using)))
 
-    def _using(
+    def using(
         self, received: Arrays
     ) -> tuple[AdaptedModel, Arrays, Arrays, Callable[[], Sequence[TokenSequence]], int]:
-        """What ``Method.evaluator`` and ``Method.generator`` are given; sets torch's switches."""
+        """What ``Method.evaluator`` and ``Method.generator`` are given; sets torch's switches.
+
+        Raises:
+            ValueError: If ``received`` is not the shared part of this model's adapter, or the store cannot be used.
+        """
         configure_torch(self.config.train)
         private = self.store.load()
         adapter = self._completed(received, private)

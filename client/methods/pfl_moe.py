@@ -8,7 +8,7 @@ from typing import ClassVar
 from client.evaluation.generation import Generator, greedy
 from client.evaluation.held_out import HeldOutLoss
 from client.methods.base import Evaluator, Method
-from client.mixed_prediction import Gate, MixedTokens, fitted_gate, mixed_loss, predictions
+from client.mixed_prediction import MixedTokens, Mixture, fitted_gate, mixed_loss, predictions
 from client.model import AdaptedModel
 from client.private import under
 from client.text import TokenSequence
@@ -52,14 +52,14 @@ class PflMoe(Method):
         batch_size: int,
     ) -> Evaluator:
         """Loss of the mixture; before the site has trained, of the global model."""
-        local = under(_LOCAL, private)
-        if not local:
+        mixture = self.mixture(adapted, adapter, private, training, batch_size)
+        if mixture is None:
             return super().evaluator(adapted, adapter, private, training, batch_size)
-        gate = self._gate(adapted, local, adapter, training(), batch_size)
 
         def loss(sequences: Sequence[TokenSequence]) -> HeldOutLoss:
             num_examples = sum(len(sequence.lengths) for sequence in sequences)
-            return mixed_loss(gate, predictions(adapted, local, adapter, sequences, batch_size), num_examples)
+            found = predictions(adapted, mixture.local, mixture.shared, sequences, batch_size)
+            return mixed_loss(mixture.gate, found, num_examples)
 
         return loss
 
@@ -72,18 +72,29 @@ class PflMoe(Method):
         batch_size: int,
     ) -> Generator:
         """Answers of the mixture; before the site has trained, of the global model."""
-        local = under(_LOCAL, private)
-        if not local:
+        mixture = self.mixture(adapted, adapter, private, training, batch_size)
+        if mixture is None:
             return super().generator(adapted, adapter, private, training, batch_size)
-        gate = self._gate(adapted, local, adapter, training(), batch_size)
 
         def answers(prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
-            with MixedTokens(adapted, local, adapter, gate) as processor:
-                return greedy(adapted, adapter, prompts, max_new_tokens, batch_size=batch_size, processor=processor)
+            with MixedTokens(adapted, mixture.local, mixture.shared, mixture.gate) as processor:
+                return greedy(
+                    adapted, mixture.shared, prompts, max_new_tokens, batch_size=batch_size, processor=processor
+                )
 
         return answers
 
-    def _gate(
-        self, adapted: AdaptedModel, local: Arrays, shared: Arrays, training: Sequence[TokenSequence], batch_size: int
-    ) -> Gate:
-        return fitted_gate(predictions(adapted, local, shared, training[: self.config.gate_examples], batch_size))
+    def mixture(
+        self,
+        adapted: AdaptedModel,
+        adapter: Arrays,
+        private: Arrays,
+        training: Callable[[], Sequence[TokenSequence]],
+        batch_size: int,
+    ) -> Mixture | None:
+        """The model that the site last trained, and the global one, ``adapter``; None before the site has trained."""
+        local = under(_LOCAL, private)
+        if not local:
+            return None
+        seen = training()[: self.config.gate_examples]
+        return Mixture(local, adapter, fitted_gate(predictions(adapted, local, adapter, seen, batch_size)))

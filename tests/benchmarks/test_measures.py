@@ -7,15 +7,17 @@ import pytest
 import torch
 
 from benchmarks.federation import simulated
-from benchmarks.measures import Judge, expert_norm, label_scores
+from benchmarks.measures import Judge, expert_norm, label_log_p, label_scores, mixed_label_log_p
 from benchmarks.word_base import most_frequent, word_tokenizer
 from client.assemble import held_out_sets
 from client.bases import BaseIdentity
+from client.mixed_prediction import Gate, Mixture
 from client.model import AdaptedModel, BaseModel
-from client.text import Example, encode
+from client.text import Example, TokenSequence, encode
 from conf.compose import load_config
 from conf.model import LoraConfig, ModelConfig
 from conf.schema import DataConfig, Template
+from tests.client.local_training import noisy
 from tests.client.tiny_models import save_tiny_base, tiny_model
 
 WORDS = ["red", "green", "blue", "a", "colour", "of", "sky", "grass", "?"]
@@ -52,7 +54,8 @@ def test_label_scores_are_those_of_the_model_called_on_one_prompt_at_a_time(adap
     adapter = adapted.initial_adapter(0)
     examples = [example for site in EXAMPLES.values() for example in site]
     labels = torch.tensor(adapted.tokenizer.convert_tokens_to_ids(["red", "green", "blue"]))
-    nll, is_right = label_scores(adapted, adapter, encode(examples, adapted.tokenizer, PLAIN), labels)
+    sequences = encode(examples, adapted.tokenizer, PLAIN)
+    nll, is_right = label_scores(label_log_p(adapted, adapter, sequences, labels)[0], sequences, labels)
     for index, example in enumerate(examples):
         prompt = adapted.tokenizer(f"{example.prompt}\n", add_special_tokens=False, return_tensors="pt")["input_ids"]
         with torch.no_grad():
@@ -60,6 +63,33 @@ def test_label_scores_are_those_of_the_model_called_on_one_prompt_at_a_time(adap
         answer = adapted.tokenizer.convert_tokens_to_ids(example.response)
         assert nll[index] == pytest.approx(-log_V[answer].item(), rel=1e-4)
         assert is_right[index] == (int(log_V[labels].argmax()) == labels.tolist().index(answer))
+
+
+def test_mixed_label_scores_are_the_gated_sum_of_two_models_probabilities(adapted):
+    """One prompt at a time, of either adapter; the gate's own formula, of the global model's last hidden state."""
+    start = adapted.initial_adapter(0)
+    adapters = [noisy(start, seed=1), noisy(start, seed=2)]
+    examples = [example for site in EXAMPLES.values() for example in site]
+    labels = torch.tensor(adapted.tokenizer.convert_tokens_to_ids(["red", "green", "blue"]))
+    gate = Gate(torch.randn(20, 16, generator=torch.Generator().manual_seed(0)))
+    with torch.no_grad():
+        gate.weight_D.normal_(0, 0.2, generator=torch.Generator().manual_seed(0))
+    mixture = Mixture(*adapters, gate)
+    found = mixed_label_log_p(adapted, mixture, encode(examples, adapted.tokenizer, PLAIN), labels)
+    for index, example in enumerate(examples):
+        prompt = adapted.tokenizer(f"{example.prompt}\n", add_special_tokens=False, return_tensors="pt")["input_ids"]
+        probabilities = []
+        for adapter in adapters:
+            adapted.load_adapter(adapter)
+            with torch.no_grad():
+                output = adapted.model(prompt, output_hidden_states=True)
+            probabilities.append(output.logits[0, -1].softmax(-1)[labels])
+        hidden = output.hidden_states[-1][0, -1]
+        with torch.no_grad():
+            share = torch.sigmoid((hidden - gate.mean_D) * gate.scale_D @ gate.weight_D + gate.bias)
+        assert 0.01 < share < 0.99
+        expected = share * probabilities[0] + (1 - share) * probabilities[1]
+        torch.testing.assert_close(found[index].exp(), expected, rtol=1e-4, atol=1e-7)
 
 
 def test_score_is_over_examples_and_sites_apart(adapted):
@@ -88,6 +118,50 @@ def test_without_a_global_model_each_site_is_judged_by_its_own(tmp_path):
     assert after.sites == {name: judge.score_of(adapter).sites[name] for name, adapter in own.items()}
     assert after.loss == pytest.approx(np.mean([judge.score_of(adapter).loss for adapter in own.values()]))
     assert after != before
+
+
+@pytest.fixture(scope="module")
+def mixing(tmp_path_factory):
+    """A federation by PFL-MoE after a round, and its judge; before that, nothing is mixed."""
+    folder = tmp_path_factory.mktemp("pfl_moe")
+    base = save_tiny_base(folder / "base", "olmoe")
+    config = load_config([
+        "strategy=pfl_moe", "data.num_examples=40", "train.max_steps=2", "train.learning_rate=0.1", "rounds=1",
+        f"model.name={base.name}", "model.source=hub", "data.template=plain", "device=cpu",
+    ])  # fmt: skip
+    federation = simulated(config, folder / "private")
+    judge = Judge(federation.adapted, config, held_out_sets(config), [])
+    assert judge.score(federation) == judge.score_of(federation.adapter)
+    federation.play()
+    return federation, judge
+
+
+def test_mixtures_are_scored_on_the_sites_own_data_and_the_global_model_on_all(mixing):
+    federation, judge = mixing
+    score, of_global = judge.score(federation), judge.score_of(federation.adapter)
+    assert score.loss == of_global.loss
+    for name, site in federation.sites.items():
+        assert score.sites[name] == site.in_use(federation.adapter).loss(judge.test[name]).loss != of_global.sites[name]
+
+
+def test_a_mixtures_choice_is_the_label_that_costs_it_least(mixing):
+    """By the loss of every label at every example, each a sequence of its own, as the method itself measures it."""
+    federation, _ = mixing
+    adapted, labels = federation.adapted, ["a", "b", "c"]
+    examples = {
+        name: [Example(f"{name} {count}", "", labels[count % 3]) for count in range(5)] for name in federation.sites
+    }
+    judge = Judge(adapted, federation.config, examples, labels)
+    score = judge.score(federation)
+    for name, site in federation.sites.items():
+        loss = site.in_use(federation.adapter).loss
+        right = []
+        for sequence in judge.test[name]:
+            place = next(place for place, label in enumerate(sequence.labels) if label >= 0)
+            ids = [[*sequence.input_ids[:place], label] for label in judge.label_ids.tolist()]
+            costs = [loss([TokenSequence(own, [-100] * place + own[-1:], [len(own)])]).loss for own in ids]
+            right.append(ids[int(np.argmin(costs))][-1] == sequence.input_ids[place])
+        assert score.sites[name] == np.mean(right)
 
 
 def test_expert_norm_is_the_mean_length():
