@@ -55,8 +55,8 @@ def comparison(
         title: Of the table.
         tested: Contender -> what is known of it; one of them is ``BASELINE``.
         seeds: That it is to be run with.
-        printed: Contender -> accuracy that a paper prints, for a column of its own; who is in no other way here gets a
-            line too.
+        printed: Contender -> accuracy that a paper prints, for a column of its own; contenders that are not compared get
+            a line for it too.
     """
     by_accuracy = _by_accuracy(tested)
     answered = any(row.get("rouge_l") for row in _done(tested))
@@ -99,25 +99,27 @@ def ablation(tested: Mapping[str, Outcome]) -> str:
 
 def one_knob_changed(tested: Mapping[str, Outcome]) -> str:
     """Those who differ from their leader in one value, beside it: is it flat there? Empty if there are none."""
-    swept = [name for name in tested if CONTENDERS[name].instead]
-    leaders = dict.fromkeys(filter(None, (CONTENDERS[name].follows for name in swept)))
-    tables = []
-    for leader in leaders:
-        followers = {name: CONTENDERS[name].title for name in swept if CONTENDERS[name].follows == leader}
-        as_tuned = _values(tested[leader].rows, _by_accuracy(tested))
-        lines = []
-        for name, title in {leader: f"as tuned: {_tuned(tested[leader].settings)}", **followers}.items():
-            values = _values(tested[name].rows, _by_accuracy(tested))
-            differences = [value - as_tuned[seed] for seed, value in values.items() if seed in as_tuned]
-            digits = 1 if _by_accuracy(tested) else 3
-            lines.append([
-                title,
-                with_interval(list(values.values()), digits) if values else "missing",
-                with_interval(differences, digits, sign="+") if differences and name != leader else "",
-            ])  # fmt: skip
-        table = _table(["value", _measure(tested), "minus as tuned"], lines)
-        tables.append(f"{leader}: one knob changed\n\n{table}")
-    return "\n\n".join(tables)
+    leaders = [CONTENDERS[name].follows for name in tested if CONTENDERS[name].instead]
+    return "\n\n".join(_around(leader, tested) for leader in dict.fromkeys(filter(None, leaders)))
+
+
+def _around(leader: str, tested: Mapping[str, Outcome]) -> str:
+    followers = [name for name in tested if CONTENDERS[name].follows == leader and CONTENDERS[name].instead]
+    by_accuracy = _by_accuracy(tested)
+    digits = 1 if by_accuracy else 3
+    as_tuned = _values(tested[leader].rows, by_accuracy)
+    lines = []
+    for name in [leader, *followers]:
+        title = f"as tuned: {_tuned(tested[leader].settings)}" if name == leader else CONTENDERS[name].title
+        values = _values(tested[name].rows, by_accuracy)
+        differences = [value - as_tuned[seed] for seed, value in values.items() if seed in as_tuned]
+        failed = len(tested[name].rows) - len(values)
+        lines.append([
+            title,
+            _summary(list(values.values()), digits, failed),
+            with_interval(differences, digits, sign="+") if differences and name != leader else "",
+        ])  # fmt: skip
+    return f"{leader}: one knob changed\n\n{_table(['value', _measure(tested), 'minus as tuned'], lines)}"
 
 
 def averaging(tested: Mapping[str, Outcome]) -> str:
@@ -158,6 +160,12 @@ def _values(rows: Mapping[int, Row], by_accuracy: bool) -> dict[int, float]:
     return {seed: scale * last_rounds(row[curve]) for seed, row in _good(rows).items()}
 
 
+def _summary(values: Sequence[float], digits: int, failed: int) -> str:
+    if not values:
+        return "diverged" if failed else "missing"
+    return with_interval(values, digits) + (f" ({failed} diverged)" if failed else "")
+
+
 def _table(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [columns, ["---"] * len(columns), *lines])
 
@@ -173,7 +181,7 @@ def _cells(result: Outcome, baseline: Mapping[int, Row], by_accuracy: bool) -> l
     final = np.mean([scale * row[curve][-1] for row in rows.values()])
     failed = len(result.rows) - len(rows)
     return [
-        with_interval(list(values.values()), digits) + (f" ({failed} diverged)" if failed else ""),
+        _summary(list(values.values()), digits, failed),
         with_interval(differences, digits, sign="+") if differences and result.rows is not baseline else "",
         f"{final:.{digits}f}",
         _rouge(rows) if any(row.get("rouge_l") for row in rows.values()) else _loss(rows),

@@ -91,11 +91,13 @@ def test_values_around_the_tuned_ones_have_a_table_of_their_own():
     tested = {name: Outcome((), {}) for name in CONTENDERS if name.startswith(("fedavg", "fc_moe_plus"))}
     tested["fc_moe_plus"] = Outcome(("strategy.step=2",), {seed: row(seed, 0.5) for seed in (1, 2, 3)})
     tested["fc_moe_plus_step_3"] = Outcome((), {1: row(1, 0.7), 2: row(2, 0.5)})
+    tested["fc_moe_plus_flatten_0"] = Outcome((), {1: {"failed": "round 2: loss is nan"}})
     table = one_knob_changed(tested)
     assert table.startswith("fc_moe_plus: one knob changed")
     assert cells_of(table, "as tuned: step=2")[1:] == ["50.0 ± 0.0", ""]
     assert cells_of(table, "step 3")[1].startswith("60.0 ±")
     assert cells_of(table, "step 3")[2].startswith("+10.0 ±")
+    assert cells_of(table, "flatten 0 |")[1:] == ["diverged", ""]
     assert cells_of(table, "ridge 0.1")[1:] == ["missing", ""]
     assert "step 3" not in comparison("title", tested, [1, 2])
     assert one_knob_changed({"fedavg": tested["fedavg"]}) == ""

@@ -82,7 +82,7 @@ def test_mixed_label_scores_are_the_gated_sum_of_two_models_probabilities(adapte
         for adapter in adapters:
             adapted.load_adapter(adapter)
             with torch.no_grad():
-                output = adapted.model(prompt, output_hidden_states=True)
+                output = adapted.model(input_ids=prompt, output_hidden_states=True)
             probabilities.append(output.logits[0, -1].softmax(-1)[labels])
         hidden = output.hidden_states[-1][0, -1]
         with torch.no_grad():
@@ -131,7 +131,7 @@ def mixing(tmp_path_factory):
     ])  # fmt: skip
     federation = simulated(config, folder / "private")
     judge = Judge(federation.adapted, config, held_out_sets(config), [])
-    assert judge.score(federation) == judge.score_of(federation.adapter)
+    assert judge.score(federation).sites == pytest.approx(judge.score_of(federation.adapter).sites)
     federation.play()
     return federation, judge
 
@@ -141,7 +141,8 @@ def test_mixtures_are_scored_on_the_sites_own_data_and_the_global_model_on_all(m
     score, of_global = judge.score(federation), judge.score_of(federation.adapter)
     assert score.loss == of_global.loss
     for name, site in federation.sites.items():
-        assert score.sites[name] == site.in_use(federation.adapter).loss(judge.test[name]).loss != of_global.sites[name]
+        assert score.sites[name] == site.in_use(federation.adapter).loss(judge.test[name]).loss
+        assert score.sites[name] != pytest.approx(of_global.sites[name], rel=1e-3)
 
 
 def test_a_mixtures_choice_is_the_label_that_costs_it_least(mixing):
