@@ -55,8 +55,7 @@ def comparison(
         title: Of the table.
         tested: Contender -> what is known of it; one of them is ``BASELINE``.
         seeds: That it is to be run with.
-        printed: Contender -> accuracy that a paper prints, for a column of its own; contenders that are not compared get
-            a line for it too.
+        printed: Contender -> accuracy that a paper prints, for a column of its own; those not compared here get a line.
     """
     by_accuracy = _by_accuracy(tested)
     answered = any(row.get("rouge_l") for row in _done(tested))
