@@ -1,12 +1,13 @@
 """FIRM and its rivals on a language model: rewards, hypervolume over preferences, drift, bytes.
 
-    python -m benchmarks.firm --workload tiny --budget-minutes 60
+    python -m benchmarks.firm --workload tiny --budget-minutes 60 --jobs 2
     bouquet reward train heads/helpful model=smollm2_moe data.path=... ; the same for heads/harmless; then
     python -m benchmarks.firm --workload smollm2 --rewards helpful:heads/helpful harmless:heads/harmless --device cuda
 
 Every run is a cell; finished cells are appended to ``results/firm_WORKLOAD.jsonl``, and a restart computes what is
 missing. The tables are made from the cells and written beside them (``.json``) after every cell. A run is one of
-``bouquet run`` with the cell's settings, played without Flower; FSMGDA trains every objective by itself at each site.
+``bouquet run`` with the cell's settings, played without Flower; FSMGDA trains every objective by itself at each site,
+and DPO's adapter is measured by FIRM's evaluation.
 """
 
 from __future__ import annotations
@@ -17,122 +18,41 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks.cells import finished
 from benchmarks.federation import Federation, simulated
+from benchmarks.firm_contenders import CONTENDERS, DPO, FSMGDA, WORKLOADS, Cell, cells, contenders_of
 from benchmarks.firm_tables import markdown
 from benchmarks.render import HERE, write_results
+from conf.alignment import FirmConfig
 from conf.compose import load_config
 from strategies.adapters import Arrays, difference, dot, spread
 from strategies.base import ClientUpdate
 from strategies.fedavg import mean_by_examples
 from strategies.simplex import minimiser
 
-SHARES = (0.1, 0.3, 0.5, 0.7, 0.9)
-"""Preference for the first of two objectives."""
 LAST = 3
 """Rounds at the end that are evaluated; their mean is what counts."""
 
 
-@dataclass(frozen=True)
-class Contender:
-    """A method under comparison."""
-
-    title: str
-    settings: tuple[str, ...]
-    shares: tuple[float, ...] = SHARES
-    """Preferences it is run with; 0.5 alone for methods that take none."""
-
-
-CONTENDERS: dict[str, Contender] = {
-    "firm": Contender("FIRM, anchor, beta 0.1", ("strategy=firm", "method.beta=0.1")),
-    "firm_weighted": Contender(
-        "FIRM, weighted, beta 0.1", ("strategy=firm", "method.beta=0.1", "method.regulariser=weighted")
-    ),
-    "scalarised": Contender("linear scalarisation", ("strategy=firm", "method.beta=inf")),
-    "mgda": Contender("local MGDA (beta 0)", ("strategy=firm", "method.beta=0"), (0.5,)),
-    "fedcmoo": Contender("FedCMOO", ("strategy=fedcmoo",), (0.5,)),
-    "fsmgda": Contender("FSMGDA", ("strategy=firm", "method.beta=inf"), (0.5,)),
-    **{
-        f"beta_{beta:g}": Contender(f"FIRM, anchor, beta {beta:g}", ("strategy=firm", f"method.beta={beta:g}"))
-        for beta in (0.01, 1, 10)
-    },
-    **{
-        f"{key}_{value}_{name}": Contender(
-            f"{value} {words}, {title}", ("strategy=firm", f"method.beta={beta}", f"{setting}={value}"), (0.5,)
-        )
-        for key, setting, words, values in (
-            ("steps", "train.max_steps", "local steps", (1, 8)), ("sites", "partition.num_sites", "sites", (2, 8)),
-        )
-        for value in values
-        for name, title, beta in (("firm", "FIRM", 0.1), ("mgda", "local MGDA", 0))
-    },
-}  # fmt: skip
-
-WORKLOADS: dict[str, tuple[str, ...]] = {
-    "tiny": (
-        "partition=dirichlet", "partition.alpha=0.1", "partition.num_sites=4", "data.num_examples=400", "rounds=8",
-        "train.max_steps=4", "train.batch_size=4", "train.learning_rate=1e-2", "lora.rank=4", "method.group_size=4",
-        "method.max_new_tokens=16", "method.temperature=1.5", "method.eval_prompts=32", "eval.max_examples=32",
-    ),
-    "smollm2": (
-        "model=smollm2_moe", "data.path=../shared/data/preferences.parquet", "data.split_column=split",
-        "data.prompt_column=prompt", "data.response_column=chosen", "data.context_column=null",
-        "partition=dirichlet", "partition.column=objective", "partition.alpha=0.3", "partition.num_sites=4",
-        "rounds=30", "train.max_steps=8", "train.batch_size=8", "train.learning_rate=2e-4", "method.group_size=4",
-        "method.max_new_tokens=64", "method.eval_prompts=64", "eval.max_examples=64",
-    ),
-}  # fmt: skip
-REWARDS = {"tiny": ("length", "format"), "smollm2": ("helpful:heads/helpful", "harmless:heads/harmless")}
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One run: equal cells are the same computation."""
-
-    contender: str
-    share: float
-    """Preference for the first objective; the second has the rest."""
-    seed: int
-    settings: tuple[str, ...]
-    """All that is set."""
-
-    @classmethod
-    def of(cls, row: Mapping[str, Any]) -> Cell:
-        """The cell of a stored row."""
-        return cls(row["contender"], row["share"], row["seed"], tuple(row["settings"]))
-
-
-def cells(names: Sequence[str], workload: str, rewards: Sequence[str], seeds: Sequence[int], device: str) -> list[Cell]:
-    """Every contender's runs, seed by seed, so that what there is of a table is balanced."""
-    common = (*WORKLOADS[workload], f"method.rewards=[{','.join(rewards)}]", f"device={device}")
-    return [
-        Cell(name, share, seed, (*CONTENDERS[name].settings[:1], *common, *CONTENDERS[name].settings[1:]))
-        for seed in seeds
-        for name in names
-        for share in CONTENDERS[name].shares
-    ]
-
-
-def run_cell(cell: Cell) -> dict[str, Any]:
+def run_cell(cell: Cell, data: Path) -> dict[str, Any]:
     """Its row: the cell, and per round what was measured; ``failed`` says why instead if training diverged."""
-    words = [*cell.settings, f"seed={cell.seed}"]
     started = time.perf_counter()
     row: dict[str, Any] = asdict(cell) | {"drift": [], "disagreement": [], "kl": [], "ends": []}
     with tempfile.TemporaryDirectory() as folder:
-        if cell.contender == "fsmgda":
-            federation: Federation | Apart = Apart(words, Path(folder))
-        else:
-            federation = simulated(load_config([*words, *preference(cell)]), Path(folder))
+        federation = federation_of(cell, data, Path(folder))
         try:
             for groups in played(federation):
                 row["drift"].append(np.mean([spread([update.adapter for update in group]) for group in groups]))
-                row["disagreement"].append(np.mean([disagreement(group) for group in groups]))
-                row["kl"].append(np.mean([update.metrics["kl"] for group in groups for update in group]))
+                if cell.contender != DPO:
+                    row["disagreement"].append(np.mean([disagreement(group) for group in groups]))
+                    row["kl"].append(np.mean([update.metrics["kl"] for group in groups for update in group]))
                 if federation.config.rounds - federation.server_round < LAST:
                     row["ends"].append(evaluated(federation))
         except ValueError as error:
@@ -142,17 +62,20 @@ def run_cell(cell: Cell) -> dict[str, Any]:
     return row | {"uploads": sent / adapter, "seconds": round(time.perf_counter() - started, 1)}
 
 
-def preference(cell: Cell) -> list[str]:
-    """The cell's preference as a setting; FedCMOO takes none."""
-    return [] if cell.contender == "fedcmoo" else [f"method.preference=[{cell.share},{round(1 - cell.share, 9)}]"]
+def federation_of(cell: Cell, data: Path, folder: Path) -> AnyFederation:
+    """The cell's run before its first round."""
+    words = cell.overrides(data)
+    if cell.contender == FSMGDA:
+        return Apart(words, folder)
+    return FromPairs(words, folder) if cell.contender == DPO else simulated(load_config(words), folder)
 
 
-def played(federation: Federation | Apart) -> Iterator[list[list[ClientUpdate]]]:
+def played(federation: AnyFederation) -> Iterator[list[list[ClientUpdate]]]:
     """Play all rounds; the updates of each, apart by what they were trained for."""
-    if isinstance(federation, Apart):
-        yield from federation.rounds()
-    else:
+    if isinstance(federation, Federation):
         yield from ([updates] for updates in federation.rounds())
+    else:
+        yield from federation.rounds()
 
 
 def disagreement(updates: Sequence[ClientUpdate]) -> float:
@@ -161,7 +84,7 @@ def disagreement(updates: Sequence[ClientUpdate]) -> float:
     return spread([{name: np.array(update.metrics[name]) for name in names} for update in updates])
 
 
-def evaluated(federation: Federation | Apart) -> dict[str, float]:
+def evaluated(federation: AnyFederation) -> dict[str, float]:
     """Held-out reward of every objective and KL of the global model, means over the sites."""
     found: dict[str, list[float]] = defaultdict(list)
     for name, site in federation.sites.items():
@@ -211,33 +134,82 @@ class Apart:
         return everyone
 
 
+class FromPairs:
+    """Federated DPO, in place of sampling; ``sites`` are FIRM's, which measure its adapter as they do their own."""
+
+    def __init__(self, words: Sequence[str], folder: Path) -> None:
+        """FIRM's settings; ``data.objective_column`` must hold the names of its rewards."""
+        config = load_config(words)
+        assert isinstance(config.method, FirmConfig)
+        names = ",".join(spec.partition(":")[0] for spec in config.method.rewards)
+        kept = [word for word in words if not word.startswith(("strategy=", "method.")) or "preference=" in word]
+        dpo = ["strategy=fedavg", "method=dpo", f"method.objectives=[{names}]"]
+        self._training = simulated(load_config([*dpo, *kept]), folder / "dpo")
+        self.config = self._training.config
+        self.sites = simulated(config, folder / "firm").sites
+
+    @property
+    def adapter(self) -> Arrays:
+        """The global adapter."""
+        return self._training.adapter
+
+    @property
+    def server_round(self) -> int:
+        """Rounds played."""
+        return self._training.server_round
+
+    @property
+    def bytes_up(self) -> int:
+        """As ``Federation.bytes_up``."""
+        return self._training.bytes_up
+
+    def rounds(self) -> Iterator[list[list[ClientUpdate]]]:
+        """Play all rounds."""
+        yield from ([updates] for updates in self._training.rounds())
+
+
+AnyFederation = Federation | Apart | FromPairs
+
+
 def main() -> None:
     """Run what is missing, as long as there is time; write cells and tables."""
-    parser = argparse.ArgumentParser(description="FIRM and its rivals on a language model")
-    parser.add_argument("--workload", choices=list(WORKLOADS), default="tiny")
-    parser.add_argument("--methods", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--rewards", nargs=2, help="two rewards as under method.rewards")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--budget-minutes", type=float, default=float("inf"))
-    given = parser.parse_args()
+    given = _arguments()
     deadline = time.monotonic() + 60 * given.budget_minutes
     results = HERE / "results" / f"firm_{given.workload}.json"
     stored = results.with_suffix(".jsonl")
     stored.parent.mkdir(exist_ok=True)
-    rewards = given.rewards or REWARDS[given.workload]
-    wanted = cells(given.methods, given.workload, rewards, given.seeds, given.device)
-    rows = [json.loads(line) for line in stored.read_text().splitlines()] if stored.exists() else []
-    done = {Cell.of(row) for row in rows}
-    for cell in wanted:
-        if cell in done or time.monotonic() > deadline:
-            continue
-        rows.append(run_cell(cell))
+    rewards = given.rewards or WORKLOADS[given.workload].rewards
+    names = given.methods or contenders_of(given.workload)
+    lines = stored.read_text().splitlines() if stored.exists() else ()
+    rows = {Cell.of(row): row for row in map(json.loads, lines)}
+    wanted = cells(names, given.workload, rewards, given.seeds, given.device)
+    missing = [cell for cell in wanted if cell not in rows]
+
+    def tables() -> dict[str, Any]:
+        seeds = sorted({cell.seed for cell in rows})
+        known = cells(contenders_of(given.workload), given.workload, rewards, seeds, given.device)
+        return report(given.workload, rewards, [rows[cell] for cell in known if cell in rows])
+
+    for row in finished(missing, partial(run_cell, data=given.data), given.jobs, deadline):
+        rows[Cell.of(row)] = row
         with stored.open("a") as file:
-            file.write(json.dumps(rows[-1]) + "\n")
-        print(cell.contender, cell.share, cell.seed, rows[-1].get("ends", [])[-1:], rows[-1].get("seconds"), flush=True)
-        write_results(results, report(given.workload, rewards, rows))
-    print(report(given.workload, rewards, rows)["markdown"])
+            file.write(json.dumps(row) + "\n")
+        print(row["contender"], row["share"], row["seed"], row["ends"][-1:], row.get("seconds"), flush=True)
+        write_results(results, tables())
+    print(tables()["markdown"])
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="FIRM and its rivals on a language model")
+    parser.add_argument("--workload", choices=list(WORKLOADS), default="tiny")
+    parser.add_argument("--methods", nargs="+", choices=list(CONTENDERS), help="default: all of the workload")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--rewards", nargs=2, help="two rewards as under method.rewards")
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the data sets")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--budget-minutes", type=float, default=float("inf"))
+    parser.add_argument("--jobs", type=int, choices=[1, 2], default=1, help="runs at a time, a core each")
+    return parser.parse_args()
 
 
 def report(workload: str, rewards: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -246,7 +218,7 @@ def report(workload: str, rewards: Sequence[str], rows: Sequence[Mapping[str, An
     return {
         "workload": workload,
         "rewards": list(rewards),
-        "settings": list(WORKLOADS[workload]),
+        "settings": list(WORKLOADS[workload].settings),
         "seeds": sorted({row["seed"] for row in rows}),
         "runs": len(rows),
         "markdown": markdown(rows, titles),

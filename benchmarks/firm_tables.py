@@ -13,6 +13,13 @@ from server.pareto import hypervolume
 
 Row = Mapping[str, Any]
 
+ALL_SHARES = (0.1, 0.3, 0.5, 0.7, 0.9)
+"""Preferences for the first of two objectives."""
+THREE_SHARES = (0.1, 0.5, 0.9)
+EQUAL = (0.5,)
+FRONTS = {"hypervolume": ALL_SHARES, "of 0.1, 0.5, 0.9": THREE_SHARES, "at equal preference": EQUAL}
+"""Column -> the preferences whose ends make its fronts: only such as were run with the same ones compare."""
+
 
 def markdown(rows: Sequence[Row], titles: Mapping[str, str]) -> str:
     """Contenders by their fronts; below, where every preference ends."""
@@ -23,17 +30,7 @@ def markdown(rows: Sequence[Row], titles: Mapping[str, str]) -> str:
     reference = np.min([_end(row, objectives) for row in good], axis=0)
     found = {name: [row for row in good if row["contender"] == name] for name in titles}
     lines = _table(
-        [
-            "",
-            "hypervolume",
-            "at equal preference",
-            "preference respected",
-            "disagreement",
-            "drift",
-            "KL",
-            "uploads",
-            "s",
-        ],
+        ["", *FRONTS, "preference respected", "disagreement", "drift", "KL", "uploads", "s"],
         [[titles[name], *_summary(of_name, objectives, reference)] for name, of_name in found.items() if of_name],
     )
     names = [objective.removeprefix("reward/") for objective in objectives]
@@ -57,22 +54,36 @@ def _summary(rows: Sequence[Row], objectives: Sequence[str], reference: NDArray[
     by_seed: dict[int, list[Row]] = {}
     for row in sorted(rows, key=lambda row: row["share"]):
         by_seed.setdefault(row["seed"], []).append(row)
-    most = max(len(of_seed) for of_seed in by_seed.values())
-    whole = [of_seed for of_seed in by_seed.values() if len(of_seed) == most]
-    volumes = [hypervolume(np.array([_end(row, objectives) for row in of_seed]), reference) for of_seed in whole]
-    equal = [hypervolume(_end(row, objectives)[None], reference) for row in rows if row["share"] == 0.5]
-    firsts = [[_end(row, objectives)[0] for row in of_seed] for of_seed in whole]
-    respected = f"{np.mean([np.diff(first) > 0 for first in firsts]):.2f}" if most > 1 else ""
+    fronts = [
+        _with_interval(_volumes([*by_seed.values()], shares, objectives, reference)) for shares in FRONTS.values()
+    ]
+    steps = [np.diff([_end(row, objectives)[0] for row in of_seed]) > 0 for of_seed in by_seed.values()]
+    respected = np.concatenate(steps)
     means = [
-        [float(np.mean([np.mean(row[key]) for row in of_seed])) for of_seed in by_seed.values()]
+        [float(np.mean([np.mean(row[key]) for row in of_seed])) for of_seed in by_seed.values() if of_seed[0][key]]
         for key in ("disagreement", "drift")
     ]
     kl = [float(np.mean([end["kl"] for row in of_seed for end in row["ends"]])) for of_seed in by_seed.values()]
     sizes = [np.mean([row[key] for row in rows]) for key in ("uploads", "seconds")]
     return [
-        _with_interval(volumes), _with_interval(equal), respected, *map(_with_interval, means), _with_interval(kl),
+        *fronts, f"{respected.mean():.2f}" if len(respected) else "", *map(_with_interval, means), _with_interval(kl),
         f"{sizes[0]:.2f}", f"{sizes[1]:.0f}",
     ]  # fmt: skip
+
+
+def _volumes(
+    by_seed: Sequence[Sequence[Row]],
+    shares: Sequence[float],
+    objectives: Sequence[str],
+    reference: NDArray[np.float64],
+) -> list[float]:
+    """Of each seed that has been run with all these preferences."""
+    chosen = [[row for row in of_seed if row["share"] in shares] for of_seed in by_seed]
+    return [
+        hypervolume(np.array([_end(row, objectives) for row in of_seed]), reference)
+        for of_seed in chosen
+        if len(of_seed) == len(shares)
+    ]
 
 
 def _rewards(rows: Sequence[Row], share: float, objectives: Sequence[str]) -> list[str]:

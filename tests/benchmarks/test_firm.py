@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from benchmarks.firm import CONTENDERS, REWARDS, WORKLOADS, Apart, Cell, cells, evaluated, played, report, run_cell
+from benchmarks.federation import simulated
+from benchmarks.firm import Apart, evaluated, played, report, run_cell
+from benchmarks.firm_contenders import CONTENDERS, WORKLOADS, Cell, cells
 from benchmarks.firm_tables import markdown
 from conf.compose import load_config
 from strategies.adapters import difference, dot
@@ -17,12 +20,19 @@ from tests.client.tiny_models import save_tiny_base
 
 @pytest.mark.parametrize("workload", WORKLOADS)
 def test_every_cell_is_a_run_of_its_own_with_valid_settings(workload):
-    found = cells(list(CONTENDERS), workload, REWARDS[workload], [0, 1], "cpu")
+    found = cells(list(CONTENDERS), workload, WORKLOADS[workload].rewards, [0, 1], "cpu")
     assert len(set(found)) == len(found)
+    assert {cell.contender for cell in found} == CONTENDERS.keys() - ({"dpo"} if workload == "tiny" else set())
     for cell in found[: len(found) // 2 : 14]:
-        config = load_config([*cell.settings, f"seed={cell.seed}"])
+        config = load_config(cell.overrides(Path("../shared/data")))
         assert config.method.num_objectives() == 2
         assert Cell.of(json.loads(json.dumps(vars(cell)))) == cell
+
+
+def test_methods_come_before_sweeps_and_seeds_in_turn():
+    found = cells(list(CONTENDERS), "tiny", ["length", "format"], [0, 1], "cpu")
+    order = [(not CONTENDERS[cell.contender].is_main, cell.seed) for cell in found]
+    assert order == sorted(order)
 
 
 def tiny(folder, strategy, *words):
@@ -51,11 +61,47 @@ def test_fsmgda_steps_along_the_least_combination_of_separate_changes(tmp_path):
     assert [len(groups) for groups in played(apart)] == [2]
 
 
+def pairs_file(folder):
+    """Pairs of which half were judged by each of the two rewards."""
+    rows = [
+        {"instruction": f"Say {number}.", "response": "a long one {}" if number % 2 else "no", "worse": "?{}",
+         "by": ["length", "format"][number % 2]}
+        for number in range(40)
+    ]  # fmt: skip
+    path = folder / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return (
+        f"data.path={path}", "data.prompt_column=instruction", "data.context_column=null", "data.rejected_column=worse",
+        "data.objective_column=by",
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_dpo_is_trained_on_pairs_and_measured_as_firm_is(tmp_path):
+    """By hand: a run of DPO, whose adapter a site of FIRM evaluates."""
+    words = (*tiny(tmp_path, "strategy=firm"), *pairs_file(tmp_path))
+    row = run_cell(Cell("tiny", "dpo", 0.3, 0, words), tmp_path)
+    plain = [word for word in words if not word.startswith(("strategy=", "method."))]
+    mixed = ["strategy=fedavg", "method=dpo", "method.objectives=[length,format]", "method.preference=[0.3,0.7]"]
+    dpo = simulated(load_config([*mixed, *plain]), tmp_path / "dpo")
+    firm = simulated(load_config([*words, "method.preference=[0.3,0.7]"]), tmp_path / "firm")
+    for end in row["ends"]:
+        dpo.play()
+        rewards = [site.evaluate(dpo.adapter)[name].metrics for name, site in firm.sites.items()]
+        assert end == {
+            name.removeprefix("held_out_"): pytest.approx(np.mean([one[name] for one in rewards]), rel=1e-6)
+            for name in rewards[0]
+        }
+    assert row["ends"][-1]["kl"] != 0
+    assert (row["uploads"], row["disagreement"], row["kl"]) == (1, [], [])
+    assert "| DPO on pairs, mixed by preference |" in report("smollm2", ("a", "b"), [row])["markdown"]
+
+
 @pytest.mark.slow
 def test_rows_tell_rewards_disagreement_and_uploads(tmp_path):
     """FedCMOO sends its gradients beside the adapter, and its sites agree by construction."""
     rows = [
-        run_cell(Cell(name, 0.5, 0, tiny(tmp_path, f"strategy={strategy}")))
+        run_cell(Cell("tiny", name, 0.5, 0, tiny(tmp_path, f"strategy={strategy}")), tmp_path)
         for name, strategy in (("mgda", "firm"), ("fedcmoo", "fedcmoo"))
     ]
     assert rows[0]["uploads"] == 1
@@ -75,12 +121,19 @@ def row(contender, share, seed, first, second):
 
 
 def test_table_by_hand():
-    """Reference (0, 0), the least of all; the front of a is (1, 4), (2, 2), (3, 1): 4 + 2 + 1 = 7, at 0.5 alone 4."""
+    """Reference (0, 0), the least of all; the front of a is (1, 4), (2, 2), (3, 1): 4 + 2 + 1 = 7, at 0.5 alone 4.
+
+    No seed of a has all five preferences; c's adds (1, 4) and (3, 1) once more.
+    """
     rows = [row("a", 0.1, 0, 1, 4), row("a", 0.5, 0, 2, 2), row("a", 0.9, 0, 3, 1), row("b", 0.5, 0, 0, 0)]
+    rows += [row("c", share, 0, x, y) for share, x, y in ((0.1, 1, 4), (0.3, 1, 4), (0.5, 2, 2), (0.7, 3, 1))]
+    rows += [row("c", 0.9, 0, 3, 1), row("d", 0.5, 0, 1, 1) | {"disagreement": []}]
     rows.append({"contender": "b", "share": 0.5, "seed": 1, "failed": "round 1: nan"})
-    page = markdown(rows, {"a": "A", "b": "B"})
-    assert "| A | 7 | 4 | 1.00 | 0 | 1 | 0.1 | 1.00 | 3 |" in page
+    page = markdown(rows, {"a": "A", "b": "B", "c": "C", "d": "D"})
+    assert "| A |  | 7 | 4 | 1.00 | 0 | 1 | 0.1 | 1.00 | 3 |" in page
     assert "| A | 0.9 | 3 | 1 | 1 |" in page
-    assert "| B | 0 | 0 |  | 0 | 1 |" in page
+    assert "| B |  |  | 0 |  | 0 | 1 |" in page
+    assert "| C | 7 | 7 | 4 | 0.50 |" in page
+    assert "| D |  |  | 1 |  |  | 1 |" in page
     assert "Failed: B, seed 1: round 1: nan" in page
     assert markdown(rows[-1:], {"b": "B"}) == "No run has finished."

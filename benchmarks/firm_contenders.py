@@ -1,0 +1,137 @@
+"""FIRM and its rivals on a language model: who is compared, on what, and the runs of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.firm_tables import ALL_SHARES, EQUAL, THREE_SHARES
+
+DPO = "dpo"
+FSMGDA = "fsmgda"
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What everyone is trained on."""
+
+    settings: tuple[str, ...]
+    rewards: tuple[str, str]
+    file: str | None = None
+    """Of the data folder; None: the embedded default."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A method under comparison."""
+
+    title: str
+    settings: tuple[str, ...]
+    """The strategy first."""
+    shares: tuple[float, ...] = ALL_SHARES
+    """Preferences it is run with; equal ones alone for methods that take none."""
+    is_main: bool = True
+    """Whether it is a method by itself; else one value of a sweep, which waits for the methods."""
+    workloads: tuple[str, ...] = ("tiny", "smollm2")
+
+
+CONTENDERS: dict[str, Contender] = {
+    "firm": Contender("FIRM, anchor, beta 0.1", ("strategy=firm", "method.beta=0.1")),
+    "firm_weighted": Contender(
+        "FIRM, weighted, beta 0.1", ("strategy=firm", "method.beta=0.1", "method.regulariser=weighted")
+    ),
+    "scalarised": Contender("linear scalarisation", ("strategy=firm", "method.beta=inf")),
+    "mgda": Contender("local MGDA (beta 0)", ("strategy=firm", "method.beta=0"), EQUAL),
+    "fedcmoo": Contender("FedCMOO", ("strategy=fedcmoo",), EQUAL),
+    FSMGDA: Contender("FSMGDA", ("strategy=firm", "method.beta=inf"), EQUAL),
+    DPO: Contender("DPO on pairs, mixed by preference", ("strategy=firm",), workloads=("smollm2",)),
+    **{
+        f"beta_{beta:g}": Contender(
+            f"FIRM, anchor, beta {beta:g}", ("strategy=firm", f"method.beta={beta:g}"), THREE_SHARES, is_main=False
+        )
+        for beta in (0.01, 1, 10)
+    },
+    **{
+        f"{key}_{value}_{name}": Contender(
+            f"{value} {words}, {title}",
+            ("strategy=firm", f"method.beta={beta}", f"{setting}={value}"),
+            EQUAL,
+            is_main=False,
+        )
+        for key, setting, words, values in (
+            ("steps", "train.max_steps", "local steps", (1, 8)), ("sites", "partition.num_sites", "sites", (2, 8)),
+        )
+        for value in values
+        for name, title, beta in (("firm", "FIRM", 0.1), ("mgda", "local MGDA", 0))
+    },
+}  # fmt: skip
+
+WORKLOADS: dict[str, Workload] = {
+    "tiny": Workload(
+        (
+            "partition=dirichlet", "partition.alpha=0.1", "partition.num_sites=4", "data.num_examples=400", "rounds=6",
+            "train.max_steps=3", "train.batch_size=4", "train.micro_batch=16", "train.learning_rate=3e-3",
+            "lora.rank=4", "method.group_size=4", "method.max_new_tokens=16", "method.temperature=1.5",
+            "method.eval_prompts=16", "eval.max_examples=16",
+        ),
+        ("length", "format"),
+    ),
+    "smollm2": Workload(
+        (
+            "model=smollm2_moe", "data.split_column=split", "data.prompt_column=prompt", "data.response_column=chosen",
+            "data.rejected_column=rejected", "data.objective_column=objective", "data.context_column=null",
+            "partition=dirichlet", "partition.column=objective", "partition.alpha=0.3", "partition.num_sites=4",
+            "rounds=30", "train.max_steps=8", "train.batch_size=8", "train.learning_rate=2e-4", "method.group_size=4",
+            "method.max_new_tokens=64", "method.eval_prompts=64", "eval.max_examples=64",
+        ),
+        ("helpful:heads/helpful", "harmless:heads/harmless"),
+        "preferences.parquet",
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: equal cells are the same computation."""
+
+    workload: str
+    contender: str
+    share: float
+    """Preference for the first objective; the second has the rest."""
+    seed: int
+    settings: tuple[str, ...]
+    """All that is set but the place of the data."""
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> Cell:
+        """The cell of a stored row."""
+        return cls(row["workload"], row["contender"], row["share"], row["seed"], tuple(row["settings"]))
+
+    def overrides(self, data: Path) -> list[str]:
+        """The settings of its run, with the data in the folder ``data``; FedCMOO takes no preference."""
+        file = WORKLOADS[self.workload].file
+        place = [f"data.path={data / file}"] if file else []
+        preference = [f"method.preference=[{self.share},{round(1 - self.share, 9)}]"]
+        none = self.contender in {"fedcmoo", FSMGDA}
+        return [*self.settings, *place, f"seed={self.seed}", *([] if none else preference)]
+
+
+def contenders_of(workload: str) -> list[str]:
+    """Names of all that are compared on it."""
+    return [name for name, contender in CONTENDERS.items() if workload in contender.workloads]
+
+
+def cells(names: Sequence[str], workload: str, rewards: Sequence[str], seeds: Sequence[int], device: str) -> list[Cell]:
+    """Every contender's runs on the workload: first the methods, then the sweeps, each seed by seed."""
+    common = (*WORKLOADS[workload].settings, f"method.rewards=[{','.join(rewards)}]", f"device={device}")
+    chosen = [(name, CONTENDERS[name]) for name in names if workload in CONTENDERS[name].workloads]
+    return [
+        Cell(workload, name, share, seed, (*contender.settings[:1], *common, *contender.settings[1:]))
+        for is_main in (True, False)
+        for seed in seeds
+        for name, contender in chosen
+        if contender.is_main is is_main
+        for share in contender.shares
+    ]
