@@ -71,7 +71,8 @@ class HeadFacts:
     num_pairs: int
     """Preference pairs that it was trained on."""
     accuracy: dict[str, float] = field(default_factory=dict)
-    """Set of pairs -> share of them whose preferred response it scores higher."""
+    """Set of pairs -> share of them whose preferred response it scores higher: ``training``, ``held_out``, and
+    ``held_out/OBJECTIVE`` of pairs that were judged by another; below 1/2 the objectives conflict."""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ Shape suffixes: P pairs, D model width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -87,13 +87,15 @@ def accuracy(weight_D: Tensor, pairs: Pairs) -> float:
 def train_head(
     adapted: AdaptedModel,
     training: Sequence[Example],
-    held_out: Sequence[Example],
+    held_out: Mapping[str, Sequence[Example]],
     *,
     objective: str,
     data: DataConfig,
     penalty: float,
 ) -> LinearHead:
     """A head fitted to ``training``, scaled so that rewards of its responses have a deviation of 1.
+
+    Its accuracy is told of ``training`` and, by their names, of the sets of pairs in ``held_out``.
 
     Raises:
         ValueError: As ``features_of``.
@@ -104,8 +106,7 @@ def train_head(
     rewards = torch.cat([fitted.preferred_PD, fitted.rejected_PD]).double() @ weight_D
     weight_D = weight_D / rewards.std().clamp(min=1e-12)
     found = {"training": accuracy(weight_D, fitted)}
-    if held_out:
-        found["held_out"] = accuracy(weight_D, features_of(adapted, held_out, data))
+    found |= {name: accuracy(weight_D, features_of(adapted, pairs, data)) for name, pairs in held_out.items()}
     identity = adapted.base.identity
     facts = HeadFacts(
         objective=objective,

@@ -21,6 +21,8 @@ DATA = DataConfig(template=Template.plain, max_length=48, rejected_column="rejec
 NOUNS = ["sun", "tree", "road", "door", "book", "cup", "hill", "boat", "lamp", "stone", "bird", "wheel"]
 PAIRS = [Example(f"Say {noun}.", "", f"{noun}!!!", f"no {noun}") for noun in NOUNS]
 
+TURNED = [replace(pair, response=pair.rejected, rejected=pair.response) for pair in PAIRS[8:]]
+
 
 @pytest.fixture(scope="module")
 def adapted(tmp_path_factory):
@@ -30,7 +32,9 @@ def adapted(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def head(adapted):
-    return train_head(adapted, PAIRS[:8], PAIRS[8:], objective="loud", data=DATA, penalty=1e-3)
+    return train_head(
+        adapted, PAIRS[:8], {"held_out": PAIRS[8:], "turned": TURNED}, objective="loud", data=DATA, penalty=1e-3
+    )
 
 
 def save_classifier(folder, num_labels=1):
@@ -64,6 +68,7 @@ def test_accuracy_counts_ties_half():
 def test_a_head_learns_what_pairs_say_and_scores_the_same_after_a_round_trip(adapted, head, tmp_path):
     assert head.facts.accuracy["training"] == 1.0
     assert head.facts.accuracy["held_out"] >= 0.75
+    assert head.facts.accuracy["turned"] == pytest.approx(1 - head.facts.accuracy["held_out"])
     head.save(tmp_path / "loud")
     rewards = named_rewards([f"loud:{tmp_path / 'loud'}", "length"], adapted)
     assert rewards.names == ["loud", "length"]
