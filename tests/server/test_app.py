@@ -252,6 +252,45 @@ def test_no_expert_and_no_graft_crosses_the_wire(honest):
     assert num_updates == 2 * len(SITES)
 
 
+def test_firm_sends_adapter_and_rewards_but_no_critic_no_lambda_and_no_moments(honest):
+    result = honest(
+        "strategy=firm method.estimator=ppo method.send_weights=false method.rewards=[length,format] "
+        "method.max_new_tokens=4 method.eval_prompts=1 train.optimizer_state=keep"
+    )
+    assert result.error is None
+    config = load_config(result.grid.overrides)
+    secret = {}
+    for site in SITES:
+        kept = simulated_site(config, site, result.folder.path / "private").store.load()
+        assert {name.rpartition("/")[0] for name in kept} >= {"firm", "firm/critic"}
+        assert any(name.startswith("optimizer/") for name in kept)
+        secret |= {(site, name): array.tobytes() for name, array in kept.items() if is_told_apart(array)}
+    assert {name for _, name in secret} >= {"firm/weights", "firm/critic/weight"}
+    measured_of_samples = {"reward/length", "reward/format", "kl", "completion_tokens"}
+    updates = [decode_update(sent.message())[1] for sent in result.grid.sent if sent.up and sent.kind == TRAIN]
+    assert len(updates) == 2 * len(SITES)
+    for update in updates:
+        assert update.adapter.keys() == model_of(config).initial_adapter(0).keys()
+        assert update.extras == {}
+        assert update.metrics.keys() - OF_EVERY_METHOD == measured_of_samples
+    for site, losses in measured(result).items():
+        assert losses[site].metrics.keys() == {f"held_out_{name}" for name in measured_of_samples}
+    for sent in result.grid.sent:
+        assert not [name for name, content in secret.items() if content in sent.content]
+        assert not [word for word in (b"critic/", b"lambda/", b"optimizer/", b"firm/") if word in sent.content]
+
+
+def is_told_apart(array):
+    """Whether its bytes could only be its own: the two weights of objectives are enough, unless they are round."""
+    return np.count_nonzero(array) > 4 or (array.dtype == np.float64 and np.any(array % 2.0**-20))
+
+
+OF_EVERY_METHOD = {
+    "train_loss", "own_loss", "num_tokens", "num_steps", "micro_batch", "train_seconds", "tokens_per_second",
+    "peak_memory_bytes", "flop_utilization",
+}  # fmt: skip
+
+
 def test_sites_losses_are_personal_and_the_global_one_is_that_of_the_shared_part(honest):
     result = honest("strategy=flex train.optimizer_state=keep")
     config = load_config(result.grid.overrides)
