@@ -14,6 +14,7 @@ from rich.table import Table
 from client.evaluation.measured import BASE, METRICS, MODELS
 from server.intervals import with_interval
 from server.record import RunFolder
+from server.usage import USAGES, usage_of
 
 _DIGITS = {"loss": 4}
 _OVER_SITES = {"mean": "mean", "worst": "worst site", "std": "std", "spread": "max - min"}
@@ -30,6 +31,8 @@ class Seeds:
     names: list[str] = field(default_factory=list)
     """Of their folders."""
     summaries: list[Summary] = field(default_factory=list)
+    usages: list[Mapping[str, float]] = field(default_factory=list)
+    """What ``server.usage`` says of each."""
 
     @property
     def title(self) -> str:
@@ -42,10 +45,11 @@ class Seeds:
 def matrix_tables(folders: Sequence[Path]) -> list[Table]:
     """A table for each metric that any run has: each model over the sites' own data, and on general sets.
 
-    Several seeds: the mean with its 95 % interval (Student's t). The base model has one line if all runs agree on it.
+    The last one is of how experts were used and what the model in use costs. Several seeds: the mean with its 95 %
+    interval (Student's t). The base model has one line if all runs agree on it.
     """
     groups = by_seeds(folders)
-    tables = [_table(metric, groups) for metric in METRICS]
+    tables = [*(_table(metric, groups) for metric in METRICS), _usage_table(groups)]
     return [table for table in tables if table.row_count]
 
 
@@ -62,6 +66,7 @@ def by_seeds(folders: Sequence[Path]) -> list[Seeds]:
         group = groups.setdefault(settings, Seeds())
         group.names.append(folder.name)
         group.summaries.append(evaluation["summary"])
+        group.usages.append(usage_of(evaluation))
     return list(groups.values())
 
 
@@ -92,6 +97,21 @@ def _table(metric: str, groups: Sequence[Seeds]) -> Table:
             elif cells not in bases:
                 bases.append(cells)
                 table.add_row("", model, *cells)
+    return table
+
+
+def _usage_table(groups: Sequence[Seeds]) -> Table:
+    table = Table(
+        title="routing in the last round; operations and time of a token over those of one adapter",
+        title_justify="left",
+    )
+    table.add_column("run")
+    for title in USAGES.values():
+        table.add_column(title, justify="right")
+    for group in groups:
+        if any(group.usages):
+            values = ([one[key] for one in group.usages if key in one] for key in USAGES)
+            table.add_row(escape(group.title), *(with_interval(found, 3) if found else "-" for found in values))
     return table
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from client.evaluation.measured import LOWER_IS_BETTER, METRICS, PERSONAL, is_general
 from server.report.heat import Cell, Heat, Scale, Value, round_up
 from server.report.runs import Run
+from server.usage import usage_of
 
 Row = Mapping[str, Any]
 
@@ -94,15 +94,14 @@ def _summary(summary: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Iterable
 
 def _notes(evaluation: Mapping[str, Any]) -> Iterable[str]:
     """What a personal model costs, and how tokens were spread over the experts."""
-    costs = evaluation["cost"].values()
-    if costs:
-        flops, seconds = (statistics.fmean(cost[key] for cost in costs) for key in ("flops", "seconds"))
-        yield f"A personal model takes {flops:.2f} times one adapter's operations and {seconds:.2f} times its time."
-    layers = evaluation["routing"].values()
-    if layers:
-        entropy = statistics.fmean(layer["entropy"] for layer in layers)
-        share = max(layer["largest_share"] for layer in layers)
+    found = usage_of(evaluation)
+    if "flops" in found:
         yield (
-            f"Routing in the last round: entropy {entropy:.2f} of that of equal use (mean over layers), busiest expert "
-            f"{100 * share:.0f} % of a layer's tokens."
+            f"A personal model takes {found['flops']:.2f} times one adapter's operations and {found['seconds']:.2f} "
+            "times its time."
+        )
+    if "entropy" in found:
+        yield (
+            f"Routing in the last round: entropy {found['entropy']:.2f} of that of equal use (mean over layers), "
+            f"busiest expert {100 * found['largest_share']:.0f} % of a layer's tokens."
         )
