@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from server.intervals import interval
+from server.intervals import rounded_with_interval
 from server.pareto import hypervolume
 
 Row = Mapping[str, Any]
@@ -96,7 +96,4 @@ def _end(row: Row, objectives: Sequence[str]) -> NDArray[np.float64]:
 
 
 def _with_interval(values: Sequence[float]) -> str:
-    if not values:
-        return ""
-    mean, half = interval(values)
-    return f"{mean:.3g} ± {half:.2g}" if len(values) > 1 else f"{mean:.3g}"
+    return rounded_with_interval(values) if values else ""

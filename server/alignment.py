@@ -16,6 +16,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
+from server.intervals import rounded_with_interval
 from server.pareto import hypervolume
 
 Series = Mapping[int, float]
@@ -115,8 +116,16 @@ class Front:
     runs: tuple[int, ...]
     """Places in the list of runs."""
     points_NM: NDArray[np.float64]
-    hypervolume: float
-    """Above a reference point that all fronts share: below the worst reward of any run by a tenth of the range."""
+    seeds_N: NDArray[np.int64]
+    """Of each run: runs of one seed make a front, which those of another do not add to."""
+    hypervolumes: tuple[float, ...]
+    """Of each seed that has as many preferences as any, above a reference point that all fronts share: below the worst
+    reward of any run by a tenth of the range."""
+
+    @property
+    def hypervolume(self) -> str:
+        """Mean over seeds, with its 95 % interval (Student's t)."""
+        return rounded_with_interval(self.hypervolumes, 4)
 
 
 def fronts(runs: Sequence[tuple[Mapping[str, Any], Alignment | None]]) -> list[Front]:
@@ -134,8 +143,17 @@ def fronts(runs: Sequence[tuple[Mapping[str, Any], Alignment | None]]) -> list[F
     made = []
     for label, members in zip(_labels([json.loads(key) for key in groups]), groups.values(), strict=True):
         points = np.array([chosen[index].ends for index in members])
-        made.append(Front(label, tuple(members), points, hypervolume(points, reference)))
+        seeds = np.array([int(runs[index][0].get("seed", 0)) for index in members])
+        made.append(Front(label, tuple(members), points, seeds, _hypervolumes(points, seeds, reference)))
     return made
+
+
+def _hypervolumes(
+    points_NM: NDArray[np.float64], seeds_N: NDArray[np.int64], reference_M: NDArray[np.float64]
+) -> tuple[float, ...]:
+    seeds, counts = np.unique(seeds_N, return_counts=True)
+    whole = seeds[counts == counts.max()]
+    return tuple(hypervolume(points_NM[seeds_N == seed], reference_M) for seed in whole)
 
 
 def _without_preference(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,7 +23,10 @@ def objective_tables(folders: Sequence[Path]) -> list[Table]:
     front_of = {index: front for front in made for index in front.runs}
     first = found[min(front_of)]
     assert first is not None
-    table = Table(title="rewards of the last round; hypervolume of all runs with such settings", title_justify="left")
+    table = Table(
+        title="rewards of the last round; hypervolume of a seed's runs with such settings, mean over seeds",
+        title_justify="left",
+    )
     table.add_column("run")
     for column in ("preference", *map(escape, first.objectives), "KL", "disagreement", "drift", "hypervolume"):
         table.add_column(column, justify="right")
@@ -32,9 +35,7 @@ def objective_tables(folders: Sequence[Path]) -> list[Table]:
         assert one is not None
         last = [f"{series[max(series)]:.3g}" if series else "-" for series in (one.kl, one.disagreement, one.drift)]
         preference = " : ".join(f"{share:g}" for share in one.preference) if one.preference else "equal"
-        table.add_row(
-            escape(folders[index].name), preference, *map(number, one.ends), *last, f"{front.hypervolume:.4g}"
-        )
+        table.add_row(escape(folders[index].name), preference, *map(number, one.ends), *last, front.hypervolume)
     return [table]
 
 

@@ -21,3 +21,9 @@ def with_interval(values: Sequence[float], digits: int, sign: str = "") -> str:
     """Mean ± half the interval; a single value alone."""
     mean, half = interval(values)
     return f"{mean:{sign}.{digits}f}" + (f" ± {half:.{digits}f}" if len(values) > 1 else "")
+
+
+def rounded_with_interval(values: Sequence[float], digits: int = 3) -> str:
+    """As ``with_interval``, the mean to so many significant digits and half the interval to two."""
+    mean, half = interval(values)
+    return f"{mean:.{digits}g}" + (f" ± {half:.2g}" if len(values) > 1 else "")

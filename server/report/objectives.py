@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 
@@ -26,12 +27,13 @@ class Point:
     style: str
     x: float
     y: float
-    label_y: float
+    label_y: float | None
+    """None: too many to name beside the plot."""
 
 
 @dataclass(frozen=True)
 class Scatter:
-    """Ends of runs, and for each front a line through those that no other run of it beats."""
+    """Ends of runs, and for each front and seed a line through those that no other run of it beats."""
 
     title: str
     across: str
@@ -78,6 +80,8 @@ class ObjectivesView:
     scatters: list[Scatter]
     fronts: list[Front]
     ends: list[End]
+    front_styles: list[str]
+    """One for each front where runs have its colour; empty where each run has one of its own."""
 
     @property
     def charts(self) -> list[Chart]:
@@ -87,18 +91,17 @@ class ObjectivesView:
 
 def objectives_view(runs: Sequence[Run]) -> ObjectivesView | None:
     """Of the runs that have the first aligned run's objectives; None if no run has any."""
-    settings = [settings_of(run.config_yaml) for run in runs]
-    found = [alignment_of(run.rows, of_run) for run, of_run in zip(runs, settings, strict=True)]
+    settings, found = _aligned(runs)
     first = next((one for one in found if one), None)
     if first is None:
         return None
-    found = [one if one and one.objectives == first.objectives else None for one in found]
     measures = {
         "kl": ("KL to the base model", lambda one: one.kl),
         "disagreement": ("Disagreement", lambda one: one.disagreement),
         "drift": ("Drift", lambda one: one.drift),
     }
     made = fronts(list(zip(settings, found, strict=True)))
+    styles = [f"run-{index}" for index in range(len(runs))]
     return ObjectivesView(
         names=first.objectives,
         held_out=first.held_out,
@@ -111,12 +114,41 @@ def objectives_view(runs: Sequence[Run]) -> ObjectivesView | None:
             for index, (run, one) in enumerate(zip(runs, found, strict=True))
             if one and one.weights
         ],
-        scatters=[
-            _scatter(runs, made, *pair, first.objectives) for pair in combinations(range(len(first.objectives)), 2)
-        ],
+        scatters=_scatters(runs, made, first.objectives, styles),
         fronts=made,
-        ends=[_end(index, run, one) for index, (run, one) in enumerate(zip(runs, found, strict=True)) if one],
+        ends=_ends(runs, found, styles),
+        front_styles=[],
     )
+
+
+def fronts_view(runs: Sequence[Run], num_colours: int) -> ObjectivesView | None:
+    """Of too many runs to have a colour each: where they end, in the colours of their fronts."""
+    settings, found = _aligned(runs)
+    first = next((one for one in found if one), None)
+    if first is None:
+        return None
+    made = fronts(list(zip(settings, found, strict=True)))
+    colours = [f"run-{number % num_colours}" for number in range(len(made))]
+    styles = {index: colour for front, colour in zip(made, colours, strict=True) for index in front.runs}
+    return ObjectivesView(
+        names=first.objectives,
+        held_out=first.held_out,
+        rewards=[],
+        measures=[],
+        weights=[],
+        scatters=_scatters(runs, made, first.objectives, styles, labelled=False),
+        fronts=made,
+        ends=_ends(runs, found, styles),
+        front_styles=colours,
+    )
+
+
+def _aligned(runs: Sequence[Run]) -> tuple[list[Mapping[str, Any]], list[Alignment | None]]:
+    """Settings and objectives of each run; None if it has none, or others than the first that has any."""
+    settings = [settings_of(run.config_yaml) for run in runs]
+    found = [alignment_of(run.rows, of_run) for run, of_run in zip(runs, settings, strict=True)]
+    names = next((one.objectives for one in found if one), ())
+    return settings, [one if one and one.objectives == names else None for one in found]
 
 
 _Of = Callable[[Alignment], Series]
@@ -153,7 +185,28 @@ def _weights(index: int, run: Run, one: Alignment) -> RunWeights:
     return RunWeights(index, run.label, [panel for panel in panels if panel])
 
 
-def _scatter(runs: Sequence[Run], made: Sequence[Front], across: int, upward: int, names: Sequence[str]) -> Scatter:
+_Styles = Mapping[int, str] | Sequence[str]
+"""Place in the list of runs -> colour."""
+
+
+def _scatters(
+    runs: Sequence[Run], made: Sequence[Front], names: Sequence[str], styles: _Styles, *, labelled: bool = True
+) -> list[Scatter]:
+    """One for each pair of objectives."""
+    pairs = combinations(range(len(names)), 2)
+    return [_scatter(runs, made, pair, names, styles, labelled=labelled) for pair in pairs]
+
+
+def _scatter(
+    runs: Sequence[Run],
+    made: Sequence[Front],
+    pair: tuple[int, int],
+    names: Sequence[str],
+    styles: _Styles,
+    *,
+    labelled: bool,
+) -> Scatter:
+    across, upward = pair
     every = np.concatenate([front.points_NM for front in made])[:, [across, upward]]
     (left, bottom), (right, top) = every.min(axis=0), every.max(axis=0)
     columns, lines = nice_ticks(left, right, 4), nice_ticks(bottom, top, 5)
@@ -165,12 +218,18 @@ def _scatter(runs: Sequence[Run], made: Sequence[Front], across: int, upward: in
         for front in made
         for index, point in zip(front.runs, front.points_NM, strict=True)
     ]
-    labels = spread([place[2] for place in places], 13.0, size.top, size.height - size.bottom)
+    labels: Sequence[float | None] = [None] * len(places)
+    if labelled:
+        labels = spread([place[2] for place in places], 13.0, size.top, size.height - size.bottom)
     points = [
-        Point(runs[index].label, f"run-{index}", at_x, at_y, label_y)
+        Point(runs[index].label, styles[index], at_x, at_y, label_y)
         for (index, at_x, at_y), label_y in zip(places, labels, strict=True)
     ]
-    paths = [_front_path(front.points_NM[:, [across, upward]], x, y) for front in made]
+    paths = [
+        _front_path(front.points_NM[front.seeds_N == seed][:, [across, upward]], x, y)
+        for front in made
+        for seed in np.unique(front.seeds_N)
+    ]
     title = f"{names[across]} and {names[upward]}"
     return Scatter(title, names[across], names[upward], size, x, y, points, paths)
 
@@ -180,7 +239,12 @@ def _front_path(points_N2: np.ndarray, x: Axis, y: Axis) -> str:
     return "M" + "L".join(f"{x.at(across):g} {y.at(upward):g}" for across, upward in best)
 
 
-def _end(index: int, run: Run, one: Alignment) -> End:
+def _ends(runs: Sequence[Run], found: Sequence[Alignment | None], styles: _Styles) -> list[End]:
+    pairs = enumerate(zip(runs, found, strict=True))
+    return [_end(run, one, styles[index]) for index, (run, one) in pairs if one]
+
+
+def _end(run: Run, one: Alignment, style: str) -> End:
     preference = "equal" if one.preference is None else " : ".join(f"{share:g}" for share in one.preference)
     last = [series[max(series)] if series else None for series in (one.kl, one.disagreement, one.drift)]
-    return End(run.label, f"run-{index}", preference, list(one.ends), *last)
+    return End(run.label, style, preference, list(one.ends), *last)

@@ -12,12 +12,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from server.report.charts import LARGE, PANEL, Chart, Series, bounds_of, line_chart
 from server.report.experts import ExpertsView, experts_view, lines_of, scales, short_name
 from server.report.matrix import matrix_views
-from server.report.objectives import objectives_view
+from server.report.objectives import fronts_view, objectives_view
 from server.report.runs import Run, read_runs
 from server.view import number, size
 
 MAX_RUNS = 8
-"""Colours that can be told apart, by colour-blind people too."""
+"""Runs that are shown whole: colours that can be told apart, by colour-blind people too."""
 
 KINDS = ("experts", "attention", "router", "other", "extras")
 REST = "counts, framing"
@@ -46,17 +46,15 @@ def write_report(folders: Sequence[Path], target: Path) -> None:
     """Write the page of the runs in ``folders`` to the file ``target``.
 
     Raises:
-        ValueError: If a folder holds no run, a file of one is damaged, or there are more than ``MAX_RUNS``.
+        ValueError: If a folder holds no run, or a file of one is damaged.
     """
     runs = read_runs(folders)
-    if len(runs) > MAX_RUNS:
-        raise ValueError(f"a page shows at most {MAX_RUNS} runs, got {len(runs)}: give fewer run folders")
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(render(runs), encoding="utf-8")
 
 
 def render(runs: Sequence[Run]) -> str:
-    """The page as HTML."""
+    """The page as HTML; of more than ``MAX_RUNS`` their overview and objectives alone."""
     environment = Environment(
         loader=PackageLoader("server.report", "page"),
         autoescape=True,
@@ -66,6 +64,10 @@ def render(runs: Sequence[Run]) -> str:
     )
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
     environment.filters |= {"number": number, "size": size, "short": short_name}
+    if len(runs) > MAX_RUNS:
+        return environment.get_template("many.html").render(
+            overview=[_overview(run) for run in runs], objectives=fronts_view(runs, MAX_RUNS), limit=MAX_RUNS
+        )
     return environment.get_template("report.html").render(contents(runs))
 
 

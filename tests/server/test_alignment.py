@@ -57,9 +57,9 @@ def ended(x, y):
     return alignment_of([site("a", 1, reward__x=x, reward__y=y)], {})
 
 
-def test_runs_that_differ_in_preference_and_seed_are_one_front():
+def test_runs_that_differ_in_preference_are_one_front():
     """Range (2, 2), so the reference is (-0.2, -0.2); the steps (0, 2), (1, 1), (2, 0), and (1, 1) alone: 1.2 * 1.2."""
-    settings = [{"seed": i, "method": {"beta": 0.1, "preference": [i, 1 - i]}, "output": str(i)} for i in range(3)]
+    settings = [{"seed": 0, "method": {"beta": 0.1, "preference": [i, 1 - i]}, "output": str(i)} for i in range(3)]
     other = {"seed": 0, "method": {"beta": 0, "preference": [0, 1]}, "output": "o"}
     runs = [
         (settings[0], ended(0.0, 2.0)), (other, ended(1.0, 1.0)), (settings[1], ended(1.0, 1.0)), (other, None),
@@ -68,9 +68,24 @@ def test_runs_that_differ_in_preference_and_seed_are_one_front():
     first, second = fronts(runs)
     assert (first.runs, second.runs) == ((0, 2, 4), (1,))
     assert (first.label, second.label) == ("method.beta=0.1", "method.beta=0")
-    assert first.hypervolume == pytest.approx(0.2 * 2.2 + 1.0 * 1.2 + 1.0 * 0.2)
-    assert second.hypervolume == pytest.approx(1.44)
+    assert first.hypervolumes == pytest.approx([0.2 * 2.2 + 1.0 * 1.2 + 1.0 * 0.2])
+    assert second.hypervolumes == pytest.approx([1.44])
+    assert (first.hypervolume, second.hypervolume) == ("1.84", "1.44")
     np.testing.assert_array_equal(first.points_NM, [[0, 2], [1, 1], [2, 0]])
+
+
+def test_seeds_have_fronts_of_their_own_so_that_more_of_them_do_not_dominate_more():
+    """Range (2, 2), reference (-0.2, -0.2). Seed 0: 2.2 * 0.2 + 0.2 * 2 = 0.84; seed 1 at (1, 1) twice: 1.44.
+
+    Seed 2 lacks a preference: it is not in the mean of 1.14 +- 12.706 * 0.6 / 2 = 3.8.
+    """
+    points = {(0, 0): (0.0, 2.0), (0, 1): (2.0, 0.0), (1, 0): (1.0, 1.0), (1, 1): (1.0, 1.0), (2, 0): (2.0, 2.0)}
+    runs = [({"seed": seed, "method": {"preference": [i, 1 - i]}}, ended(*at)) for (seed, i), at in points.items()]
+    (front,) = fronts(runs)
+    assert front.runs == (0, 1, 2, 3, 4)
+    assert front.hypervolumes == pytest.approx([0.84, 1.44])
+    assert front.hypervolume == "1.14 ± 3.8"
+    np.testing.assert_array_equal(front.seeds_N, [0, 0, 1, 1, 2])
 
 
 def test_runs_with_other_objectives_are_left_out():

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from server.intervals import interval, with_interval
+from server.intervals import interval, rounded_with_interval, with_interval
 
 
 def test_interval_is_students():
@@ -25,3 +25,8 @@ def test_interval_covers_the_mean_as_often_as_it_says():
 def test_single_value_has_no_interval():
     assert with_interval([1.25], 2) == "1.25"
     assert with_interval([1.0, 2.0, 3.0], 1, sign="+") == "+2.0 ± 2.5"
+
+
+def test_rounding_is_to_significant_digits():
+    assert rounded_with_interval([0.012345]) == "0.0123"
+    assert rounded_with_interval([100.0, 200.0, 300.0], 2) == "2e+02 ± 2.5e+02"

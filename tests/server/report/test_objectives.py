@@ -10,8 +10,8 @@ import pytest
 from rich.console import Console
 
 from server.compare_objectives import objective_tables
-from server.report.objectives import objectives_view
-from server.report.page import render
+from server.report.objectives import fronts_view, objectives_view
+from server.report.page import MAX_RUNS, render
 from server.report.runs import read_runs
 from tests.server.report.folders import NASTY, SITES, write_run
 from tests.server.report.test_page import Reader
@@ -63,9 +63,29 @@ def test_page_shows_it_and_stays_whole(runs):
     assert NASTY not in page
     view = objectives_view(runs)
     for front in view.fronts:
-        assert f"{front.hypervolume:.4g}" in text
+        assert front.hypervolume in text
     for end in view.ends:
         assert all(f"{reward:.4f}" in text for reward in end.rewards)
+
+
+def test_more_runs_than_colours_have_those_of_their_fronts(tmp_path):
+    """Five preferences of two methods: what the tables say is all there, and no colour that the page does not have."""
+    for share in (0.1, 0.3, 0.5, 0.7, 0.9):
+        for beta in (0.5, 1):
+            write_run(tmp_path / f"p{share}-b{beta}", share=share, beta=beta, rounds=1)
+    runs = read_runs([tmp_path])
+    assert len(runs) == 10 > MAX_RUNS
+    view = fronts_view(runs, MAX_RUNS)
+    assert {end.label[-2:]: end.style for end in view.ends} == {".5": "run-0", "b1": "run-1"}
+    assert [len(re.findall("[ML]", path)) for path in view.scatters[0].paths] == [5, 5]
+    read = Reader(render(runs))
+    text = " ".join(read.text)
+    for end in view.ends:
+        assert end.label in text
+        assert all(f"{reward:.4f}" in text for reward in end.rewards)
+    classes = " ".join(attributes.get("class") or "" for _, attributes in read.elements)
+    assert set(re.findall(r"run-[0-9]+", classes)) == {"run-0", "run-1"}
+    assert "Convergence" not in text
 
 
 def test_page_of_runs_without_objectives_has_no_such_part(tmp_path):

@@ -161,11 +161,17 @@ def test_incomplete_runs_still_give_a_page(tmp_path, change):
     )
 
 
-def test_more_runs_than_colours_are_refused(tmp_path):
+def test_of_more_runs_than_colours_there_is_the_overview(tmp_path):
     for number in range(9):
         write_run(tmp_path / str(number), rounds=0)
-    with pytest.raises(ValueError, match="at most 8 runs, got 9"):
-        write_report([tmp_path], tmp_path / "report.html")
+    write_report([tmp_path], tmp_path / "report.html")
+    read = Reader((tmp_path / "report.html").read_text())
+    text = " ".join(read.text)
+    assert "More than 8 runs" in text
+    assert "Objectives" not in text
+    (table,) = read.named("table")
+    assert table["class"] == "overview"
+    assert sum(tag == "tr" for tag, _ in read.elements) == 1 + 9
 
 
 def test_commands_write_the_page_where_they_say(tmp_path, monkeypatch):
