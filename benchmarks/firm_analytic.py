@@ -2,7 +2,8 @@
 
     OPENBLAS_NUM_THREADS=1 python -m benchmarks.firm_analytic --json benchmarks/results/firm_analytic.json
 
-Every seed draws the problem, its sites and the noise anew; shown are means over seeds with their 95 % intervals.
+Every seed draws the problem, its sites and the noise anew; shown are means over seeds with their 95 % intervals. Sweeps
+change one of beta, the number of sites and the number of local steps, and leave the rest.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,9 @@ ROUNDS = 60
 BETAS = (0.0, 0.1, 1.0, 10.0)
 BETA = 1.0
 """Of the comparison with other methods."""
+NUM_SITES = 8
+SITES = (2, NUM_SITES, 16)
+LOCAL_STEPS = (1, Schedule().local_steps, 20)
 
 SHARES = (0.1, 0.3, 0.5, 0.7, 0.9)
 """Preference for the first objective; the others share the rest."""
@@ -38,44 +42,64 @@ class Bed:
     """A family of problems."""
 
     title: str
-    draw: Callable[[np.random.Generator], Problem]
+    draw: Callable[[np.random.Generator, int], Problem]
+    """From the number of sites."""
     schedule: Schedule
     num_objectives: int
 
 
 BEDS = {
-    "quadratics_2": Bed("Two quadratics", lambda rng: Quadratics.drawn(rng, 2), Schedule(), 2),
-    "quadratics_3": Bed("Three quadratics", lambda rng: Quadratics.drawn(rng, 3), Schedule(), 3),
-    "bandit": Bed("Bandits, softmax policy, two rewards", Bandit.drawn, Schedule(learning_rate=2.0), 2),
+    "quadratics_2": Bed("Two quadratics", lambda rng, sites: Quadratics.drawn(rng, 2, sites), Schedule(), 2),
+    "quadratics_3": Bed("Three quadratics", lambda rng, sites: Quadratics.drawn(rng, 3, sites), Schedule(), 3),
+    "bandit": Bed(
+        "Bandits, softmax policy, two rewards",
+        lambda rng, sites: Bandit.drawn(rng, num_sites=sites),
+        Schedule(learning_rate=2.0),
+        2,
+    ),
 }
 
-METHODS: Mapping[str, Callable[[Weights, Schedule], Play]] = {
-    "FIRM, anchor": lambda preference, schedule: firm("anchor", BETA, preference, schedule),
+Method = Callable[[Weights, Schedule], Play]
+"""From the preference, which those that take none ignore."""
+
+
+def anchored(beta: float) -> Method:
+    """FIRM, held to the preference."""
+    return lambda preference, schedule: firm("anchor", beta, preference, schedule)
+
+
+METHODS: dict[str, Method] = {
+    "FIRM, anchor": anchored(BETA),
     "FIRM, weighted": lambda preference, schedule: firm("weighted", BETA, preference, schedule),
     "linear scalarisation": scalarised,
 }
 """Methods that take a preference."""
 
-WITHOUT_PREFERENCE: Mapping[str, Callable[[Schedule], Play]] = {
-    "FIRM, ridge": lambda schedule: firm("ridge", BETA, None, schedule),
-    "local MGDA": lambda schedule: firm("ridge", 0.0, None, schedule),
-    "FSMGDA": fsmgda,
-    "FedCMOO, svd": lambda schedule: fedcmoo("svd", schedule),
-    "FedCMOO, topk": lambda schedule: fedcmoo("topk", schedule),
-    "FedCMOO, whole gradients": lambda schedule: fedcmoo("none", schedule),
+WITHOUT_PREFERENCE: dict[str, Method] = {
+    "FIRM, ridge": lambda _, schedule: firm("ridge", BETA, None, schedule),
+    "local MGDA": lambda _, schedule: firm("ridge", 0.0, None, schedule),
+    "FSMGDA": lambda _, schedule: fsmgda(schedule),
+    "FedCMOO, svd": lambda _, schedule: fedcmoo("svd", schedule),
+    "FedCMOO, topk": lambda _, schedule: fedcmoo("topk", schedule),
+    "FedCMOO, whole gradients": lambda _, schedule: fedcmoo("none", schedule),
 }
-
+SWEPT: Mapping[str, Method] = {
+    title: (METHODS | WITHOUT_PREFERENCE)[title] for title in ("FIRM, anchor", "linear scalarisation", "local MGDA")
+}
+"""Methods whose sites and local steps are varied, at equal preference."""
 
 MEASURES = ("distance", "disagreement", "drift", "uploads", "bound")
 COLUMNS = {
     "distance": "distance to the Pareto set",
     "hypervolume": "share of the hypervolume",
+    "equal": "at equal preference",
     "respected": "preference respected",
     "disagreement": "disagreement",
     "drift": "drift",
     "bound": "of the bound",
     "uploads": "uploads",
 }
+SWEEPS = {"FIRM, anchor, beta": "betas", "sites, equal preference": "sites", "local steps, equal preference": "steps"}
 
 
 def play(problem: Problem, method: Play, num_objectives: int, rng: np.random.Generator) -> dict[str, Any]:
@@ -126,32 +150,73 @@ def _grid(num_objectives: int) -> list[Weights]:
     return [np.array([*head, steps - sum(head)]) / steps for head in heads if sum(head) <= steps]
 
 
-def of_seed(bed: Bed, seed: int) -> dict[str, dict[str, dict[str, float]]]:
+Measured = dict[str, float]
+
+
+def of_seed(bed: Bed, seed: int) -> dict[str, dict[str, Measured]]:
     """Table -> row -> measures, of one draw of the problem."""
-    problem = bed.draw(np.random.default_rng([seed, 0]))
-    front, wishes = Front(problem), preferences(bed.num_objectives)
+    draws = {count: Draw(bed, seed, count) for count in SITES}
+    draw, schedule = draws[NUM_SITES], bed.schedule
+    steps = {count: replace(schedule, local_steps=count) for count in LOCAL_STEPS}
+    return {
+        "methods": {"optima of the weighted sums": draw.exact()}
+        | {title: draw.measured(method, schedule) for title, method in METHODS.items()}
+        | {title: draw.measured_once(method, schedule) for title, method in WITHOUT_PREFERENCE.items()},
+        "betas": {f"{beta:g}": draw.measured(anchored(beta), schedule) for beta in BETAS},
+        "sites": {f"{n}, {title}": draws[n].at_equal(one, schedule) for n in SITES for title, one in SWEPT.items()},
+        "steps": {f"{n}, {title}": draw.at_equal(one, steps[n]) for n in LOCAL_STEPS for title, one in SWEPT.items()},
+    }
 
-    def measured(*methods: Play) -> dict[str, float]:
-        """Means over the runs; the hypervolume of the points where they end."""
-        runs = [play(problem, one, bed.num_objectives, np.random.default_rng([seed, 1])) for one in methods]
-        means = {key: float(np.mean([one[key] for one in runs])) for key in MEASURES}
+
+class Draw:
+    """A bed's problem, drawn for a seed and a number of sites."""
+
+    def __init__(self, bed: Bed, seed: int, num_sites: int) -> None:
+        self._problem = bed.draw(np.random.default_rng([seed, 0]), num_sites)
+        self._front = Front(self._problem)
+        self._seed = seed
+        self._wishes = preferences(bed.num_objectives)
+        self._equal = np.full(bed.num_objectives, 1 / bed.num_objectives)
+
+    def measured(self, method: Method, schedule: Schedule) -> Measured:
+        """Means over the runs with all preferences, the hypervolume of their ends, and of the equal preference's."""
+        runs = [self._run(method, wish, schedule) for wish in self._wishes]
         ends = [one["losses"] for one in runs]
-        return means | {"hypervolume": front.share(ends), "respected": _respected(ends)}
+        return _means(runs) | {
+            "hypervolume": self._front.share(ends),
+            "respected": _respected(ends),
+            "equal": self.at_equal(method, schedule)["equal"],
+        }
 
-    exact = [problem.losses(problem.best(wish)) for wish in wishes]
-    methods = {"optima of the weighted sums": {"hypervolume": front.share(exact), "respected": _respected(exact)}}
-    for title, with_preference in METHODS.items():
-        methods[title] = measured(*(with_preference(wish, bed.schedule) for wish in wishes))
-    for title, without in WITHOUT_PREFERENCE.items():
-        methods[title] = measured(without(bed.schedule))
-    betas = {f"{beta:g}": measured(*(firm("anchor", beta, wish, bed.schedule) for wish in wishes)) for beta in BETAS}
-    return {"methods": methods, "betas": betas}
+    def measured_once(self, method: Method, schedule: Schedule) -> Measured:
+        """The same of a method that takes no preference."""
+        found = self.at_equal(method, schedule)
+        return found | {"hypervolume": found["equal"]}
+
+    def at_equal(self, method: Method, schedule: Schedule) -> Measured:
+        """Of the run with equal preferences alone."""
+        run = self._run(method, self._equal, schedule)
+        return _means([run]) | {"equal": self._front.share([run["losses"]])}
+
+    def exact(self) -> Measured:
+        """Of the points that linear scalarisation aims at."""
+        *ends, equal = [self._problem.losses(self._problem.best(wish)) for wish in (*self._wishes, self._equal)]
+        shares = {"hypervolume": self._front.share(ends), "equal": self._front.share([equal])}
+        return shares | {"respected": _respected(ends)}
+
+    def _run(self, method: Method, wish: Weights, schedule: Schedule) -> dict[str, Any]:
+        rng = np.random.default_rng([self._seed, 1])
+        return play(self._problem, method(wish, schedule), len(wish), rng)
+
+
+def _means(runs: Sequence[Mapping[str, Any]]) -> Measured:
+    return {key: float(np.mean([one[key] for one in runs])) for key in MEASURES}
 
 
 def _respected(losses: Sequence[Array]) -> float:
     """Share of the steps from one preference to the next, higher one that lower the first loss."""
     first = [one[0] for one in losses]
-    return float(np.mean(np.diff(first) < 0)) if len(first) > 1 else np.nan
+    return float(np.mean(np.diff(first) < 0))
 
 
 def run(seeds: Sequence[int]) -> dict[str, Any]:
@@ -172,11 +237,12 @@ def run(seeds: Sequence[int]) -> dict[str, Any]:
 
 
 def tables(results: Mapping[str, Any]) -> str:
-    """For each bed the methods, and FIRM over beta, in Markdown."""
+    """For each bed the methods and the sweeps, in Markdown."""
     lines = []
     for name, found in results["beds"].items():
         lines += [f"**{BEDS[name].title}**", "", *_table("", found["methods"]), ""]
-        lines += [*_table("FIRM, anchor, beta", found["betas"]), ""]
+        for title, table in SWEEPS.items():
+            lines += [*_table(title, found[table]), ""]
     return "\n".join(lines)
 
 

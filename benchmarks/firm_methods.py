@@ -145,11 +145,8 @@ def _trained(
 
 
 def _bound_ratio(gradients_CMD: Array, weights_CM: Weights, beta: float) -> float:
-    grams = [normalised_gram(gram_matrix(gradients)) for gradients in gradients_CMD]
-    ratios = [
-        np.linalg.norm(ours - theirs) / (2 / beta * np.linalg.norm((left - right) @ ours))
-        for left, ours in zip(grams, weights_CM, strict=True)
-        for right, theirs in zip(grams, weights_CM, strict=True)
-        if left is not right
-    ]
-    return float(max(ratios))
+    grams_CMM = np.stack([normalised_gram(gram_matrix(gradients)) for gradients in gradients_CMD])
+    apart_CC = np.linalg.norm(weights_CM[:, None] - weights_CM, axis=-1)
+    felt_CCM = np.einsum("cdmn,cn->cdm", grams_CMM[:, None] - grams_CMM, weights_CM)
+    pairs_CC = ~np.eye(len(grams_CMM), dtype=bool)
+    return float((apart_CC[pairs_CC] / (2 / beta * np.linalg.norm(felt_CCM, axis=-1)[pairs_CC])).max())

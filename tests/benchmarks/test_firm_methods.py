@@ -105,3 +105,9 @@ def test_tables_have_a_row_for_every_method(monkeypatch):
     page = tables({"beds": {"quadratics_2": found}})
     for name in (*firm_analytic.METHODS, *firm_analytic.WITHOUT_PREFERENCE, "optima of the weighted sums"):
         assert page.count(f"| {name} |") == 1
+    for name in ("2, FIRM, anchor", "16, local MGDA", "20, linear scalarisation"):
+        assert f"| {name} |" in page
+    assert found["sites"]["8, FIRM, anchor"] == found["steps"]["5, FIRM, anchor"] != found["sites"]["2, FIRM, anchor"]
+    assert found["steps"]["5, FIRM, anchor"]["equal"] == found["methods"]["FIRM, anchor"]["equal"]
+    mgda = found["methods"]["local MGDA"]
+    assert mgda["equal"] == mgda["hypervolume"] == found["betas"]["0"]["equal"]
