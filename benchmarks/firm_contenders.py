@@ -72,7 +72,7 @@ WORKLOADS: dict[str, Workload] = {
     "tiny": Workload(
         (
             "partition=dirichlet", "partition.alpha=0.1", "partition.num_sites=4", "data.num_examples=400", "rounds=6",
-            "train.max_steps=3", "train.batch_size=4", "train.micro_batch=16", "train.learning_rate=3e-3",
+            "train.max_steps=3", "train.batch_size=4", "train.learning_rate=3e-3",
             "lora.rank=4", "method.group_size=4", "method.max_new_tokens=16", "method.temperature=1.5",
             "method.eval_prompts=16", "eval.max_examples=16",
         ),
