@@ -233,9 +233,9 @@ def test_a_convex_graft_cannot_start_exactly() -> None:
 
 def test_the_memory_estimate_counts_the_graft_its_gradient_and_its_moments() -> None:
     """A copy of one expert of width 24 in each of two layers, a gate of 16 weights and a bias: float32."""
+    models = grafted_model("olmoe"), grafted_model("olmoe", None)
     grafted, plain = (
-        TrainingMemory(adapted, Shape(9, 5, packed=False), gradient_checkpointing=False)
-        for adapted in (grafted_model("olmoe"), grafted_model("olmoe", None))
+        TrainingMemory(adapted, Shape(9, 5, packed=False), gradient_checkpointing=False) for adapted in models
     )
     of_grafts = 2 * 4 * (3 * 24 * 16 + 16 + 1)
     assert grafted.adapter_bytes - plain.adapter_bytes == of_grafts
