@@ -90,11 +90,11 @@ def adapted_model(
         ValueError: If the settings do not fit the model: see ``AdaptedModel`` and ``load_base``.
     """
     key = repr((model, lora, device, graft))
-    found = _adapted.pop(key, None) or AdaptedModel(load_base(model, device), model, lora, graft)
-    _adapted[key] = found
-    if len(_adapted) > _KEPT:
+    found = _adapted.pop(key, None)
+    while len(_adapted) >= _KEPT:  # before another takes memory
         del _adapted[next(iter(_adapted))]
-    return found
+    _adapted[key] = found or AdaptedModel(load_base(model, device), model, lora, graft)
+    return _adapted[key]
 
 
 class AdaptedModel:

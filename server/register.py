@@ -12,6 +12,7 @@ from server.certificates import public_fingerprint
 from server.flower import Connection
 
 _TIMEOUT_SECONDS = 120
+_NO_ANSWER = "no-answer"
 SITES_FILE = "BOUQUET_SITES"
 """Environment variable of the SuperLink and its ServerApps: the record of the sites registered there."""
 
@@ -70,6 +71,9 @@ class Register:
         answer = self._flwr("register", str(path), "bouquet", "--name", site)
         if "node-id" not in answer:
             hint = "a key that was removed cannot come back: bouquet certs --replace makes a new one"
+            if _NO_ANSWER in answer:
+                self._tell_once(site, f"{site} could not be registered yet, is tried again: {answer[_NO_ANSWER]}")
+                return
             self._failed.add((site, key))
             self.tell(f"{site} could not be registered: {answer.get('error-message', answer)} ({hint})")
             return
@@ -80,7 +84,7 @@ class Register:
     def _unregister(self, node: str, facts: dict[str, str]) -> None:
         answer = self._flwr("unregister", node, "bouquet")
         if "node-id" not in answer:
-            why = answer.get("error-message", answer)
+            why = answer.get(_NO_ANSWER) or answer.get("error-message", answer)
             self._tell_once(
                 facts["site"], f"{facts['site']} could NOT be removed, may still join, is tried again: {why}"
             )
@@ -90,7 +94,7 @@ class Register:
         self.tell(f"{facts['site']} may no longer join with key {facts['key']}")
 
     def _flwr(self, command: str, *words: str) -> dict[str, object]:
-        """Answer of ``flwr supernode COMMAND``; a foreign one as its ``error-message``."""
+        """Answer of ``flwr supernode COMMAND``; a foreign one as its ``error-message``, none as ``_NO_ANSWER``."""
         try:
             done = subprocess.run(  # noqa: S603
                 self.connection.command("supernode", command, *words, "--format", "json"),
@@ -98,7 +102,7 @@ class Register:
                 capture_output=True, text=True, timeout=_TIMEOUT_SECONDS, check=False,
             )  # fmt: skip
         except subprocess.TimeoutExpired:
-            return {"error-message": f"no answer in {_TIMEOUT_SECONDS} s"}
+            return {_NO_ANSWER: f"no answer in {_TIMEOUT_SECONDS} s"}
         try:
             return dict(json.loads(done.stdout))
         except ValueError:

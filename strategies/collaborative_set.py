@@ -92,7 +92,8 @@ def judge(
     distance_K = np.sort(pair_KK, axis=1)[:, _needed(num_sites, agreement)]
     if threshold is not None:
         return Verdict(distances=distance_K, threshold=threshold, gap=math.nan)
-    return _separated(distance_K, max(scale, float(distance_G.max(initial=0.0))), agreement, min_gap)
+    floor = _RESOLUTION * max(scale, float(distance_G.max(initial=0.0)))
+    return _separated(np.maximum(distance_K, floor), agreement, min_gap)
 
 
 def _needed(num_sites: int, agreement: float) -> int:
@@ -100,19 +101,18 @@ def _needed(num_sites: int, agreement: float) -> int:
     return max(1, math.ceil(agreement * (num_sites - 1)))
 
 
-def _separated(distance_K: NDArray[np.float64], largest: float, agreement: float, min_gap: float) -> Verdict:
-    """The verdict by the best gap; ``largest`` is the length that rounding is measured against."""
+def _separated(distance_K: NDArray[np.float64], agreement: float, min_gap: float) -> Verdict:
+    """The verdict by the best gap among distances of which none or all are 0."""
     num_sites = len(distance_K)
     needed = _needed(num_sites, agreement)
     ordered = np.sort(distance_K)
-    floored = np.maximum(ordered, _RESOLUTION * (largest or 1.0))
-    logs = np.log(floored)
-    scores = np.diff(logs)[needed:] / (_SPREAD + logs[needed:-1] - logs[0]) / (1 + _CHANCE / num_sites)
-    if num_sites < MIN_SITES or largest == 0 or not len(scores):
+    if num_sites < max(MIN_SITES, needed + 2) or ordered[0] == 0:
         return Verdict(distances=distance_K, threshold=math.inf, gap=math.nan)
+    logs = np.log(ordered)
+    scores = np.diff(logs)[needed:] / (_SPREAD + logs[needed:-1] - logs[0]) / (1 + _CHANCE / num_sites)
     best = int(scores.argmax())
     gap = float(scores[best])
-    within = float(floored[needed + best]) if gap >= min_gap else math.inf
+    within = float(ordered[needed + best]) if gap >= min_gap else math.inf
     return Verdict(distances=distance_K, threshold=within, gap=gap)
 
 
@@ -127,20 +127,18 @@ def pool(
 
     Args:
         sites: K names, the order of the verdict.
-        verdicts: Of the matrices, in the order of their sites.
+        verdicts: Of the matrices, in the order of their sites; of ``judge`` without a fixed threshold.
         agreement: alpha, in [0.5, 1).
         min_gap: Smallest score of a gap, see ``judge``.
     """
     logs: dict[str, list[float]] = {site: [] for site in sites}
     for present, verdict in verdicts:
-        largest = float(verdict.distances.max(initial=0.0))
-        if largest == 0:
-            continue
-        floored = np.maximum(verdict.distances, _RESOLUTION * largest)
-        for site, log in zip(present, np.log(floored / np.median(floored)), strict=True):
-            logs[site].append(float(log))
+        if verdict.distances.all():
+            relative = np.log(verdict.distances / np.median(verdict.distances))
+            for site, log in zip(present, relative.tolist(), strict=True):
+                logs[site].append(log)
     distance_K = np.exp([float(np.mean(found)) if found else 0.0 for found in logs.values()])
-    return _separated(distance_K, float(distance_K.max(initial=0.0)), agreement, min_gap)
+    return _separated(distance_K, agreement, min_gap)
 
 
 @dataclass(frozen=True, kw_only=True)

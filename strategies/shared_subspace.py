@@ -54,6 +54,8 @@ class SubspaceConfig:
         both = (self.low_rank_penalty is None) == (self.block_penalty is None)
         require(both, "subspace.block_penalty", "given or null as subspace.low_rank_penalty is", self.block_penalty)
         require(self.rank is None or self.rank >= 1, "subspace.rank", "null or >= 1", self.rank)
+        fixed = self.threshold is not None and self.verdict is VerdictRule.pooled
+        require(not fixed, "subspace.threshold", "null with subspace.verdict=pooled", self.threshold)
         require(0.5 <= self.agreement < 1, "subspace.agreement", "in [0.5, 1)", self.agreement)
         require(self.min_gap > 0, "subspace.min_gap", "> 0", self.min_gap)
         require(0 < self.tolerance < 1, "subspace.tolerance", "in (0, 1)", self.tolerance)

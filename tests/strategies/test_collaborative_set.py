@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from strategies.collaborative_set import Verdict, VerdictRule, count_votes, decide, judge, pool
 from strategies.product_cores import pairs_of
+from strategies.shared_subspace import SubspaceConfig
 
 RULE = {"agreement": 0.5, "min_gap": 1.0}
 
@@ -103,7 +104,9 @@ def test_sites_that_agree_exactly_have_a_threshold_to_be_measured_by():
 
 def test_rounding_of_what_was_taken_away_is_no_gap():
     """The only site that trained spans the shared row space itself: beside its length what is left is nothing."""
-    assert judge(distances([0, 0, 0, 0, 1e-17]), 5, **RULE, scale=1.0).accepted.all()
+    verdict = judge(distances([0, 0, 0, 0, 1e-17]), 5, **RULE, scale=1.0)
+    assert verdict.accepted.all()
+    assert pool("abcde", [("abcde", verdict)] * 8, **RULE).accepted.all()
 
 
 def test_majority_of_the_matrices_that_judged_a_site_rejects_it():
@@ -181,3 +184,8 @@ def test_a_site_that_no_matrix_judged_is_pooled_as_an_average_one():
     assert pooled.distances[6] == 1
     assert pooled.accepted.tolist() == [True] * 5 + [False, True]
     assert pool(range(7), [], **RULE).accepted.all()
+
+
+def test_pooled_distances_have_no_fixed_threshold():
+    with pytest.raises(ValueError, match="subspace.threshold must be null with subspace.verdict=pooled, got 1.0"):
+        SubspaceConfig(threshold=1.0, verdict=VerdictRule.pooled)
