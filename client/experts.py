@@ -169,7 +169,8 @@ def _factors(wrapper: ParamWrapper, dtype: torch.dtype) -> Factors:
     if missing:
         A_ERI = nn.functional.pad(A_ERI, (0, 0, 0, missing))
         B_EOR = nn.functional.pad(B_EOR, (0, missing))
-    return A_ERI.contiguous(), B_EOR.contiguous()
+    # B lies in memory as (E, R, O): products along its outputs run over whole lines.
+    return A_ERI.contiguous(), B_EOR.mT.contiguous().mT
 
 
 def _cost_of_peft(model: peft.PeftModel, layers: list[MoeLayer]) -> str:

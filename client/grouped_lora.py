@@ -216,7 +216,8 @@ def _project_backward(  # noqa: PLR0917
     if grad_x_SI is not None:
         _add_grouped_mm(grad_x_SI, grad_SR, A_ERI, pairs)
     grad_A_ERI = grouped_mm(grad_SR.t(), x_SI, ends_E)
-    grad_B_EOR = grouped_mm(grad_SO.t(), x_SR, ends_E)
+    # With the short side first: on a CPU several times as fast as (S, O) by (S, R).
+    grad_B_EOR = grouped_mm(x_SR.t(), grad_SO, ends_E).mT
     return grad_x_SI, grad_A_ERI, grad_B_EOR
 
 
