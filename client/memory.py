@@ -39,6 +39,19 @@ times. Without gaps (MALLOC_MMAP_THRESHOLD_=131072) it was 1.0, and a step took 
 
 
 @dataclass(frozen=True)
+class Passes:
+    """What the forward passes go over when a site trains."""
+
+    sequences: Sequence[TokenSequence]
+    per_example: int = 1
+    """How many of them come of one training example."""
+
+    def of_step(self, batch_size: int) -> int:
+        """How many sequences an optimiser step goes over."""
+        return min(batch_size * self.per_example, len(self.sequences))
+
+
+@dataclass(frozen=True)
 class Shape:
     """The largest sequence of a site, as far as memory is concerned."""
 
@@ -144,23 +157,22 @@ def training_memory(adapted: AdaptedModel, sequences: Sequence[TokenSequence], c
     return known[key]
 
 
-def choose_micro_batch(
-    adapted: AdaptedModel, sequences: Sequence[TokenSequence], config: TrainConfig, free: int
-) -> int:
+def choose_micro_batch(adapted: AdaptedModel, passes: Passes, config: TrainConfig, free: int) -> int:
     """Sequences of a forward and backward pass: ``train.micro_batch``, or with ``auto`` as many as fit.
 
     Args:
         adapted: The model; see ``training_memory``.
-        sequences: What it will be trained on.
+        passes: What it will be trained on.
         config: The settings under ``train.``.
         free: Bytes that training may take, ``free_bytes``.
 
     Raises:
         ValueError: If they do not fit; the message has the numbers and what to set.
     """
-    wanted = config.micro_batch if isinstance(config.micro_batch, int) else config.batch_size
-    wanted = min(wanted, len(sequences))
-    memory = training_memory(adapted, sequences, config)
+    wanted = passes.of_step(config.batch_size)
+    if isinstance(config.micro_batch, int):
+        wanted = min(wanted, config.micro_batch)
+    memory = training_memory(adapted, passes.sequences, config)
     if memory.fits(wanted, free):
         return wanted
     fitting = memory.largest_fit(wanted, free)

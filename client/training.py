@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from client.checkpointing import checkpointed_layers
 from client.local_rule import LocalRule, Step, StepLoss
-from client.memory import choose_micro_batch, free_bytes
+from client.memory import Passes, choose_micro_batch, free_bytes
 from client.model import AdaptedModel
 from client.runtime import configure_torch
 from client.text import TokenSequence
@@ -62,7 +62,7 @@ def train(
     config: TrainConfig,
     generator: np.random.Generator,
     rule: LocalRule | None = None,
-    passes: Sequence[TokenSequence] | None = None,
+    passes: Passes | None = None,
 ) -> TrainingResult:
     """Train ``start`` on ``sequences`` in an order drawn from ``generator``; the result stays loaded.
 
@@ -76,7 +76,7 @@ def train(
         config: The settings under ``train.``.
         generator: Source of every random draw, torch's included.
         rule: What the method adds to the loop; None: nothing.
-        passes: What the rule's forward passes go over (``Method.passes_over``); None: ``sequences``.
+        passes: What the rule's forward passes go over (``Method.passes_over``); None: ``sequences``, once each.
 
     Raises:
         ValueError: If there is no sequence, ``start`` does not fit the model, a pass of ``train.micro_batch``
@@ -89,7 +89,7 @@ def train(
     configure_torch(config)
     # Before memory is measured: a graft that an adapter lacks takes none.
     adapted.load_adapter(start)
-    micro_batch = choose_micro_batch(adapted, passes or sequences, config, free_bytes(adapted.device))
+    micro_batch = choose_micro_batch(adapted, passes or Passes(sequences), config, free_bytes(adapted.device))
     # Spawned, so that the order of the sequences is the generator's own stream.
     torch.manual_seed(int(generator.spawn(1)[0].integers(2**63)))
     adapted.model.train()

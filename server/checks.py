@@ -125,12 +125,12 @@ def memory(config: Config, load: Callable[[], Iterable[SiteData]]) -> str:
     if not examples:
         return f"{amount(free)} free on {adapted.device} beside the base model; nothing is trained here"
     method = method_for(config.method)
-    sequences = method.passes_over(method.encode(examples, adapted.tokenizer, config.data))
-    needed = training_memory(adapted, sequences, config.train)
+    passes = method.passes_over(method.encode(examples, adapted.tokenizer, config.data))
+    needed = training_memory(adapted, passes.sequences, config.train)
     together = _processes(config, adapted.device.type)
     # Every further process loads the base model once more.
     share = (free - (together - 1) * needed.base_bytes) // together
-    num_sequences = choose_micro_batch(adapted, sequences, config.train, share)
+    num_sequences = choose_micro_batch(adapted, passes, config.train, share)
     return f"{needed.describe(num_sequences)}; {amount(free)} free for {together} process(es) that train at a time"
 
 

@@ -76,12 +76,12 @@ def _measure(config: Config) -> Need | None:
     adapted = site_model(config)
     examples = [example for site in simulated_sites(config).values() for example in site.train]
     method = method_for(config.method)
-    sequences = method.passes_over(method.encode(examples, adapted.tokenizer, config.data))
-    memory = training_memory(adapted, sequences, config.train)
+    passes = method.passes_over(method.encode(examples, adapted.tokenizer, config.data))
+    memory = training_memory(adapted, passes.sequences, config.train)
     gpu = torch.cuda.get_device_properties(adapted.device).total_memory
     wanted = config.train.micro_batch
     # With "auto", the whole step if it fits on a GPU of its own; the site finds out what does.
-    num_sequences = wanted if isinstance(wanted, int) else config.train.batch_size
+    num_sequences = wanted if isinstance(wanted, int) else passes.of_step(config.train.batch_size)
     site = memory.total_bytes(num_sequences)
     if wanted == "auto":
         site = min(site, int(_USABLE * gpu) - _CONTEXT_BYTES)

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from client.evaluation.generation import Generator, greedy
 from client.evaluation.held_out import HeldOutLoss, held_out_loss
 from client.local_rule import LocalRule
+from client.memory import Passes
 from client.model import AdaptedModel
 from client.text import Example, TokenSequence, encode
 from conf.methods import GraftConfig, MethodConfig
@@ -94,9 +95,9 @@ class Method(ABC):
         """
         return encode(examples, tokenizer, data)
 
-    def passes_over(self, sequences: Sequence[TokenSequence]) -> Sequence[TokenSequence]:
+    def passes_over(self, sequences: Sequence[TokenSequence]) -> Passes:
         """What forward passes go over when the site trains on ``sequences``: memory is estimated from it."""
-        return sequences
+        return Passes(sequences)
 
     def local_rule(self, adapted: AdaptedModel, broadcast: Arrays, private: Arrays) -> LocalRule:  # noqa: ARG002
         """What the method adds to the local loop of this round; by default nothing.

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from client.alignment.rollouts import reference_log_probabilities, token_log_probabilities
 from client.local_rule import LocalRule, Step, StepLoss
+from client.memory import Passes
 from client.methods.base import Method
 from client.model import AdaptedModel
 from client.prompts import PreferencePair, encode_pairs
@@ -63,9 +64,9 @@ class Dpo(Method):
             raise ValueError(f"method.objectives={wanted} are those of none of {len(examples)} pairs")
         return weighted(self.config, encode_pairs(chosen, tokenizer, data))
 
-    def passes_over(self, sequences: Sequence[TokenSequence]) -> Sequence[TokenSequence]:
+    def passes_over(self, sequences: Sequence[TokenSequence]) -> Passes:
         """Both responses of every pair."""
-        return _both_responses(_as_pairs(sequences))
+        return Passes(_both_responses(_as_pairs(sequences)), per_example=2)
 
     def local_rule(self, adapted: AdaptedModel, broadcast: Arrays, private: Arrays) -> LocalRule:  # noqa: ARG002
         """DPO's loss in place of the supervised one."""

@@ -23,6 +23,7 @@ from client.alignment.reward_models import named_rewards
 from client.alignment.rewards import Rewards
 from client.alignment.rollouts import token_log_probabilities
 from client.local_rule import LocalRule, Step, StepLoss
+from client.memory import Passes
 from client.methods.base import Method
 from client.model import AdaptedModel
 from client.private import under
@@ -71,11 +72,11 @@ class Firm(Method):
         """Prompts; the responses of the data are there for the held-out loss alone."""
         return prompt_sequences(examples, tokenizer, data, self.config.max_new_tokens)
 
-    def passes_over(self, sequences: Sequence[TokenSequence]) -> Sequence[TokenSequence]:
-        """Prompts with completions of full length."""
-        return [
-            response_sequence(prompt.prompt_ids, [0] * self.config.max_new_tokens) for prompt in _as_prompts(sequences)
-        ]
+    def passes_over(self, sequences: Sequence[TokenSequence]) -> Passes:
+        """Prompts with completions of full length, as many as a rollout has of each."""
+        full = [0] * self.config.max_new_tokens
+        longest = [response_sequence(prompt.prompt_ids, full) for prompt in _as_prompts(sequences)]
+        return Passes(longest * self.config.group_size, per_example=self.config.group_size)
 
     def local_rule(self, adapted: AdaptedModel, broadcast: Arrays, private: Arrays) -> LocalRule:
         """Policy gradients, combined by the site's own weights, or by the server's if it sends any (FedCMOO).

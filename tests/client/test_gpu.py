@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from client.grafting.selection import select_experts
-from client.memory import Shape, TrainingMemory, choose_micro_batch, free_bytes, step_peak_bytes
+from client.memory import Passes, Shape, TrainingMemory, choose_micro_batch, free_bytes, step_peak_bytes
 from client.model import AdaptedModel, load_base
 from client.runtime import configure_torch, resolve_device
 from conf.methods import GraftConfig
@@ -139,7 +139,7 @@ def test_auto_stays_inside_the_share_of_a_process(wider_config):
     torch.cuda.set_per_process_memory_fraction(wanted / torch.cuda.get_device_properties(device).total_memory)
     try:
         config = TrainConfig(batch_size=16, micro_batch="auto")
-        chosen = choose_micro_batch(adapted, [shape.sequence()] * 16, config, free_bytes(device))
+        chosen = choose_micro_batch(adapted, Passes([shape.sequence()] * 16), config, free_bytes(device))
         assert chosen in {4, 5}
         result = run(
             adapted, [shape.sequence()] * 16, adapted.initial_adapter(0), batch_size=16, max_steps=1, micro_batch="auto"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from client.memory import Shape, TrainingMemory, _LiveBytes, choose_micro_batch, step_peak_bytes
+from client.memory import Passes, Shape, TrainingMemory, _LiveBytes, choose_micro_batch, step_peak_bytes
 from client.model import AdaptedModel, load_base
 from client.text import TokenSequence
 from client.throughput import matrix_weights
@@ -150,8 +150,8 @@ def test_auto_takes_what_fits_and_never_more_than_the_step_has(adapted):
     sequences = eight_sequences()
     config = TrainConfig(batch_size=6, micro_batch="auto")
     for count, chosen in ((1, 1), (4, 4), (6, 6), (100, 6)):
-        assert choose_micro_batch(adapted, sequences, config, free_for(adapted, sequences, count)) == chosen
-    assert choose_micro_batch(adapted, sequences[:2], config, 1 << 40) == 2
+        assert choose_micro_batch(adapted, Passes(sequences), config, free_for(adapted, sequences, count)) == chosen
+    assert choose_micro_batch(adapted, Passes(sequences[:2]), config, 1 << 40) == 2
 
 
 def test_what_does_not_fit_is_refused_with_numbers_and_a_way_out(adapted):
@@ -163,10 +163,10 @@ def test_what_does_not_fit_is_refused_with_numbers_and_a_way_out(adapted):
         match=r"training needs \d+\.\d MiB beside .* activations of 6 x 15 tokens; [\d.]+ MiB are free on cpu: "
         r"set train\.micro_batch=3 \(or auto\)",
     ):
-        choose_micro_batch(adapted, sequences, whole, free)
-    assert choose_micro_batch(adapted, sequences, replace(whole, micro_batch=3), free) == 3
+        choose_micro_batch(adapted, Passes(sequences), whole, free)
+    assert choose_micro_batch(adapted, Passes(sequences), replace(whole, micro_batch=3), free) == 3
     with pytest.raises(ValueError, match=r"activations of 6 x .* set train\.gradient_checkpointing=true"):
-        choose_micro_batch(adapted, sequences, replace(whole, micro_batch="auto"), 0)
+        choose_micro_batch(adapted, Passes(sequences), replace(whole, micro_batch="auto"), 0)
 
 
 MEASURED = """
@@ -175,7 +175,7 @@ from pathlib import Path
 
 import torch
 
-from client.memory import Shape, TrainingMemory, free_bytes
+from client.memory import Passes, Shape, TrainingMemory, free_bytes
 from client.model import AdaptedModel, load_base
 from conf.model import LoraConfig
 from tests.client.local_training import run

@@ -139,7 +139,8 @@ def test_only_pairs_of_the_objectives_are_used_and_each_needs_both_responses(ada
 def test_memory_is_estimated_for_both_responses(adapted):
     pairs = pairs_of(adapted, DpoConfig())
     over = Dpo(DpoConfig()).passes_over(pairs)
-    assert len(over) == 2 * len(pairs)
+    assert len(over.sequences) == 2 * len(pairs)
+    assert over.of_step(1) == 2
 
 
 def test_a_round_from_a_file_of_pairs(tmp_path):

@@ -210,6 +210,7 @@ def test_expert_tokens_are_those_of_the_passes_that_train(base_config, tmp_path)
     config, adapted = site.method.config, site.adapted
     completions = update.metrics["completion_tokens"] * config.group_size * site.config.train.batch_size
     assert update.metrics["num_tokens"] == pytest.approx(completions)
+    assert update.metrics["micro_batch"] == config.group_size * site.config.train.batch_size  # the rollout in one pass
     prompts = [len(prompt.prompt_ids) for prompt in site.method.encode(TRAIN, adapted.tokenizer, DATA)]
     (tokens, *others) = (counts.sum() / adapted.experts_per_token for counts in update.expert_tokens.values())
     assert set(others) == {tokens}
