@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.firm_tables import ALL_SHARES, EQUAL, THREE_SHARES
+from benchmarks.workloads import WORKLOADS as FC_MOE_WORKLOADS
 
 DPO = "dpo"
 FSMGDA = "fsmgda"
@@ -19,8 +20,9 @@ class Workload:
 
     settings: tuple[str, ...]
     rewards: tuple[str, str]
-    file: str | None = None
-    """Of the data folder; None: the embedded default."""
+    source: str | None
+    """A file of the data folder, or the workload of ``benchmarks.fc_moe`` whose model and prompts these are; None: what
+    the settings say."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +39,13 @@ class Contender:
     workloads: tuple[str, ...] = ("tiny", "smollm2")
 
 
+BETA = 1
+"""Of FIRM: between MGDA, which knows no preference, and linear scalarisation, which knows nothing else."""
+
 CONTENDERS: dict[str, Contender] = {
-    "firm": Contender("FIRM, anchor, beta 0.1", ("strategy=firm", "method.beta=0.1")),
+    "firm": Contender(f"FIRM, anchor, beta {BETA}", ("strategy=firm", f"method.beta={BETA}")),
     "firm_weighted": Contender(
-        "FIRM, weighted, beta 0.1", ("strategy=firm", "method.beta=0.1", "method.regulariser=weighted")
+        f"FIRM, weighted, beta {BETA}", ("strategy=firm", f"method.beta={BETA}", "method.regulariser=weighted")
     ),
     "scalarised": Contender("linear scalarisation", ("strategy=firm", "method.beta=inf")),
     "mgda": Contender("local MGDA (beta 0)", ("strategy=firm", "method.beta=0"), EQUAL),
@@ -51,7 +56,7 @@ CONTENDERS: dict[str, Contender] = {
         f"beta_{beta:g}": Contender(
             f"FIRM, anchor, beta {beta:g}", ("strategy=firm", f"method.beta={beta:g}"), THREE_SHARES, is_main=False
         )
-        for beta in (0.01, 1, 10)
+        for beta in (0.1, 10)
     },
     **{
         f"{key}_{value}_{name}": Contender(
@@ -64,19 +69,20 @@ CONTENDERS: dict[str, Contender] = {
             ("steps", "train.max_steps", "local steps", (1, 8)), ("sites", "partition.num_sites", "sites", (2, 8)),
         )
         for value in values
-        for name, title, beta in (("firm", "FIRM", 0.1), ("mgda", "local MGDA", 0))
+        for name, title, beta in (("firm", "FIRM", BETA), ("mgda", "local MGDA", 0))
     },
 }  # fmt: skip
 
 WORKLOADS: dict[str, Workload] = {
     "tiny": Workload(
         (
-            "partition=dirichlet", "partition.alpha=0.1", "partition.num_sites=4", "data.num_examples=400", "rounds=6",
-            "train.max_steps=3", "train.batch_size=4", "train.learning_rate=3e-3",
-            "lora.rank=4", "method.group_size=4", "method.max_new_tokens=16", "method.temperature=1.5",
-            "method.eval_prompts=16", "eval.max_examples=16",
+            "partition=dirichlet", "partition.column=group", "partition.alpha=0.3", "partition.num_sites=4", "rounds=8",
+            "train.max_steps=4", "train.batch_size=8", "train.learning_rate=1e-2", "lora.rank=4", "lora.alpha=8",
+            "data.max_length=64", "method.group_size=4", "method.max_new_tokens=16", "method.kl=0.1",
+            "method.eval_prompts=48", "eval.max_examples=16",
         ),
-        ("length", "format"),
+        ("brevity", "sentiment"),
+        "dolly",
     ),
     "smollm2": Workload(
         (
@@ -111,8 +117,11 @@ class Cell:
 
     def overrides(self, data: Path) -> list[str]:
         """The settings of its run, with the data in the folder ``data``; FedCMOO takes no preference."""
-        file = WORKLOADS[self.workload].file
-        place = [f"data.path={data / file}"] if file else []
+        source = WORKLOADS[self.workload].source
+        if source in FC_MOE_WORKLOADS:
+            place = FC_MOE_WORKLOADS[source].source(data, self.seed, "test")
+        else:
+            place = [f"data.path={data / source}"] if source else []
         preference = [f"method.preference=[{self.share},{round(1 - self.share, 9)}]"]
         none = self.contender in {"fedcmoo", FSMGDA}
         return [*self.settings, *place, f"seed={self.seed}", *([] if none else preference)]

@@ -62,10 +62,12 @@ class Workload:
     def overrides(self, data: Path, seed: int, split: str, device: str = "cpu") -> list[str]:
         """Settings of a run that is judged on ``split``; model and data are built if the cache lacks them."""
         own = [*self.settings, f"rounds={self.rounds}", f"seed={seed}", f"device={device}"]
-        if self.rows is None:
-            return own
+        return own if self.rows is None else [*own, *self.source(data, seed, split)]
+
+    def source(self, data: Path, seed: int, split: str) -> list[str]:
+        """Those of the ``overrides`` that say where model and data are."""
         return [
-            *own, *(self.model or _word_base_settings(data)), f"data.path={self.file(data, seed)}",
+            *(self.model or _word_base_settings(data)), f"data.path={self.file(data, seed)}",
             "data.prompt_column=text", "data.context_column=null", "data.response_column=label",
             "data.split_column=split", f"data.held_out_split={split}",
         ]  # fmt: skip
