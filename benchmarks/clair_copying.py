@@ -4,11 +4,7 @@
 
 Shapes: K sites trained side by side, B sequences, T = 64 tokens, D = 64 hidden, V = 53 tokens.
 
-Left open by the paper, and chosen here: the contaminated site copies the segment backwards; background letters are
-uniform; the loss is next-token cross-entropy at the positions that are scored (at all positions, 5500 steps of pre-
-training learn no copying); LoRA's "scale 16" is alpha: updates are scaled by 16 / 3; penalties and threshold are
-automatic, and the eight matrices make one verdict pooled (that of their majority is counted beside it); accuracies are
-means over the nine benign sites, on 200 new sequences each; the output layer of a site is its own under every method.
+What the paper leaves open, and what was chosen, is ``LEFT_OPEN``.
 """
 
 from __future__ import annotations
@@ -25,12 +21,23 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
-from benchmarks.render import write_results
+from benchmarks.render import choices, write_results
 from strategies.collaborative_set import VerdictRule, decide
 from strategies.low_rank import Factors
 from strategies.refinement import refine
 from strategies.shared_subspace import SubspaceConfig, examine
 
+LEFT_OPEN = {
+    "what the contaminated site copies": "the segment backwards",
+    "background letters": "uniform",
+    "loss": "next-token cross-entropy at the positions that are scored: at all positions, 5500 steps of pre-training "
+    "learn no copying",
+    'LoRA\'s "scale 16"': "alpha: updates are scaled by 16 / 3",
+    "penalties and threshold": "automatic",
+    "verdict of the eight matrices": "pooled; that of their majority is counted beside it",
+    "accuracy": "mean over the nine benign sites, on 200 new sequences each",
+    "a site's output layer": "its own under every method",
+}
 LETTERS, VOCABULARY, TOKENS, HIDDEN, BLOCKS = 52, 53, 64, 64, 2
 SITES, RANK, ALPHA, DROPOUT = 10, 3, 16.0, 0.005
 MATRICES = [f"{block}.{name}" for block in range(BLOCKS) for name in ("q", "k", "v", "o")]
@@ -293,7 +300,8 @@ def rows(results: Mapping[str, Any]) -> str:
         right = [f"{found[name]:.2f}" for name in ("exact_client", "exact_majority", "exact_matrices")]
         lines.append([regime, *shown, gain, *right])
     title = f"Accuracy in percent with 95 % intervals, {results['replicates']} replicates: ours / printed.\n\n"
-    return title + "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
+    table = [f"| {' | '.join(cells)} |" for cells in lines]
+    return title + "\n".join([*table, "", *choices(LEFT_OPEN)]) + "\n"
 
 
 def main() -> None:

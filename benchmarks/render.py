@@ -25,6 +25,12 @@ def write_results(path: Path, results: Mapping[str, Any]) -> None:
     path.write_text(text + "\n")
 
 
+def choices(left_open: Mapping[str, str]) -> list[str]:
+    """A table of what a paper leaves open and what was chosen instead, as lines of Markdown."""
+    rows = [("left open by the paper", "chosen here"), ("---", "---"), *left_open.items()]
+    return [f"| {' | '.join(row)} |" for row in rows]
+
+
 def rendered(page: str, name: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """``page`` with the table between the markers of ``name``.
 

@@ -21,13 +21,13 @@ def counted_less(
 ) -> list[ClientUpdate]:
     """The updates, in which each rejected expert counts ``weight`` of what it is; 0 leaves it out.
 
-    Any rule may come afterwards. For those that weigh experts by tokens, the tokens are multiplied by ``weight``. For
-    those that average by examples, the rejected sites' values x are moved towards the mean m of the other sites,
+    Any rule may come afterwards. The rejected sites' values x are moved towards the mean m of the other sites,
 
         m + f (x - m),    f = weight N / (N_others + weight N_rejected),    N: training examples,
 
-    so that the mean over all sites is the one in which they count ``weight``. Where all are rejected, m is what was
-    received.
+    so that the mean by examples over all sites is the one in which they count ``weight``; rules that weigh otherwise
+    see them as much nearer to the others. Where all are rejected, m is what was received. With ``weight`` 0 the
+    expert's tokens are 0 as well: to a rule that asks who used it, a site that is left out did not.
 
     Args:
         received: Global adapter before the round.
@@ -48,9 +48,9 @@ def counted_less(
             moved = _moved(values, before[expert], examples, is_rejected, weight)
             for i in chosen:
                 changed[i][name] = _with_expert(changed[i][name], expert, moved[i])
-        for i in chosen:
+        for i in chosen if weight == 0 else ():
             if layer in tokens[i]:
-                tokens[i][layer] = _with_expert(tokens[i][layer], expert, weight * tokens[i][layer][expert])
+                tokens[i][layer] = _with_expert(tokens[i][layer], expert, 0.0)
     return [
         replace(update, adapter=arrays, expert_tokens=counts)
         for update, arrays, counts in zip(updates, changed, tokens, strict=True)
@@ -73,7 +73,7 @@ def _moved(
     return np.asarray(mean + share * (values - mean))
 
 
-def _with_expert(array: NDArray[np.floating], expert: int, value: NDArray[np.floating]) -> NDArray[np.floating]:
+def _with_expert(array: NDArray[np.floating], expert: int, value: NDArray[np.floating] | float) -> NDArray[np.floating]:
     """A copy with another value of one expert."""
     copy = array.copy()
     copy[expert] = value

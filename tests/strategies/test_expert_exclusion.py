@@ -43,7 +43,23 @@ def test_mean_counts_the_rejected_expert_so_much_less(drawn, rule, weight):
         for expert in (0, 2):
             np.testing.assert_array_equal(got[name][expert], plain[name][expert])
     np.testing.assert_array_equal(got[NAMES[2]], plain[NAMES[2]])
-    assert [update.expert_tokens[LAYER].tolist() for update in less] == [[4.0, share, 0.0] for share in shares]
+    kept = [update.expert_tokens[LAYER][1] for update in updates] if weight else [10, 0, 20, 0]
+    assert [update.expert_tokens[LAYER].tolist() for update in less] == [[4.0, tokens, 0.0] for tokens in kept]
+
+
+def test_a_rule_by_tokens_counts_the_rejected_expert_less_once(drawn):
+    """What it gives moves from the others' mean towards that of all as the weight grows, by about the weight."""
+    received, updates = drawn
+    by_tokens, name = FedAvg(weights=Weights.tokens), NAMES[0]
+    ends = [
+        by_tokens.aggregate(received, {}, counted_less(received, updates, {(LAYER, 1): {"s1"}}, weight)).adapter[name]
+        for weight in (0.0, 0.2, 1.0)
+    ]
+    none, some, full = (end[1] - ends[0][1] for end in ends)
+    moved = (some * full).sum() / (full * full).sum()
+    assert np.linalg.norm(some - moved * full) < 1e-5
+    assert not none.any()
+    assert 0.2 < moved < 0.3
 
 
 def test_expert_that_is_trusted_nowhere_keeps_what_was_received(drawn):
