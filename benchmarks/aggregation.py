@@ -30,13 +30,20 @@ from flwr.serverapp.strategy.strategy_utils import aggregate_arrayrecords
 
 from benchmarks.render import write_results
 from client.messages import to_arrays, to_record
+from strategies.adapters import Arrays
 from strategies.base import ClientUpdate, Strategy
+from strategies.clair import Clair
 from strategies.conflicts import ConflictConfig, Granularity, Space
+from strategies.experts import by_layer
 from strategies.fc_moe import FcMoe
 from strategies.fc_moe_plus import FcMoePlus
+from strategies.fedalign_moe import MARGIN, PROBABILITY, SEMANTICS, FedAlignMoe
 from strategies.fedavg import FedAvg, Weights
+from strategies.fedcmoo import GRADIENT, SHARES, FedCmoo
 from strategies.fedmoe import FedMoe
-from strategies.fedopt import FedAdam, FedAvgM
+from strategies.fedopt import FedAdagrad, FedAdam, FedAvgM, FedYogi
+from strategies.scaffold import CONTROL, Scaffold
+from strategies.screen import ScreenConfig, ScreenKind, screened
 
 FLOWER = "Flower's FedAvg"
 STRATEGIES: dict[str, Strategy] = {
@@ -44,15 +51,25 @@ STRATEGIES: dict[str, Strategy] = {
     "fedavg, by tokens": FedAvg(weights=Weights.tokens),
     "fedavg, expert_step=2": FedAvg(expert_step=2.0),
     "fedavgm": FedAvgM(),
+    "fedadagrad": FedAdagrad(),
     "fedadam": FedAdam(),
+    "fedyogi": FedYogi(),
     "fedmoe": FedMoe(),
+    "fedalign_moe": FedAlignMoe(),
+    "scaffold": Scaffold(),
+    "fedcmoo": FedCmoo(),
     "fc_moe": FcMoe(),
     "fc_moe, by matrix": FcMoe(conflict=ConflictConfig(granularity=Granularity.matrix)),
     "fc_moe, by row": FcMoe(conflict=ConflictConfig(granularity=Granularity.row)),
     "fc_moe, in products": FcMoe(conflict=ConflictConfig(space=Space.product)),
     "fc_moe_plus": FcMoePlus(),
     "fc_moe_plus, in factors": FcMoePlus(space=Space.factors),
+    "fedavg, screen=clair": screened(FedAvg(), ScreenConfig(kind=ScreenKind.clair)),
+    "clair": Clair(),
 }
+"""The others average as ``fedavg`` does: fedprox, firm, flex, pfl_moe; or not at all: local_only, centralised."""
+SLOW = {"fc_moe, in products", "fedavg, screen=clair", "clair"}
+"""Minutes each: measured in one turn."""
 MIN_TURNS = 5
 
 
@@ -118,6 +135,23 @@ def sent(size: Size) -> Iterator[ClientUpdate]:
         )
 
 
+def extras_of(name: str, update: ClientUpdate) -> Arrays:
+    """What a site sends to this strategy beside its adapter; numbers of the right shape and range."""
+    if name == "scaffold":
+        return {CONTROL + key: array for key, array in update.adapter.items()}
+    if name == "fedcmoo":
+        gradient = {GRADIENT + key: array for key, array in update.adapter.items()}
+        return gradient | {SHARES: np.ones(2, np.float32)}
+    if name != "fedalign_moe":
+        return {}
+    extras: dict[str, np.ndarray[Any, np.dtype[np.float32]]] = {}
+    for layer, arrays in by_layer(update.adapter).items():
+        semantics = next(array for key, array in arrays.items() if key.endswith("down_proj.lora_B"))[:, :, 0]
+        share = np.full(len(semantics), 1 / len(semantics), np.float32)
+        extras |= {PROBABILITY + layer: share, MARGIN + layer: share, SEMANTICS + layer: semantics}
+    return extras
+
+
 class Replies:
     """The sites' replies as records: of an app on Flower's ``FedAvg``, and of Bouquet."""
 
@@ -126,6 +160,7 @@ class Replies:
         self.facts: list[ClientUpdate] = []
         self.to_flower: list[RecordDict] = []
         self.to_us: list[ArrayRecord] = []
+        self.beside: dict[str, list[ArrayRecord]] = {name: [] for name in names}
         for update in sent(size):
             self.facts.append(replace(update, adapter={}))
             if FLOWER in names:
@@ -134,14 +169,19 @@ class Replies:
                 self.to_flower.append(RecordDict({"arrays": arrays, "metrics": metrics}))
             if set(names) - {FLOWER}:
                 self.to_us.append(to_record(update.adapter))
+            for name, records in self.beside.items():
+                records.append(to_record(extras_of(name, update)))
 
     def aggregate(self, name: str) -> ArrayRecord:
         """The record that goes back to the sites."""
         if name == FLOWER:
             return aggregate_arrayrecords(self.to_flower, "num-examples")
         strategy = STRATEGIES[name]
-        arrays = map(to_arrays, self.to_us)
-        updates = [replace(fact, adapter=adapter) for fact, adapter in zip(self.facts, arrays, strict=True)]
+        read = [map(to_arrays, records) for records in (self.to_us, self.beside[name])]
+        updates = [
+            replace(fact, adapter=adapter, extras=extras)
+            for fact, adapter, extras in zip(self.facts, *read, strict=True)
+        ]
         return to_record(strategy.aggregate(self.received, strategy.init_state(self.received), updates).adapter)
 
 
@@ -152,6 +192,8 @@ def measure(size: Size, names: Sequence[str], turns: int) -> dict[str, list[floa
     for turn in range(turns + 1):
         for place in range(len(names)):
             name = names[(turn + place) % len(names)]
+            if name in SLOW and turn != 1:
+                continue
             began = time.perf_counter()
             replies.aggregate(name)
             if turn:
@@ -180,11 +222,11 @@ def _status(key: str) -> int:
 
 def row(seconds: Sequence[float], flowers: Sequence[float], peak_bytes: int) -> dict[str, Any]:
     """What is kept of one strategy."""
-    low, _, high = statistics.quantiles(seconds, n=4)
+    low, _, high = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else seconds * 3
     return {
         "seconds": statistics.median(seconds),
         "quartiles": [low, high],
-        "ratio_to_flower": statistics.median(own / other for own, other in zip(seconds, flowers, strict=True)),
+        "ratio_to_flower": statistics.median(own / other for own, other in zip(seconds, flowers, strict=False)),
         "peak_bytes": peak_bytes,
         "samples": list(seconds),
     }
@@ -198,7 +240,7 @@ def table(found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
             [
                 name,
                 f"{values['seconds']:.2f}",
-                "{:.2f} to {:.2f}".format(*values["quartiles"]),
+                "{:.2f} to {:.2f}".format(*values["quartiles"]) if len(values["samples"]) > 1 else "once",
                 f"{values['ratio_to_flower']:.2f}",
                 f"{values['peak_bytes'] / 2**20:.0f}",
             ]

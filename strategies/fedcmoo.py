@@ -84,7 +84,10 @@ def _mean_gram(updates: Sequence[ClientUpdate]) -> NDArray[np.float64]:
     shares = np.array([update.num_examples for update in updates], np.float64)
     sides = np.stack([update.extras[SHARES] for update in updates]) * (shares / shares.sum())[:, None]
     vectors = [{key: array for key, array in update.extras.items() if key != SHARES} for update in updates]
-    products = np.array([[dot(left, right) for right in vectors] for left in vectors])
+    products = np.zeros((len(vectors), len(vectors)))
+    for row, left in enumerate(vectors):
+        for column, right in enumerate(vectors[: row + 1]):
+            products[row, column] = products[column, row] = dot(left, right)
     return np.asarray(sides.T @ products @ sides)
 
 
