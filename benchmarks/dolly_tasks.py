@@ -8,15 +8,14 @@ General text is Dolly's other categories, which no site trains on.
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.word_base import __file__ as word_base_file
 from benchmarks.word_base import table, word_base
 from benchmarks.workloads import WORKLOADS, cut, data_file
-
-VERSION = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
-"""Of data and settings: rows of another version are not used."""
 
 TASKS = ("classification", "closed_qa", "information_extraction", "summarization")
 CHOICES = ("arc_easy", "piqa")
@@ -38,8 +37,8 @@ class Size:
 SIZES = {
     "words": Size(
         (
-            "data.template=plain", "data.max_length=192", "lora.rank=4", "lora.alpha=8", "rounds=8",
-            "train.max_steps=10", "train.batch_size=16", "train.num_threads=1", "eval.num_answers=16",
+            "data.template=plain", "data.max_length=96", "lora.rank=4", "lora.alpha=8", "rounds=8",
+            "train.max_steps=12", "train.batch_size=16", "train.num_threads=1", "eval.num_answers=16",
             "eval.max_new_tokens=32", "eval.choices.max_questions=50", "device=cpu",
         ),
         {"train": 2400, "validation": 400, "test": 400},
@@ -75,6 +74,14 @@ PARTITIONS = {
 """Four sites of one task each, or eight with shares of tasks drawn from Dirichlet(alpha)."""
 
 
+def version_of(model: str, partition: str) -> str:
+    """Changes with data, base and settings: results of another version are not used."""
+    size = SIZES[model]
+    base = Path(word_base_file).read_text() if size.on_words else ""
+    made_by = "".join(inspect.getsource(function) for function in (_rows, cut))
+    return hashlib.sha256(f"{base}{made_by}{size}{PARTITIONS[partition]}".encode()).hexdigest()[:8]
+
+
 def overrides(data: Path, model: str, partition: str, seed: int, split: str) -> list[str]:
     """Settings of a run that is judged on ``split``, with the whole evaluation matrix on test data.
 
@@ -89,9 +96,10 @@ def overrides(data: Path, model: str, partition: str, seed: int, split: str) -> 
         ValueError: If a data set is not in the folder.
     """
     size = SIZES[model]
-    tasks = data_file(f"{VERSION}/dolly-tasks-{model}-{seed}", lambda: cut(_rows(data), size.splits, seed))
+    version = version_of(model, partition)
+    tasks = data_file(f"{version}/dolly-tasks-{model}-{seed}", lambda: cut(_rows(data), size.splits, seed))
     general = data_file(
-        f"{VERSION}/dolly-general-{model}-{seed}",
+        f"{version}/dolly-general-{model}-{seed}",
         lambda: cut(_rows(data, of_tasks=False), {"general": size.num_general}, seed),
     )
     labels = [label for workload in WORKLOADS.values() for label in workload.labels]

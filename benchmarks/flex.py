@@ -22,7 +22,7 @@ from typing import Any
 
 from benchmarks.cells import Row, Study, add_arguments, carry_out
 from benchmarks.contenders import PERSONAL, Settings
-from benchmarks.dolly_tasks import PARTITIONS, SIZES, VERSION, overrides
+from benchmarks.dolly_tasks import PARTITIONS, SIZES, overrides, version_of
 from benchmarks.federation import Federation, simulated
 from benchmarks.flex_tables import markdown, own_scores
 from benchmarks.render import HERE
@@ -43,7 +43,8 @@ class Cell:
     """Of the method, tuned values included."""
     seed: int
     split: str
-    version: str = VERSION
+    version: str = ""
+    """Of data, base and settings."""
 
     @classmethod
     def of(cls, row: Row) -> Cell:
@@ -122,10 +123,11 @@ def score(row: Row) -> float:
 
 def study_of(model: str, partition: str, seeds: Sequence[int], tuning_seeds: Sequence[int]) -> Study[Cell]:
     """The cells of one model and one way to divide the data."""
+    version = version_of(model, partition)
     return Study(
         PERSONAL,
         "lora",
-        cell=lambda settings, seed, split: Cell(model, partition, settings, seed, split),
+        cell=lambda settings, seed, split: Cell(model, partition, settings, seed, split, version),
         cell_of=Cell.of,
         score=score,
         seeds=seeds,
