@@ -173,6 +173,21 @@ def test_page_fits_its_window_and_loads_nothing(browse, width):
     assert loaded == 0
 
 
+@pytest.mark.parametrize(("scheme", "is_dark"), [(0, True), (1, False)])
+def test_page_has_the_theme_of_its_reader(browse, scheme, is_dark):
+    """What is drawn, not only what is written: paper and ink, and the colours that charts and cells are drawn in."""
+    script = """
+    const light = (colour) => colour.match(/\\d+/g).slice(0, 3).reduce((sum, value) => sum + +value, 0) / 765;
+    const style = (where) => getComputedStyle(document.querySelector(where));
+    return [matchMedia("(prefers-color-scheme: dark)").matches, light(style("body").backgroundColor),
+      light(style("body").color), light(style(".line.run-0").stroke)];
+    """
+    found, paper, ink, line = browse(script, f"--blink-settings=preferredColorScheme={scheme}")
+    assert found is is_dark
+    assert (paper < 0.2, ink > 0.8) == (is_dark, is_dark)
+    assert (line > 0.5) is is_dark
+
+
 def test_page_of_a_run_without_diagnostics_fails_nowhere(browse, tmp_path):
     folder = write_run(tmp_path / "old")
     (folder / "diagnostics/rounds.jsonl").unlink()

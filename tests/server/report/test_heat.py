@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -123,6 +123,20 @@ def test_both_sides_of_zero_differ_for_colour_blind_people(theme, blindness):
     for step in range(1, 6):
         sides = [lab(np.clip(matrix @ theme[f"d{5 + sign * step}"], 0, 1)) for sign in (-1, 1)]
         assert np.linalg.norm(sides[0] - sides[1]) > 5, step
+
+
+@pytest.mark.parametrize("theme", themes(), ids=["light", "dark"])
+@pytest.mark.parametrize("blindness", BLINDNESS)
+def test_runs_drawn_alike_differ_for_colour_blind_people(theme, blindness):
+    """As above, any two of the runs with whole lines and any two of those with dashed ones."""
+    rule = re.search(r"((?:\.line\.run-\d,? ?)+)\{ stroke-dasharray", STYLE).group(1)
+    dashed = {int(run) for run in re.findall(r"\d", rule)}
+    matrix = np.array(BLINDNESS[blindness])
+    for runs in (dashed, set(range(MAX_RUNS)) - dashed):
+        assert len(runs) == MAX_RUNS / 2
+        seen = {run: lab(np.clip(matrix @ theme[f"run-{run}"], 0, 1)) for run in runs}
+        for one, other in combinations(runs, 2):
+            assert np.linalg.norm(seen[one] - seen[other]) > 5, (one, other)
 
 
 def lab(colour):
