@@ -222,7 +222,7 @@ def _status(key: str) -> int:
 
 def row(seconds: Sequence[float], flowers: Sequence[float], peak_bytes: int) -> dict[str, Any]:
     """What is kept of one strategy."""
-    low, _, high = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else seconds * 3
+    low, _, high = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else 3 * list(seconds)
     return {
         "seconds": statistics.median(seconds),
         "quartiles": [low, high],

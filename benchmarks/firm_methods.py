@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from benchmarks.firm_problems import Array, Problem
 from client.alignment.min_norm import gram_matrix, min_norm_weights, normalised_gram
-from strategies.fedcmoo import next_weights, sparsified, truncated
+from strategies.fedcmoo import next_weights
 from strategies.simplex import Weights, minimiser
 
 
@@ -150,3 +150,21 @@ def _bound_ratio(gradients_CMD: Array, weights_CM: Weights, beta: float) -> floa
     felt_CCM = np.einsum("cdmn,cn->cdm", grams_CMM[:, None] - grams_CMM, weights_CM)
     pairs_CC = ~np.eye(len(grams_CMM), dtype=bool)
     return float((apart_CC[pairs_CC] / (2 / beta * np.linalg.norm(felt_CCM, axis=-1)[pairs_CC])).max())
+
+
+def truncated(gradients_MD: NDArray[np.floating], rank: int) -> NDArray[np.float64]:
+    """The nearest M gradients of the given rank: rank * (M + D) numbers to send.
+
+    The authors draw a randomised singular value decomposition; of so few rows the exact one costs less.
+    """
+    left, values, right = np.linalg.svd(gradients_MD.astype(np.float64), full_matrices=False)
+    return np.asarray((left[:, :rank] * values[:rank]) @ right[:rank])
+
+
+def sparsified(gradients_MD: NDArray[np.floating], count: int) -> NDArray[np.float64]:
+    """All but the ``count`` entries largest in size set to zero: as many values, and their places, to send."""
+    flat = gradients_MD.astype(np.float64).ravel()
+    kept = np.zeros_like(flat)
+    largest = np.argpartition(-np.abs(flat), count - 1)[:count]
+    kept[largest] = flat[largest]
+    return kept.reshape(gradients_MD.shape)

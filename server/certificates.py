@@ -24,7 +24,6 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 CA_DAYS = 3650
-SERVER_DAYS = 365
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 """Always in the server's certificate: its own processes and operators at an SSH tunnel connect to these."""
 

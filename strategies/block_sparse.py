@@ -62,7 +62,7 @@ def decompose(
     momentum, penalties = 1.0, (low_rank_penalty, block_penalty)
     for iteration in range(1, max_iterations + 1):
         stepped = blocks_GCM - ahead
-        stepped *= _clipping(_norms(stepped), block_penalty)
+        stepped *= _clipping(block_norms(stepped), block_penalty)
         stepped += ahead
         last, (low_rank, directions, sizes) = low_rank, _threshold(stepped, low_rank_penalty, directions)
         is_last = iteration == max_iterations
@@ -85,7 +85,7 @@ def decompose(
     sparse = blocks_GCM - low_rank
     return Decomposition(
         low_rank=low_rank,
-        sparse=sparse * (1 - _clipping(_norms(sparse), block_penalty)),
+        sparse=sparse * (1 - _clipping(block_norms(sparse), block_penalty)),
         directions=directions,
         sizes=sizes,
         objective=objective,
@@ -145,7 +145,7 @@ def _gap(
 ) -> tuple[float, float]:
     """The objective at L with the best S, and how far it may lie above the minimum."""
     low_rank_penalty, block_penalty = penalties
-    objective = _huber(_norms(blocks_GCM - low_rank_GCM), block_penalty) + low_rank_penalty * float(sizes_S.sum())
+    objective = _huber(block_norms(blocks_GCM - low_rank_GCM), block_penalty) + low_rank_penalty * float(sizes_S.sum())
     return objective, objective - _dual_objective(stepped_GCM - low_rank_GCM, blocks_GCM, block_penalty)
 
 
@@ -154,7 +154,7 @@ def _dual_objective(cut_GCM: NDArray[np.float64], blocks_GCM: NDArray[np.float64
 
     The largest singular value of ``cut_GCM`` is at most ``low_rank_penalty``, so U is feasible.
     """
-    longest = float(_norms(cut_GCM).max())
+    longest = float(block_norms(cut_GCM).max())
     along, square = float(np.vdot(cut_GCM, blocks_GCM)), float(np.vdot(cut_GCM, cut_GCM))
     if square == 0:
         return 0.0
@@ -173,5 +173,6 @@ def _clipping(norms_G: NDArray[np.float64], limit: float) -> NDArray[np.float64]
     return np.asarray(limit / np.maximum(norms_G, limit))[:, None, None]
 
 
-def _norms(blocks_GCM: NDArray[np.float64]) -> NDArray[np.float64]:
+def block_norms(blocks_GCM: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(G,) Frobenius norms."""
     return np.asarray(np.sqrt(np.einsum("gcm,gcm->g", blocks_GCM, blocks_GCM)))

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from strategies.adapters import Arrays
 from strategies.base import require
+from strategies.quotient import divided
 
 _Real = TypeVar("_Real", bound=np.floating)
 
@@ -130,7 +131,7 @@ def step_scale(
     so no projected update is ever formed. 1 where the consensus is zero.
     """
     opposing_EG = np.einsum("ce,ceg->eg", weights_CE, np.maximum(-dots_CEG, 0.0))
-    return 1.0 + _divided(opposing_EG, squared_EG)
+    return 1.0 + divided(opposing_EG, squared_EG, 0.0)
 
 
 def _against_others(
@@ -144,7 +145,7 @@ def _against_others(
     with_others_CEG = weights_CEG * (dots_CEG - own_CEG)
     squared_EG = np.einsum("ceg,ceg->eg", weights_CEG, dots_CEG)
     others_CEG = squared_EG - 2 * weights_CEG * dots_CEG + weights_CEG * own_CEG
-    opposing_CEG = _divided(np.minimum(with_others_CEG, 0.0), others_CEG)
+    opposing_CEG = divided(np.minimum(with_others_CEG, 0.0), others_CEG, 0.0)
     return weights_CEG * (1.0 - opposing_CEG.sum(axis=0) + opposing_CEG), with_others_CEG < 0
 
 
@@ -165,7 +166,7 @@ def _against_each(
             if other != site:
                 dot_EG = np.einsum("egc,ceg->eg", gram_EGCC[:, :, other], projected_CEG)
                 dot_EG = np.where(used_CEG[site] & used_CEG[other], np.minimum(dot_EG, 0.0), 0.0)
-                projected_CEG[other] -= _divided(dot_EG, gram_EGCC[:, :, other, other])
+                projected_CEG[other] -= divided(dot_EG, gram_EGCC[:, :, other, other], 0.0)
                 conflict_CEG[site] |= dot_EG < 0
         factor_CEG += weights_CEG[site] * projected_CEG
     return factor_CEG, conflict_CEG
@@ -246,12 +247,7 @@ def measures(
     along_E = np.sum([verdict.along for verdict in verdicts], axis=0)
     conflict_CEG = np.concatenate([verdict.conflict for verdict in verdicts], axis=-1)
     return {
-        "cosine": _divided(dots_CE, lengths_CE, otherwise=np.nan),
+        "cosine": divided(dots_CE, lengths_CE, otherwise=np.nan),
         "conflict": conflict_CEG.mean(axis=-1),
-        "scale": _divided(along_E, squared_E, otherwise=np.nan),
+        "scale": divided(along_E, squared_E, otherwise=np.nan),
     }
-
-
-def _divided(above: NDArray[np.float64], below: NDArray[np.float64], otherwise: float = 0.0) -> NDArray[np.float64]:
-    """Quotient, or ``otherwise`` where the divisor is 0."""
-    return np.divide(above, below, out=np.full_like(above, otherwise), where=below > 0)

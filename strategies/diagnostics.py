@@ -23,6 +23,7 @@ from strategies import experts, low_rank
 from strategies.adapters import Arrays
 from strategies.base import Aggregation, ClientUpdate
 from strategies.low_rank import Factors
+from strategies.quotient import divided
 
 MAX_NUMBERS = 150_000
 """Numbers kept of a round, about 1 MB as JSON: beyond, first the pairs of sites of each expert are left out, then
@@ -198,11 +199,11 @@ def _against_consensus(
     mean_length_E = (share_CE * lengths_CE).sum(axis=0)
     # Updates that cancel each other leave rounding, which points nowhere.
     squared_E = np.where(squared_E > _NOTHING * mean_length_E**2, squared_E, 0.0)
-    cosine_CE = _divided(dots_XE[:-1], np.where(used_CE, lengths_CE * np.sqrt(squared_E), 0.0))
+    cosine_CE = divided(dots_XE[:-1], np.where(used_CE, lengths_CE * np.sqrt(squared_E), 0.0), np.nan)
     return {
         "lowest_cosine": np.fmin.reduce(cosine_CE, axis=0),
-        "kept": _divided(np.sqrt(squared_E), mean_length_E),
-        "scale": _divided(dots_XE[-1], squared_E),
+        "kept": divided(np.sqrt(squared_E), mean_length_E, np.nan),
+        "scale": divided(dots_XE[-1], squared_E, np.nan),
         "length": np.where(used_CE, lengths_CE, 0.0),
         "cosine": cosine_CE,
     }
@@ -214,12 +215,7 @@ def _cosines(gram_ECC: NDArray[np.float64], used_CE: NDArray[np.bool_]) -> NDArr
     j, k = pairs.T
     squares_EC = np.where(used_CE.T, np.diagonal(gram_ECC, axis1=1, axis2=2), 0.0)
     lengths_EP = np.sqrt(np.maximum(squares_EC[:, j], 0.0) * np.maximum(squares_EC[:, k], 0.0))
-    return _divided(gram_ECC[:, j, k], lengths_EP)
-
-
-def _divided(above: NDArray[np.float64], below: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Quotient, NaN where the divisor is 0."""
-    return np.asarray(np.divide(above, below, out=np.full(np.shape(above), np.nan), where=below > 0))
+    return divided(gram_ECC[:, j, k], lengths_EP, np.nan)
 
 
 _OF_SITES = ("tokens", "length", "cosine")

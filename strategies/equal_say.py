@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from strategies import experts
+from strategies.quotient import divided
 
 # Unit vectors that cancel leave a squared length of this or less by rounding: it points nowhere.
 _NOTHING = 1e-13
@@ -66,15 +67,15 @@ def equal_say(
     mean_E = np.sqrt(np.where(squared_E > _NOTHING, squared_E, 0.0))
     by_examples_EC = experts.shares(np.where(has_say_EC, examples_CE.T, 0.0).T).T
     typical_E = (by_examples_EC * length_EC).sum(axis=-1)
-    factor_E = np.minimum(step, _divided(1.0, mean_E, otherwise=step)) * typical_E
+    factor_E = np.minimum(step, divided(1.0, mean_E, otherwise=step)) * typical_E
     averaged_E = np.sqrt(np.maximum(np.einsum("ec,ecd,ed->e", by_examples_EC, gram_ECC, by_examples_EC), 0.0))
-    cosine_EC = np.where(has_say_EC, _divided(dot_EC, mean_E[:, None], otherwise=np.nan), np.nan)
+    cosine_EC = np.where(has_say_EC, divided(dot_EC, mean_E[:, None], otherwise=np.nan), np.nan)
     return EqualSay(
         coefficients=(factor_E[:, None] * share_EC * inverse_EC).T,
         weight=share_EC.T,
         cosine=cosine_EC.T,
         conflict=(cosine_EC < 0).T.astype(np.float64),
-        scale=_divided(factor_E * mean_E, averaged_E, otherwise=np.nan),
+        scale=divided(factor_E * mean_E, averaged_E, otherwise=np.nan),
     )
 
 
@@ -82,9 +83,3 @@ def _says(cosines_ECC: NDArray[np.float64], has_say_EC: NDArray[np.bool_], ridge
     """(E, C) ``max(0, (U U^T + ridge I)^-1 1)``; a site without a say has a zero row in U, and gets 0."""
     ridged_ECC = cosines_ECC + ridge * np.eye(cosines_ECC.shape[-1])
     return np.asarray(np.maximum(np.linalg.solve(ridged_ECC, has_say_EC[..., None].astype(np.float64))[..., 0], 0.0))
-
-
-def _divided(above: NDArray[np.float64] | float, below: NDArray[np.float64], otherwise: float) -> NDArray[np.float64]:
-    """Quotient, or ``otherwise`` where the divisor is 0."""
-    shape = np.broadcast_shapes(np.shape(above), below.shape)
-    return np.asarray(np.divide(above, below, out=np.full(shape, otherwise), where=np.broadcast_to(below > 0, shape)))

@@ -103,21 +103,3 @@ def next_weights(gram_MM: NDArray[np.floating], last_M: Weights) -> Weights:
     for _ in range(_STEPS):
         weights = projection(weights - _STEP * normalised @ weights)
     return weights
-
-
-def truncated(gradients_MD: NDArray[np.floating], rank: int) -> NDArray[np.float64]:
-    """The nearest M gradients of the given rank: rank * (M + D) numbers to send.
-
-    The authors draw a randomised singular value decomposition; of so few rows the exact one costs less.
-    """
-    left, values, right = np.linalg.svd(gradients_MD.astype(np.float64), full_matrices=False)
-    return np.asarray((left[:, :rank] * values[:rank]) @ right[:rank])
-
-
-def sparsified(gradients_MD: NDArray[np.floating], count: int) -> NDArray[np.float64]:
-    """All but the ``count`` entries largest in size set to zero: as many values, and their places, to send."""
-    flat = gradients_MD.astype(np.float64).ravel()
-    kept = np.zeros_like(flat)
-    largest = np.argpartition(-np.abs(flat), count - 1)[:count]
-    kept[largest] = flat[largest]
-    return kept.reshape(gradients_MD.shape)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from strategies.base import require
-from strategies.block_sparse import decompose
+from strategies.block_sparse import block_norms, decompose
 from strategies.collaborative_set import Verdict, VerdictRule, judge
 from strategies.low_rank import Factors
 from strategies.product_cores import difference_blocks, side_of
@@ -100,18 +100,18 @@ def examine(products: Factors, config: SubspaceConfig) -> Finding:
         max_iterations=config.max_iterations,
     )
     shared = solved.directions[:, :rank]
-    distance_G = _norms(blocks - (blocks @ shared) @ shared.T)
+    distance_G = block_norms(blocks - (blocks @ shared) @ shared.T)
     return Finding(
         directions=rows.lift(shared.T).T,
         distances=distance_G,
-        block_norms=_norms(solved.sparse),
+        block_norms=block_norms(solved.sparse),
         verdict=judge(
             distance_G,
             len(products.A),
             agreement=config.agreement,
             min_gap=config.min_gap,
             threshold=config.threshold,
-            scale=float(_norms(blocks).max(initial=0.0)),
+            scale=float(block_norms(blocks).max(initial=0.0)),
         ),
         iterations=solved.iterations,
         relative_gap=float(solved.relative_gap),
@@ -124,7 +124,7 @@ def tempered_blocks(blocks_GCM: NDArray[np.float64]) -> NDArray[np.float64]:
     One site's enormous update stands in all its pairs, the same row space every time. The program would call that
     part low-rank rather than sparse, since its nuclear norm grows with the square root of the number of pairs only.
     """
-    norms_G = _norms(blocks_GCM)
+    norms_G = block_norms(blocks_GCM)
     limit = _LONGEST * float(np.quantile(norms_G, 0.25))
     if limit == 0:
         return blocks_GCM
@@ -152,13 +152,9 @@ def automatic_penalties(
 
     Our own choice: the paper tunes both by hand. Both scale with the blocks.
     """
-    residual_G = _norms(blocks_GCM - main_GCM)
-    typical = float(np.sqrt(np.mean(_norms(blocks_GCM) ** 2)))
+    residual_G = block_norms(blocks_GCM - main_GCM)
+    typical = float(np.sqrt(np.mean(block_norms(blocks_GCM) ** 2)))
     block_penalty = max(float(np.quantile(residual_G, 0.25)) / 2, _SMALLEST_PENALTY * typical)
     # Blocks that are all zero need no penalty, but the program needs it positive.
     block_penalty = block_penalty or 1.0
     return block_penalty / (_INCOHERENCE * np.sqrt(rank / len(blocks_GCM))), block_penalty
-
-
-def _norms(blocks_GCM: NDArray[np.float64]) -> NDArray[np.float64]:
-    return np.asarray(np.sqrt(np.einsum("gcm,gcm->g", blocks_GCM, blocks_GCM)))

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import firm_analytic
 from benchmarks.firm_analytic import BEDS, Front, of_seed, preferences, tables
-from benchmarks.firm_methods import Schedule, fedcmoo, firm, fsmgda, scalarised, spread
+from benchmarks.firm_methods import Schedule, fedcmoo, firm, fsmgda, scalarised, sparsified, spread, truncated
 from benchmarks.firm_problems import Quadratics, distance_to_pareto_set
 
 EXACT = replace(Quadratics.drawn(np.random.default_rng(0), 2, num_sites=4, size=6), noise=0.0)
@@ -111,3 +111,19 @@ def test_tables_have_a_row_for_every_method(monkeypatch):
     assert found["steps"]["5, FIRM, anchor"]["equal"] == found["methods"]["FIRM, anchor"]["equal"]
     mgda = found["methods"]["local MGDA"]
     assert mgda["equal"] == mgda["hypervolume"] == found["betas"]["0"]["equal"]
+
+
+def test_truncation_is_the_nearest_of_its_rank():
+    rng = np.random.default_rng(1)
+    gradients = rng.normal(size=(3, 7))
+    nearest = truncated(gradients, 2)
+    assert np.linalg.matrix_rank(nearest) == 2
+    lost = np.linalg.norm(gradients - nearest)
+    np.testing.assert_allclose(lost, np.linalg.svd(gradients)[1][2])
+    np.testing.assert_allclose(truncated(gradients, 3), gradients)
+
+
+def test_the_largest_entries_stay():
+    gradients = np.array([[3.0, -1.0, 0.5], [0.1, -4.0, 2.0]])
+    np.testing.assert_array_equal(sparsified(gradients, 3), [[3, 0, 0], [0, -4, 2]])
+    np.testing.assert_array_equal(sparsified(gradients, 6), gradients)

@@ -1,0 +1,12 @@
+"""Quotients whose divisor may be a length of 0."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def divided(above: NDArray[np.float64] | float, below: NDArray[np.float64], otherwise: float) -> NDArray[np.float64]:
+    """``above / below``, broadcast; ``otherwise`` where the divisor is not above 0."""
+    shape = np.broadcast_shapes(np.shape(above), below.shape)
+    return np.asarray(np.divide(above, below, out=np.full(shape, otherwise), where=np.broadcast_to(below > 0, shape)))
