@@ -12,7 +12,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from strategies.adapters import Arrays, check_same_layout, dot
+from strategies.adapters import Arrays, check_same_layout
 from strategies.base import Aggregation, ClientUpdate, Strategy
 from strategies.fedavg import mean_by_examples
 from strategies.simplex import Weights, projection
@@ -85,9 +85,9 @@ def _mean_gram(updates: Sequence[ClientUpdate]) -> NDArray[np.float64]:
     sides = np.stack([update.extras[SHARES] for update in updates]) * (shares / shares.sum())[:, None]
     vectors = [{key: array for key, array in update.extras.items() if key != SHARES} for update in updates]
     products = np.zeros((len(vectors), len(vectors)))
-    for row, left in enumerate(vectors):
-        for column, right in enumerate(vectors[: row + 1]):
-            products[row, column] = products[column, row] = dot(left, right)
+    for name in vectors[0]:
+        rows_CD = np.stack([vector[name].ravel() for vector in vectors]).astype(np.float64)
+        products += rows_CD @ rows_CD.T
     return np.asarray(sides.T @ products @ sides)
 
 
