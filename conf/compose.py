@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import hashlib
 import json
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from enum import Enum
@@ -106,11 +107,20 @@ def _leaves(values: Mapping[Any, Any], prefix: str) -> list[str]:
     """Overrides that set every value of a tree."""
     words = []
     for key, value in values.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and f"{prefix}{key}" in _OPEN:
+            # As a whole: the keys are the user's own, and may hold dots.
+            pairs = ",".join(f"{_as_key(own)}:{_as_override(one)}" for own, one in value.items())
+            words.append(f"{prefix}{key}={{{pairs}}}")
+        elif isinstance(value, Mapping):
             words += _leaves(value, f"{prefix}{key}.")
         else:
             words.append(f"{prefix}{key}={_as_override(value)}")
     return words
+
+
+def _as_key(key: str) -> str:
+    """A key of a mapping as Hydra's grammar has it, where quotes are not allowed."""
+    return re.sub(r"([\\()\[\]{}:=, \t])", r"\\\1", key)
 
 
 def _as_override(value: Any) -> str:

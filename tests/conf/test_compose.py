@@ -297,6 +297,9 @@ def test_hashing_leaves_the_config_as_it_is(fc_moe):
         "strategy=fc_moe partition=dirichlet partition.alpha=0.1 data.filter.topic=[a,b] device=cpu output=/tmp/x",
         "strategy=fedadam model=smollm2_moe partition=files data.path=/sites/*.csv federation=remote",
         ["strategy=flex", "method.graft.start=paper", "data.prompt_column='a patient\\'s \"words\"'", "screen=clair"],
+        ["partition=iid", "data.filter={a.b:x,c/d:[1,2]}"],
+        ["partition=iid", r"data.filter={a kind:x,of\,two \(parts\)\=:'y: z'}"],
+        ["strategy=firm", "method.site_preferences={ward 7:[0.2,0.8]}"],
     ],
 )
 def test_written_settings_read_back_as_the_same_run(words):
