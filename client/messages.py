@@ -94,14 +94,22 @@ class Joined:
 
 
 def encode_request(
-    kind: str, node_id: int, request: Request, adapter: Arrays, broadcast: Arrays | None = None
+    kind: str, node_id: int, request: Request, adapter: ArrayRecord | None = None, broadcast: ArrayRecord | None = None
 ) -> Message:
-    """A message of ``kind`` to one node; ``broadcast`` is what the strategy sends beside the adapter, if anything."""
+    """A message of ``kind`` to one node.
+
+    Args:
+        kind: Of the message.
+        node_id: Whom it goes to.
+        request: What is asked.
+        adapter: ``to_record`` of it; several messages may carry the same record.
+        broadcast: The same of what the strategy sends beside the adapter.
+    """
     content = RecordDict(
         {
             "request": ConfigRecord({"json": json.dumps(asdict(request))}),
-            "adapter": to_record(adapter),
-            "broadcast": to_record(broadcast or {}),
+            "adapter": adapter or ArrayRecord(),
+            "broadcast": broadcast or ArrayRecord(),
         }
     )
     return Message(content, node_id, kind, group_id=str(request.server_round))

@@ -121,7 +121,7 @@ class Roster:
                 self._barred.discard(node)
 
     def _ask(self, grid: Grid, nodes: Sequence[int]) -> None:
-        self._asked |= push(grid, [encode_request(JOIN, node, self.request, {}) for node in nodes])
+        self._asked |= push(grid, [encode_request(JOIN, node, self.request) for node in nodes])
 
     def _admit(self, node: int, reply: Message, present: set[int]) -> None:
         try:

@@ -236,11 +236,13 @@ class FederatedRounds(FlowerStrategy):
         matrix = kind == EVALUATE and self.config.eval.matrix and server_round == self.config.rounds
         request = replace(self.roster.request, server_round=server_round, evaluate_own=own, matrix=matrix)
         common = self.strategy.broadcast(self.state) if kind == TRAIN else {}
+        records: dict[int, ArrayRecord] = {}  # most sites get the same arrays: written once
         requests = []
         for site in sites:
-            adapter = self.personal.get(site, self.adapter)
-            broadcast = self.adapter if matrix and site in self.personal else common
-            self._round.bytes_by_kind["down"] += bytes_by_kind(adapter, broadcast)
+            sent = (self.personal.get(site, self.adapter), self.adapter if matrix and site in self.personal else common)
+            self._round.bytes_by_kind["down"] += bytes_by_kind(*sent)
+            adapter, broadcast = (records.get(id(arrays)) or to_record(arrays) for arrays in sent)
+            records |= {id(arrays): record for arrays, record in zip(sent, (adapter, broadcast), strict=True)}
             requests.append(encode_request(kind, self.roster.nodes[site], request, adapter, broadcast))
         return requests
 

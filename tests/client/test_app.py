@@ -86,7 +86,7 @@ def ask(overrides, tmp_path):
         grid = Loopback(overrides)
         node = grid.connect(Node({"site": "ward", "data": str(tmp_path / name), "worker": "off", **node_config}))
         request = Request(run=run, server_round=1, settings_hash=settings_hash(load_config(overrides)))
-        (message_id,) = grid.push_messages([encode_request(kind, node, request, {})])
+        (message_id,) = grid.push_messages([encode_request(kind, node, request)])
         (reply,) = grid.pull_messages([message_id])
         return reply
 
@@ -158,7 +158,7 @@ def test_request_under_other_settings_is_refused_with_both_hashes(ask, overrides
     (tmp_path / "ward.jsonl").write_bytes(GOOD)
     node = grid.connect(Node({"site": "ward", "data": str(tmp_path / "ward.jsonl"), "worker": "off"}))
     request = Request(run="r5", server_round=0, settings_hash="0" * 64)
-    (message_id,) = grid.push_messages([encode_request(JOIN, node, request, {})])
+    (message_id,) = grid.push_messages([encode_request(JOIN, node, request)])
     (reply,) = grid.pull_messages([message_id])
     here = settings_hash(load_config(overrides))[:12]
     with pytest.raises(ValueError, match=rf"^settings hash {here} here, 000000000000 at the server$"):
@@ -169,7 +169,7 @@ def test_settings_that_cannot_be_read_are_told_under_the_nodes_name(overrides):
     grid = Loopback("rounds=none")
     node = grid.connect(Node({"site": "ward", "data": "x.csv"}))
     (message_id,) = grid.push_messages(
-        [encode_request(JOIN, node, Request(run="r6", server_round=0, settings_hash=""), {})]
+        [encode_request(JOIN, node, Request(run="r6", server_round=0, settings_hash=""))]
     )
     (reply,) = grid.pull_messages([message_id])
     assert site_of(reply) == "ward"

@@ -72,7 +72,7 @@ def over_the_wire(message):
 
 
 def request(kind=TRAIN):
-    return over_the_wire(encode_request(kind, 7, REQUEST, ADAPTER, BROADCAST))
+    return over_the_wire(encode_request(kind, 7, REQUEST, to_record(ADAPTER), to_record(BROADCAST)))
 
 
 def assert_same(left, right):
@@ -108,7 +108,7 @@ def test_request_comes_back_as_it_was(kind):
 
 
 def test_request_without_a_broadcast_has_an_empty_one():
-    _, adapter, broadcast = decode_request(over_the_wire(encode_request(TRAIN, 7, REQUEST, ADAPTER)))
+    _, adapter, broadcast = decode_request(over_the_wire(encode_request(TRAIN, 7, REQUEST, to_record(ADAPTER))))
     assert_same(adapter, ADAPTER)
     assert broadcast == {}
 

@@ -313,3 +313,19 @@ def test_run_with_several_objectives_tells_rewards_weights_and_drift(run):
         assert [of_site[name][2] for name in found.objectives] == pytest.approx(told[0])
     by_kind = result.rounds()[-1]["bytes_by_kind"]["up"]
     assert by_kind["extras"] == pytest.approx(sum(by_kind.values()) / 2, rel=0.01)
+
+
+def test_the_adapter_is_written_once_a_request_and_not_for_each_site(small, tmp_path):
+    grid = simulation(f"{small} rounds=1", len(SITES))
+    pushed, push = [], grid.push_messages
+
+    def noting(messages):
+        pushed.append(list(messages))
+        return push(pushed[-1])
+
+    grid.push_messages = noting
+    assert run_server(grid, tmp_path / "run").error is None
+    for kind in (TRAIN, EVALUATE):
+        (messages,) = [sent for sent in pushed if {message.metadata.message_type for message in sent} == {kind}]
+        assert len(messages) == len(SITES)
+        assert len({id(message.content.array_records["adapter"]) for message in messages}) == 1

@@ -38,6 +38,7 @@ from client.messages import (
     encode_request,
     from_bytes,
     to_bytes,
+    to_record,
 )
 from client.node import real_node
 from client.site import shared_arrays
@@ -70,7 +71,7 @@ class Ward:
     def request(self, kind, server_round=0, adapter=None, run="r1"):
         Loopback(self.overrides)  # sets who is sending
         request = Request(run=run, server_round=server_round, settings_hash=settings_hash(self.config))
-        message = encode_request(kind, 1, request, adapter or {})
+        message = encode_request(kind, 1, request, to_record(adapter or {}))
         message.metadata.__dict__["_message_id"] = message.object_id
         return message
 
@@ -78,7 +79,7 @@ class Ward:
         grid = Loopback(self.overrides)
         node = grid.connect(Node(self.node_config | node_config))
         request = Request(run=run, server_round=server_round, settings_hash=settings_hash(self.config))
-        (message_id,) = grid.push_messages([encode_request(kind, node, request, adapter or {})])
+        (message_id,) = grid.push_messages([encode_request(kind, node, request, to_record(adapter or {}))])
         (reply,) = grid.pull_messages([message_id])
         return reply
 
