@@ -231,6 +231,12 @@ WORKLOADS: dict[str, Workload] = {
         _CLINC,
         replace(
             _CLINC,
+            name="clinc_rank_16",
+            title=f"{_CLINC.title}, rank 16",
+            settings=(*_CLINC.settings, "lora.rank=16", "lora.alpha=32"),
+        ),
+        replace(
+            _CLINC,
             name="clinc_half",
             title=f"{_CLINC.title}, half of the sites in each",
             settings=(*_CLINC.settings, "federation.fraction=0.5"),
