@@ -29,7 +29,7 @@ from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
 from flwr.serverapp.strategy.strategy_utils import aggregate_arrayrecords
 
 from benchmarks.render import write_results
-from client.messages import to_arrays, to_record
+from client.records import to_arrays, to_record
 from strategies.adapters import Arrays
 from strategies.base import ClientUpdate, Strategy
 from strategies.clair import Clair

@@ -294,7 +294,7 @@ def main() -> None:
     chosen = {field: getattr(words, field) for field in Size.__annotations__ if getattr(words, field) is not None}
     size = Size(**{**asdict(SIZES[words.size]), **chosen})
     results = {
-        "command": " ".join(sys.argv),
+        "command": " ".join(["python -m benchmarks.expert_lora", *sys.argv[1:]]),
         "size": asdict(size),
         "machine": machine(words.device),
         **measure(size, words.device, words.steps),

@@ -21,15 +21,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto.message_pb2 import Message as ProtoMessage
 from google.protobuf.message import EncodeError
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 
 from client.evaluation.measured import Measured
-from strategies.adapters import Arrays
+from client.records import to_arrays, to_record
 from strategies.base import ClientUpdate
 
 if TYPE_CHECKING:  # torch takes seconds to import, and who only passes messages on needs none
@@ -38,10 +37,6 @@ if TYPE_CHECKING:  # torch takes seconds to import, and who only passes messages
 FORMAT = 4
 """Version of this protocol; a reply with another one is refused."""
 
-_PACKED = "bouquet-arrays"
-_LENGTH_BYTES = 8
-_ALIGNMENT = 16
-"""Arrays begin at a multiple of so many bytes, as the memory of a Python ``bytes`` does: they are read in place."""
 _NO_TEXT = (json.JSONDecodeError, UnicodeDecodeError)
 TRAIN, EVALUATE, JOIN = MessageType.TRAIN, MessageType.EVALUATE, MessageType.QUERY
 
@@ -185,7 +180,7 @@ def decode_update(reply: Message) -> tuple[Sender, ClientUpdate]:
             site=sender.site,
             adapter=to_arrays(arrays["adapter"]),
             num_examples=int(facts["num_examples"]),
-            expert_tokens=to_arrays(arrays["expert-tokens"], np.float64),
+            expert_tokens=to_arrays(arrays["expert-tokens"], "float64"),
             extras=to_arrays(arrays["extras"]),
             metrics={str(name): float(value) for name, value in facts["metrics"].items()},
         )
@@ -249,49 +244,6 @@ def to_bytes(message: Message) -> bytes:
 def from_bytes(content: bytes) -> Message:
     """The message that ``to_bytes`` wrote."""
     return message_from_proto(ProtoMessage.FromString(content))
-
-
-def to_record(arrays: Arrays) -> ArrayRecord:
-    """Named arrays as Flower carries them: in one piece, since each piece costs several requests on its way.
-
-    The piece is the length of the layout (8 bytes, big-endian), the layout (JSON: name, dtype and shape of each array,
-    then spaces up to ``_ALIGNMENT``) and the arrays' values, little-endian.
-    """
-    if not arrays:
-        return ArrayRecord()
-    layout = json.dumps([(name, array.dtype.name, array.shape) for name, array in arrays.items()]).encode()
-    layout += b" " * (-(_LENGTH_BYTES + len(layout)) % _ALIGNMENT)
-    values = (array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes() for array in arrays.values())
-    content = b"".join([len(layout).to_bytes(_LENGTH_BYTES, "big"), layout, *values])
-    return ArrayRecord({_PACKED: Array(dtype="uint8", shape=(len(content),), stype=_PACKED, data=content)})
-
-
-def to_arrays(record: ArrayRecord, dtype: DTypeLike = np.float32) -> dict[str, NDArray[Any]]:
-    """Named arrays out of a Flower record: read-only views of its bytes.
-
-    Raises:
-        ValueError: If the record is no such piece, or an array is not of ``dtype``: a float64 that no float32 can hold
-            would become infinite later.
-        LookupError: If the record is another app's.
-    """
-    if not record:
-        return {}
-    content, expected = record[_PACKED].data, np.dtype(dtype).newbyteorder("<")
-    offset = _LENGTH_BYTES + int.from_bytes(content[:_LENGTH_BYTES], "big")
-    arrays = {}
-    for name, declared, shape in json.loads(content[_LENGTH_BYTES:offset]):
-        if declared != expected.name:
-            raise ValueError(f"{name} must be {expected.name}, got {declared}")
-        if not all(type(length) is int and length >= 0 for length in shape):
-            raise ValueError(f"{name} has the shape {shape}")
-        count = math.prod(shape)
-        if count * expected.itemsize > len(content) - offset:
-            raise ValueError(f"{name} has the shape {shape}, but the record ends before it does")
-        arrays[str(name)] = np.frombuffer(content, expected, count, offset).reshape(shape)
-        offset += count * expected.itemsize
-    if offset != len(content):
-        raise ValueError(f"{len(content) - offset} bytes of a record belong to no array")
-    return arrays
 
 
 def site_of(reply: Message) -> str | None:

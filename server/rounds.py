@@ -22,9 +22,8 @@ from client.messages import (
     decode_update,
     encode_request,
     payload_bytes,
-    to_arrays,
-    to_record,
 )
+from client.records import to_arrays, to_record
 from client.site import POOLED
 from conf.check import needed_sites, num_asked
 from conf.schema import Config, Mode

@@ -11,7 +11,7 @@ import pytest
 from benchmarks import aggregation
 from benchmarks.aggregation import FLOWER, SLOW, STRATEGIES, Replies, Size, measure, peak_of_a_process, row, sent, table
 from benchmarks.render import rendered
-from client.messages import to_arrays
+from client.records import to_arrays
 
 TINY = Size(sites=3, layers=1, hidden=8, width=4, experts=2, rank=2)
 

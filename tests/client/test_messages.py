@@ -35,9 +35,8 @@ from client.messages import (
     encode_update,
     payload_bytes,
     site_of,
-    to_arrays,
-    to_record,
 )
+from client.records import to_arrays, to_record
 from strategies.base import ClientUpdate
 
 SENDER = Sender(site="ward-7", settings_hash="abc", process="host:17", base_model_loads=1)

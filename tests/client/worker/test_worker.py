@@ -38,9 +38,9 @@ from client.messages import (
     encode_request,
     from_bytes,
     to_bytes,
-    to_record,
 )
 from client.node import real_node
+from client.records import to_record
 from client.site import shared_arrays
 from client.worker.ask import Wanted, ask
 from client.worker.place import code_sha256, place_of
