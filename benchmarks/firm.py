@@ -124,7 +124,9 @@ class Apart:
         gram = np.array([[dot(left, right) for right in changes] for left in changes])
         weights = minimiser(2 * gram, np.zeros(len(changes)))
         self.adapter = {
-            name: array + sum(weight * change[name] for weight, change in zip(weights, changes, strict=True))
+            name: (array + sum(weight * change[name] for weight, change in zip(weights, changes, strict=True))).astype(
+                np.float32
+            )
             for name, array in self.adapter.items()
         }
         self.bytes_up += sum(

@@ -65,6 +65,7 @@ def test_fsmgda_steps_along_the_least_combination_of_separate_changes(tmp_path):
         expected = start[name] + share * one[name] + (1 - share) * two[name]
         np.testing.assert_allclose(array, expected, atol=1e-6)
     assert apart.bytes_up == 2 * 2 * sum(array.nbytes for array in start.values())
+    assert {array.dtype for array in apart.adapter.values()} == {np.dtype(np.float32)}
     assert {"reward/length", "reward/format", "kl"} <= evaluated(apart).keys()
     assert [len(groups) for groups in played(apart)] == [2]
 
