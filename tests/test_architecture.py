@@ -23,6 +23,7 @@ ONLY_IN = {
         "client/answer.py",
         "client/app.py",
         "client/messages.py",
+        "client/records.py",
         "server/app.py",
         "server/clientapps.py",
         "server/exchange.py",

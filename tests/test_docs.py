@@ -14,7 +14,7 @@ from server.launch import cli
 ROOT = Path(__file__).parents[1]
 WRITTEN = [
     ROOT / "README.md",
-    *sorted((ROOT / "docs").iterdir()),
+    *sorted(path for path in (ROOT / "docs").iterdir() if path.suffix != ".png"),
     *sorted((ROOT / "docker").iterdir()),
 ]
 
