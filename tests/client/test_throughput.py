@@ -1,5 +1,6 @@
 """Tokens a second, peak memory and FLOP utilization, against hand and against torch's own counter."""
 
+import mmap
 import sys
 
 import numpy as np
