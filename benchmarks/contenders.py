@@ -50,7 +50,10 @@ class Contender:
 
 
 _STEP = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0)
-_PLUS_SWEEPS = {"step": (1.0, 1.5, 2.0, 3.0), "flatten": (0.0, 0.5, 1.0), "ridge": (0.03, 0.1, 1.0, 3.0)}
+_MOMENTUM = (0.0, 0.3, 0.5, 0.7)
+_PLUS_SWEEPS = {
+    "step": (1.0, 1.5, 2.0, 3.0), "flatten": (0.0, 0.5, 1.0), "momentum": _MOMENTUM, "ridge": (0.03, 0.1, 1.0, 3.0)
+}  # fmt: skip
 """Of ``fc_moe_plus``; its ridge is not tuned and 0.3."""
 
 CONTENDERS: dict[str, Contender] = {
@@ -63,13 +66,21 @@ CONTENDERS: dict[str, Contender] = {
     "fedavg_step": Contender(
         "FedAvg, tuned step on experts", ("strategy=fedavg",), (Knob("strategy.expert_step", _STEP, 1.0, unsaid=1.0),)
     ),
+    # At a step of 1 a steady change is taken 1 / (1 - momentum) times as far, as by FC-MoE plus.
+    "fedavgm": Contender(
+        "FedAvgM", ("strategy=fedavgm", "strategy.learning_rate=1"), (Knob("strategy.momentum", _MOMENTUM[1:], 0.5),)
+    ),
     "fc_moe": Contender(
         "FC-MoE as printed", ("strategy=fc_moe",), (Knob("method.retention.strength", (0.1, 0.3, 0.5, 0.8), 0.5),)
     ),
     "fc_moe_plus": Contender(
         "FC-MoE plus",
         ("strategy=fc_moe_plus",),
-        (Knob("strategy.step", _STEP, 2.0), Knob("strategy.flatten", (0.0, 0.5, 1.0), 1.0)),
+        (
+            Knob("strategy.step", _STEP, 2.0),
+            Knob("strategy.flatten", (0.0, 0.5, 1.0), 1.0),
+            Knob("strategy.momentum", _MOMENTUM, 0.5),
+        ),
     ),
     "fc_moe_no_projection": Contender(
         "- consensus projection", ("strategy=fc_moe", "strategy.conflict.against=off"), follows="fc_moe"

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from server.intervals import rounded_with_interval
+from server.intervals import rounded_with_interval, with_interval
 from server.pareto import hypervolume
 
 Row = Mapping[str, Any]
@@ -19,10 +19,12 @@ THREE_SHARES = (0.1, 0.5, 0.9)
 EQUAL = (0.5,)
 FRONTS = {"hypervolume": ALL_SHARES, "of 0.1, 0.5, 0.9": THREE_SHARES, "at equal preference": EQUAL}
 """Column -> the preferences whose ends make its fronts: only such as were run with the same ones compare."""
+LEADER = "firm"
+"""Contender that the others are subtracted from."""
 
 
 def markdown(rows: Sequence[Row], titles: Mapping[str, str]) -> str:
-    """Contenders by their fronts; below, where every preference ends."""
+    """Contenders by their fronts; below, differences paired by seed, and where every preference ends."""
     good = [row for row in rows if "failed" not in row]
     if not good:
         return "No run has finished."
@@ -33,6 +35,12 @@ def markdown(rows: Sequence[Row], titles: Mapping[str, str]) -> str:
         ["", *FRONTS, "preference respected", "disagreement", "drift", "KL", "uploads", "s"],
         [[titles[name], *_summary(of_name, objectives, reference)] for name, of_name in found.items() if of_name],
     )
+    rivals = {name: of_name for name, of_name in found.items() if of_name and name != LEADER}
+    pairs = {name: _differences(found.get(LEADER, []), rival, objectives, reference) for name, rival in rivals.items()}
+    lines += ["", *_table(
+        [f"{titles[LEADER]}, minus", "preferences", "hypervolume", "drift", "disagreement", "seeds"],
+        [[titles[name], *cells] for name, cells in pairs.items() if cells],
+    )] if any(pairs.values()) else []  # fmt: skip
     names = [objective.removeprefix("reward/") for objective in objectives]
     ends = _table(
         ["", f"preference for {names[0]}", *names, "seeds"],
@@ -84,6 +92,29 @@ def _volumes(
         for of_seed in chosen
         if len(of_seed) == len(shares)
     ]
+
+
+def _differences(
+    leader: Sequence[Row], rival: Sequence[Row], objectives: Sequence[str], reference: NDArray[np.float64]
+) -> list[str]:
+    """Over the preferences that the rival was run with, of the seeds in which both were; empty if there are none."""
+    shares = sorted({row["share"] for row in rival})
+    differences = []
+    for seed in sorted({row["seed"] for row in rival}):
+        both = [[row for row in rows if row["seed"] == seed and row["share"] in shares] for rows in (leader, rival)]
+        if not all(len(rows) == len(shares) for rows in both):
+            continue
+        volumes = [hypervolume(np.array([_end(row, objectives) for row in rows]), reference) for rows in both]
+        drifts, disagreements = (
+            [np.mean([np.mean(row[key]) if row[key] else np.nan for row in rows]) for rows in both]
+            for key in ("drift", "disagreement")
+        )
+        differences.append([float(left) - float(right) for left, right in (volumes, drifts, disagreements)])
+    if not differences:
+        return []
+    columns = np.array(differences).T
+    told = ["" if np.isnan(column).any() else with_interval(column.tolist(), 4, sign="+") for column in columns]
+    return [", ".join(f"{share:g}" for share in shares), *told, str(len(differences))]
 
 
 def _rewards(rows: Sequence[Row], share: float, objectives: Sequence[str]) -> list[str]:

@@ -37,6 +37,22 @@ class ExpertRange:
     """Tokens that each site routed to each expert."""
     examples_C: NDArray[np.float64]
     """Training examples of each site."""
+    previous: Arrays
+    """(E, ...) what the sites received a round earlier, for rules that remember it; else empty."""
+
+    def part(self, chosen: slice) -> ExpertRange:
+        """Some of its experts, as views."""
+        return ExpertRange(
+            received=_part(self.received, chosen),
+            trained=[_part(arrays, chosen) for arrays in self.trained],
+            tokens_CE=self.tokens_CE[:, chosen],
+            examples_C=self.examples_C,
+            previous=_part(self.previous, chosen),
+        )
+
+
+def _part(arrays: Arrays, chosen: slice) -> Arrays:
+    return {name: array[chosen] for name, array in arrays.items()}
 
 
 Findings = Mapping[str, NDArray[np.float64]]
@@ -55,9 +71,15 @@ class Attention(Enum):
 
 
 def aggregate_experts(
-    adapter: Arrays, updates: Sequence[ClientUpdate], step: Step, attention: Attention = Attention.averaged
+    adapter: Arrays,
+    updates: Sequence[ClientUpdate],
+    step: Step,
+    attention: Attention = Attention.averaged,
+    previous: Arrays | None = None,
 ) -> tuple[Arrays, dict[str, Any]]:
     """The next adapter: experts by ``step``, a range at a time; everything else by examples, or as ``attention`` says.
+
+    ``previous`` holds, for rules that remember it, the adapter of a round earlier: all arrays that step.
 
     The second result is for the diagnostics: under ``experts``, layer -> ``sites`` (names, in the order of the rows),
     ``tokens`` [site][expert] and the findings of ``step``, as nested lists with None for NaN; under ``attention``, if
@@ -70,17 +92,29 @@ def aggregate_experts(
     averaged = beside.keys() - {name for arrays in projections.values() for name in arrays}
     dense = [{name: arrays[name] for name in beside if name in averaged} for arrays in trained]
     stepped: dict[str, NDArray[np.float32]] = weighted_mean(dense, examples_C.tolist())
+    earlier = previous or {}
     report: dict[str, Any] = {"experts": {}} | ({"attention": {}} if projections else {})
     sites = {"sites": [update.site for update in updates]}
     for layer, received in experts.by_layer(adapter).items():
-        tokens_CE = np.stack([update.expert_tokens[layer] for update in updates]).astype(np.float64)
-        own = [{name: arrays[name] for name in received} for arrays in trained]
-        arrays, findings = _step_layer(received, own, tokens_CE, examples_C, step)
+        whole = ExpertRange(
+            received=received,
+            trained=[{name: arrays[name] for name in received} for arrays in trained],
+            tokens_CE=np.stack([update.expert_tokens[layer] for update in updates]).astype(np.float64),
+            examples_C=examples_C,
+            previous={name: earlier[name] for name in received if name in earlier},
+        )
+        arrays, findings = _step_layer(whole, step)
         stepped |= arrays
         report["experts"][layer] = sites | findings
     for projection, factors in projections.items():
-        own = [{name: arrays[name][None] for name in factors} for arrays in trained]
-        arrays, findings = _step_layer(factors, own, examples_C[:, None], examples_C, step)
+        whole = ExpertRange(
+            received=factors,
+            trained=[{name: arrays[name][None] for name in factors} for arrays in trained],
+            tokens_CE=examples_C[:, None],
+            examples_C=examples_C,
+            previous={name: earlier[name][None] for name in factors if name in earlier},
+        )
+        arrays, findings = _step_layer(whole, step)
         stepped |= {name: array[0] for name, array in arrays.items()}
         report["attention"][projection] = sites | findings
     return {name: stepped[name] for name in adapter}, report
@@ -104,35 +138,22 @@ def check_expert_tokens(adapter: Arrays, update: ClientUpdate) -> None:
             raise ValueError(f"expert_tokens[{layer}] must have the shape {expected}, got {counted}")
 
 
-def _step_layer(
-    received: Arrays,
-    trained: Sequence[Arrays],
-    tokens_CE: NDArray[np.float64],
-    examples_C: NDArray[np.float64],
-    step: Step,
-) -> tuple[dict[str, NDArray[np.float32]], dict[str, Any]]:
+def _step_layer(whole: ExpertRange, step: Step) -> tuple[dict[str, NDArray[np.float32]], dict[str, Any]]:
     """The layer's next arrays and its diagnostics, over ranges of experts that take little memory, in parallel."""
-    stepped = {name: np.empty(array.shape, np.float32) for name, array in received.items()}
+    stepped = {name: np.empty(array.shape, np.float32) for name, array in whole.received.items()}
 
     def step_range(chosen: slice) -> Findings:
-        after, found = step(
-            ExpertRange(
-                received={name: array[chosen] for name, array in received.items()},
-                trained=[{name: array[chosen] for name, array in arrays.items()} for arrays in trained],
-                tokens_CE=tokens_CE[:, chosen],
-                examples_C=examples_C,
-            )
-        )
+        after, found = step(whole.part(chosen))
         for name, array in after.items():
             stepped[name][chosen] = array
         return found
 
-    ranges = experts.expert_slices(received, len(trained), _VALUES_AT_A_TIME)
+    ranges = experts.expert_slices(whole.received, len(whole.trained), _VALUES_AT_A_TIME)
     # Threads of BLAS within these would only wait for each other, and their number may change last bits.
     with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(_THREADS) as pool:
         findings = list(pool.map(step_range, ranges))
     joined = {key: np.concatenate([found[key] for found in findings], axis=-1) for key in findings[0]}
-    return stepped, {key: _json(values) for key, values in ({"tokens": tokens_CE} | joined).items()}
+    return stepped, {key: _json(values) for key, values in ({"tokens": whole.tokens_CE} | joined).items()}
 
 
 def _json(values: NDArray[np.floating]) -> list[Any]:

@@ -20,10 +20,12 @@ from strategies.change_span import WeightedSum, changes_of
 from strategies.conflicts import Granularity, Space, gram, join, split, weighted
 from strategies.equal_say import EqualSay, equal_say
 from strategies.expert_rounds import Attention, ExpertRange, Findings, aggregate_experts, check_expert_tokens
+from strategies.experts import is_expert_array
 from strategies.flatten import flattened
 from strategies.low_rank import Factors
 
 _LORA = (".lora_A", ".lora_B")
+_PREVIOUS = "previous/"
 _TRACE = 1e-6
 """Of a product's length: above the rounding of float32, below what is learnt."""
 
@@ -38,15 +40,16 @@ class FcMoePlus(Strategy):
 
     1. a direction with an almost equal say for each site, and a step that makes up for the length lost, no longer than
        the sites went on average: ``equal_say``;
-    2. singular values of each matrix of the step raised to 1 - ``flatten`` at the same Frobenius norm: ``flatten``.
+    2. ``momentum`` times the expert's last change is added;
+    3. singular values of each matrix of that raised to 1 - ``flatten`` at the same Frobenius norm: ``flatten``.
 
     Whole experts step as they are. LoRA experts step in their products B A, which are never formed. Of the sum over
-    sites, whose rank is that of all adapters together, the part counts that the received factors and their mean changes
-    span (``Changes.weighted_sum``); as many leading directions are flattened as the adapter has, since to give the last
-    ones as much weight would drown these in noise; B A plus the step is truncated to the adapter's rank, and turned
-    towards the last A.
+    sites and the last change, whose rank is that of all adapters together, the part counts that the received factors
+    and their summed changes span (``Changes.weighted_sum``); as many leading directions are flattened as the adapter
+    has, since to give the last ones as much weight would drown these in noise; B A plus the step is truncated to the
+    adapter's rank, and turned towards the last A.
 
-    An expert that no site used keeps its value; one that a single site used takes that site's update, flattened.
+    An expert that no site used keeps its value; one that a single site used takes that site's update and momentum, flattened.
     """
 
     name: ClassVar[str] = "fc_moe_plus"
@@ -57,6 +60,8 @@ class FcMoePlus(Strategy):
     """Server step on experts, in steps of the mean direction; never longer than the sites went on average."""
     flatten: float = 1.0
     """1: all singular values of a matrix' step alike; 0: as they are. In [0, 1]."""
+    momentum: float = 0.5
+    """Share of an expert's last change that is taken again, in [0, 1); 0 remembers nothing."""
     space: Space = Space.product
     """What a LoRA expert's update is; ``factors`` are not flattened, since their spectra are not the product's."""
     attention: Attention = Attention.averaged
@@ -65,6 +70,14 @@ class FcMoePlus(Strategy):
         require(0 < self.ridge < math.inf, "strategy.ridge", "> 0", self.ridge)
         require(0 < self.step < math.inf, "strategy.step", "> 0", self.step)
         require(0 <= self.flatten <= 1, "strategy.flatten", "in [0, 1]", self.flatten)
+        require(0 <= self.momentum < 1, "strategy.momentum", "in [0, 1)", self.momentum)
+
+    def init_state(self, adapter: Arrays) -> Arrays:
+        """With momentum ``previous/<name>``: what was received a round earlier, of all arrays that step."""
+        if self.momentum == 0:
+            return {}
+        steps_all = self.attention is Attention.as_experts
+        return {_PREVIOUS + name: array for name, array in adapter.items() if steps_all or is_expert_array(name)}
 
     def check_update(self, adapter: Arrays, update: ClientUpdate) -> None:
         """Raise ``ValueError`` if the update is not valid, or does not count the tokens of every expert."""
@@ -74,11 +87,12 @@ class FcMoePlus(Strategy):
     def aggregate(self, adapter: Arrays, state: Arrays, updates: Sequence[ClientUpdate]) -> Aggregation:
         """One step of every expert that was used, and the mean of the other arrays, or a step of attention too.
 
-        Diagnostics: as those of ``FcMoe``, from ``EqualSay``: ``cosine`` and ``conflict`` are to the step before it
-        is flattened, ``scale`` is its length over that of the mean by examples.
+        Diagnostics: as those of ``FcMoe``, from ``EqualSay``: ``cosine`` and ``conflict`` are to the step before
+        momentum is added and it is flattened, ``scale`` is its length over that of the mean by examples.
         """
-        stepped, report = aggregate_experts(adapter, updates, self._step, self.attention)
-        return Aggregation(adapter=stepped, state=state, diagnostics=report)
+        previous = {name.removeprefix(_PREVIOUS): array for name, array in state.items()}
+        stepped, report = aggregate_experts(adapter, updates, self._step, self.attention, previous)
+        return Aggregation(adapter=stepped, state=self.init_state(adapter), diagnostics=report)
 
     def _step(self, layer: ExpertRange) -> tuple[Arrays, Findings]:
         is_lora = all(name.endswith(_LORA) for name in layer.received)
@@ -86,15 +100,20 @@ class FcMoePlus(Strategy):
             return self._step_products(layer)
         return self._step_arrays(layer, flatten=0.0 if is_lora else self.flatten)
 
-    def _say(self, layer: ExpertRange, gram_ECC: NDArray[np.float64]) -> EqualSay:
+    def _say(self, layer: ExpertRange, gram_ECC: NDArray[np.float64]) -> tuple[EqualSay, NDArray[np.float64]]:
+        """Also (C, E) factor of each change in the step, that of the last one, turned back, being a further row."""
         examples_CE = np.where(layer.tokens_CE > 0, layer.examples_C[:, None], 0.0)
-        return equal_say(gram_ECC, examples_CE, ridge=self.ridge, step=self.step)
+        sites = slice(len(examples_CE))
+        say = equal_say(gram_ECC[:, sites, sites], examples_CE, ridge=self.ridge, step=self.step)
+        if not layer.previous:
+            return say, say.coefficients
+        return say, np.vstack([say.coefficients, -self.momentum * (say.weight.sum(axis=0) > 0)])
 
     def _step_arrays(self, layer: ExpertRange, flatten: float) -> tuple[Arrays, Findings]:
         """The next arrays (E, ...), each expert's as one vector; matrices (E, O, I) are flattened."""
-        ((names, updates_EGCD),) = split(layer.received, layer.trained, Granularity.expert).items()
-        say = self._say(layer, gram(updates_EGCD)[:, 0])
-        step_EGD = weighted(updates_EGCD, say.coefficients[..., None])
+        ((names, updates_EGCD),) = split(layer.received, _ends(layer), Granularity.expert).items()
+        say, factor_CE = self._say(layer, gram(updates_EGCD)[:, 0])
+        step_EGD = weighted(updates_EGCD, factor_CE[..., None])
         steps: Arrays = join(names, step_EGD, layer.received, Granularity.expert)
         if flatten:
             steps = {name: flattened(step, flatten) if step.ndim == 3 else step for name, step in steps.items()}
@@ -105,22 +124,27 @@ class FcMoePlus(Strategy):
         changes = {
             prefix: changes_of(
                 Factors(*(layer.received[prefix + end] for end in _LORA)),
-                [Factors(*(arrays[prefix + end] for end in _LORA)) for arrays in layer.trained],
+                [Factors(*(arrays[prefix + end] for end in _LORA)) for arrays in _ends(layer)],
             )
             for prefix in low_rank.lora_prefixes(layer.received)
         }
         grams = [change.gram() for change in changes.values()]
-        say = self._say(layer, np.sum(grams, axis=0))
+        say, factor_CE = self._say(layer, np.sum(grams, axis=0))
         used_E = say.weight.sum(axis=0) > 0
         stepped: dict[str, NDArray[np.floating]] = {}
         lost = []
         for (prefix, change), gram_ECC in zip(changes.items(), grams, strict=True):
-            squared_E = np.einsum("ce,ecd,de->e", say.coefficients, gram_ECC, say.coefficients)
-            new, lost_E = _stepped_product(change.weighted_sum(say.coefficients), squared_E, self.flatten)
+            squared_E = np.einsum("ce,ecd,de->e", factor_CE, gram_ECC, factor_CE)
+            new, lost_E = _stepped_product(change.weighted_sum(factor_CE), squared_E, self.flatten)
             for end, factor in zip(_LORA, new, strict=True):
                 stepped[prefix + end] = np.where(used_E[:, None, None], factor, layer.received[prefix + end])
             lost.append(lost_E)
         return stepped, _findings(say) | {"lost_energy": np.where(used_E, np.max(lost, axis=0), np.nan)}
+
+
+def _ends(layer: ExpertRange) -> list[Arrays]:
+    """Where changes of what was received lead: to what each site trained and, for momentum, to a round earlier."""
+    return [*layer.trained, *([layer.previous] if layer.previous else [])]
 
 
 def _stepped_product(

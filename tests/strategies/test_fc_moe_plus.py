@@ -51,36 +51,37 @@ def projector(columns):
     return columns @ np.linalg.pinv(columns, rcond=1e-6)
 
 
-def naive_product(strategy, adapter, updates, coefficients, prefix, expert):
+def naive_product(adapter, ends, coefficients, flatten, prefix, expert):
     """The next dense product of one LoRA pair, and the share of its squared norm that was lost."""
     A, B = (adapter[f"{prefix}.lora_{side}"][expert].astype(float) for side in "AB")
-    trained = [[u.adapter[f"{prefix}.lora_{side}"][expert].astype(float) for side in "AB"] for u in updates]
+    trained = [[end[f"{prefix}.lora_{side}"][expert].astype(float) for side in "AB"] for end in ends]
     change = sum(c * (Bi @ Ai - B @ A) for c, (Ai, Bi) in zip(coefficients, trained, strict=True))
     change_A = sum(c * (Ai - A) for c, (Ai, _) in zip(coefficients, trained, strict=True))
     change_B = sum(c * (Bi - B) for c, (_, Bi) in zip(coefficients, trained, strict=True))
     within = projector(np.hstack([B, change_B])) @ change @ projector(np.vstack([A, change_A]).T)
-    step = dense_flattened(within, strategy.flatten, len(A))
+    step = dense_flattened(within, flatten, len(A))
     left, sizes, right = np.linalg.svd(B @ A + step)
     kept = (left[:, : len(A)] * sizes[: len(A)]) @ right[: len(A)]
     return kept, 1 - (kept**2).sum() / ((B @ A + step + change - within) ** 2).sum()
 
 
-def naive_next(strategy, adapter, updates, layer, expert):
+def naive_next(strategy, adapter, previous, updates, layer, expert):
     """The next parts of one expert, all dense, and the largest share that was lost."""
     before = parts_of(adapter, layer, expert, strategy)
+    ends = [u.adapter for u in updates] + [previous]
     changes = [
-        [new - old for new, old in zip(parts_of(u.adapter, layer, expert, strategy), before, strict=True)]
-        for u in updates
+        [new - old for new, old in zip(parts_of(end, layer, expert, strategy), before, strict=True)] for end in ends
     ]
     examples = [u.num_examples * (u.expert_tokens[layer][expert] > 0) for u in updates]
     if not any(examples):
         return before, None
-    vectors = [np.concatenate([change.ravel() for change in parts]) for parts in changes]
+    vectors = [np.concatenate([change.ravel() for change in parts]) for parts in changes[:-1]]
     coefficients = naive_coefficients(vectors, examples, strategy.ridge, strategy.step)
+    coefficients = [*coefficients, -strategy.momentum]  # the change back to the previous adapter
     is_lora = f"{layer}.experts.down_proj" not in adapter
     if is_lora and strategy.space is Space.product:
         prefixes = [f"{layer}.experts.{p}" for p in ("down_proj", "gate_up_proj")]
-        found = [naive_product(strategy, adapter, updates, coefficients, prefix, expert) for prefix in prefixes]
+        found = [naive_product(adapter, ends, coefficients, strategy.flatten, prefix, expert) for prefix in prefixes]
         return [product for product, _ in found], max(lost for _, lost in found)
     after = []
     for p, old in enumerate(before):
@@ -96,7 +97,7 @@ CASES = [
     for strategy in (
         FcMoePlus(),
         PLAIN,
-        FcMoePlus(flatten=0.5, ridge=2.0, step=0.5),
+        FcMoePlus(flatten=0.5, ridge=2.0, step=0.5, momentum=0.0),
         FcMoePlus(space=Space.factors),
     )
 ]
@@ -105,10 +106,13 @@ CASES = [
 @pytest.mark.parametrize(("shapes", "strategy"), CASES)
 def test_rule_is_the_dense_one(shapes, strategy):
     adapter, updates = random_round(11, shapes)
-    result = strategy.aggregate(adapter, {}, updates)
+    last = strategy.aggregate(random_round(12, shapes)[0], {}, updates)
+    adapter = {name: array + 0.3 * last.adapter[name] for name, array in adapter.items()}
+    previous = {name.removeprefix("previous/"): array for name, array in last.state.items()} or adapter
+    result = strategy.aggregate(adapter, last.state, updates)
     for layer in LAYERS:
         for expert in range(NUM_EXPERTS):
-            parts, lost = naive_next(strategy, adapter, updates, layer, expert)
+            parts, lost = naive_next(strategy, adapter, previous, updates, layer, expert)
             for ours, expected in zip(parts_of(result.adapter, layer, expert, strategy), parts, strict=True):
                 atol = 1e-4 * max(1, abs(expected).max())
                 np.testing.assert_allclose(ours, expected, atol=atol, err_msg=f"{layer} {expert}")
@@ -147,6 +151,21 @@ def test_expert_that_one_site_used_becomes_that_sites_whatever_the_step(shapes, 
         ours, theirs = (parts_of(arrays, layer, 1, strategy) for arrays in (result.adapter, updates[1].adapter))
         for part, expected in zip(ours, theirs, strict=True):
             np.testing.assert_allclose(part, expected, atol=1e-5)
+
+
+def test_expert_goes_on_as_it_went_and_rests_when_nobody_used_it():
+    """Heavy ball (Polyak, 1964): of one site's expert, its own change and a quarter of the last one."""
+    adapter, updates = random_round(3, FULL)
+    earlier = {name: array - np.float32(0.5) for name, array in adapter.items()}
+    strategy = FcMoePlus(flatten=0.0, momentum=0.25)
+    state = {f"previous/{name}": array for name, array in earlier.items() if experts.is_expert_array(name)}
+    result = strategy.aggregate(adapter, state, updates)
+    for name in filter(experts.is_expert_array, adapter):
+        np.testing.assert_array_equal(result.adapter[name][0], adapter[name][0])
+        np.testing.assert_allclose(result.adapter[name][1], updates[1].adapter[name][1] + 0.125, atol=1e-5)
+        np.testing.assert_array_equal(result.state[f"previous/{name}"], adapter[name])
+    assert result.state.keys() == state.keys()
+    assert FcMoePlus(momentum=0.0).aggregate(adapter, {}, updates).state == {}
 
 
 @LORA_AND_FULL
@@ -296,6 +315,7 @@ def test_update_without_the_counts_of_every_expert_is_refused():
         ({"ridge": 0.0}, r"strategy.ridge must be > 0, got 0.0"),
         ({"step": 0.0}, r"strategy.step must be > 0, got 0.0"),
         ({"step": float("inf")}, r"strategy.step must be > 0, got inf"),
+        ({"momentum": 1.0}, r"strategy.momentum must be in \[0, 1\), got 1.0"),
         ({"flatten": 1.5}, r"strategy.flatten must be in \[0, 1\], got 1.5"),
     ],
 )
