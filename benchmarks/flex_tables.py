@@ -11,6 +11,7 @@ from benchmarks.contenders import PERSONAL
 from client.evaluation.measured import BASE, GLOBAL
 from client.evaluation.measured import PERSONAL as OWN
 from server.intervals import with_interval
+from server.usage import usage_of
 
 BASELINE = "fedavg"
 
@@ -130,21 +131,24 @@ def _general(model: str | None, metric: str, name: str) -> Number:
     return number
 
 
-def _mean(values: Sequence[float]) -> float | None:
-    return statistics.fmean(values) if values else None
+def _usage(key: str, otherwise: float | None = None) -> Number:
+    return lambda row: usage_of(row["evaluation"]).get(key, otherwise)
+
+
+def _graft_spread(row: Row) -> float | None:
+    return statistics.fmean(row["graft_spread"].values()) if row["graft_spread"] else None
 
 
 _COSTS: tuple[tuple[Number, int], ...] = (
     (lambda row: row["bytes_up"] / 1e3, 1),
     (lambda row: row["bytes_down"] / 1e3, 1),
-    (lambda row: _mean([layer["entropy"] for layer in row["evaluation"]["routing"].values()]), 3),
-    (lambda row: _mean([layer["largest_share"] for layer in row["evaluation"]["routing"].values()]), 3),
-    (lambda row: _mean([cost["flops"] for cost in row["evaluation"]["cost"].values()]) or 1.0, 3),
-    (lambda row: _mean([cost["seconds"] for cost in row["evaluation"]["cost"].values()]) or 1.0, 2),
-    (lambda row: _mean(list(row["graft_spread"].values())), 4),
+    (_usage("entropy"), 3),
+    (_usage("largest_share"), 3),
+    (_usage("flops", 1.0), 3),
+    (_usage("seconds", 1.0), 2),
+    (_graft_spread, 4),
 )
-"""Bytes of a site and round, both ways; routing, mean over layers: entropy, share of the expert with the most tokens; a
-token's cost over one adapter's."""
+"""Bytes of a site and round, both ways; ``server.usage.USAGES``; by how much the grafted expert won the choice."""
 
 
 def _over_seeds(rows: Mapping[int, Row], number: Number, digits: int = 4) -> str:

@@ -49,7 +49,8 @@ class FcMoePlus(Strategy):
     has, since to give the last ones as much weight would drown these in noise; B A plus the step is truncated to the
     adapter's rank, and turned towards the last A.
 
-    An expert that no site used keeps its value; one that a single site used takes that site's update and momentum, flattened.
+    An expert that no site used keeps its value; one that a single site used takes that site's update, with momentum and
+    flattened.
     """
 
     name: ClassVar[str] = "fc_moe_plus"
