@@ -8,9 +8,7 @@ import os
 import shlex
 import signal
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -18,11 +16,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from conf.alignment import FirmConfig
-from conf.check import check_num_sites
-from conf.compose import expand_sweep, load_config, quoted, swept_keys
-from conf.model import ModelSource
-from conf.partitions import Files
+from conf.compose import load_config
 from conf.schema import Config, Mode
 from server.compare import compare, comparison, report
 from server.compare_matrix import matrix_tables
@@ -30,7 +24,8 @@ from server.doctor import doctor
 from server.flower import Connection, local_superlink, remote_superlink
 from server.follow import Outcome, follow
 from server.gpu_share import choose_gpus_per_site
-from server.record import RunFolder, default_name
+from server.jobs import Job, plan
+from server.record import RunFolder
 from server.reward import reward_cli
 from server.services import certs, server_cli, site_cli
 from server.view import View
@@ -50,18 +45,6 @@ console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="Settings, key=value; see conf/schema.py and its imports.")]
-
-
-@dataclass(frozen=True)
-class Job:
-    """One run to be launched."""
-
-    name: str
-    config: Config
-    overrides: tuple[str, ...]
-    output: Path
-    num_sites: int | None
-    """Simulated sites; None for a remote run."""
 
 
 def main() -> None:
@@ -212,25 +195,6 @@ def pretrain(
     console.print(escape(str(folder)), soft_wrap=True)
 
 
-def plan(overrides: list[str], *, multirun: bool) -> tuple[list[Job], Path]:
-    """The runs that the settings ask for, all checked, and the folder that will hold them.
-
-    Raises:
-        ValueError: If any run's settings are wrong, or a folder already holds a run.
-    """
-    if not multirun:
-        config = load_config(overrides)
-        job = _job("", config, overrides, Path(config.output or f"outputs/{default_name(config)}"))
-        return [job], job.output
-    sweep = expand_sweep(overrides)
-    configs = [load_config(words) for words in sweep]
-    folder = Path(configs[0].output or f"outputs/compare-{time.strftime('%Y%m%d-%H%M%S')}").expanduser().resolve()
-    keys = swept_keys(overrides) or ["strategy"]
-    names = [_run_name(words, keys, config) for words, config in zip(sweep, configs, strict=True)]
-    jobs = [_job(name, config, words, folder / name) for name, config, words in zip(names, configs, sweep, strict=True)]
-    return jobs, folder
-
-
 def launch(job: Job, connection: Connection) -> bool:
     """Run one job to its end; True if it completed."""
     remote = job.config.federation.mode is Mode.remote
@@ -290,62 +254,3 @@ def _report(name: str, outcome: Outcome) -> bool:
     if not outcome.completed:
         errors.print(f"[red]{escape(name)} failed:[/] {escape(outcome.error)}")
     return outcome.completed
-
-
-def _job(name: str, config: Config, overrides: Sequence[str], output: Path) -> Job:
-    output = output.expanduser().resolve()
-    if (output / "config.yaml").exists() or (output / "summary.json").exists():
-        raise ValueError(f"output={output} already holds a run: choose another folder, or remove it")
-    words = [word for word in overrides if not word.startswith("output=")]
-    sites = _count_sites(config) if config.federation.mode is Mode.simulation else None
-    if sites is not None:
-        # The run's processes start elsewhere: relative paths are made absolute here, where the user wrote them.
-        words += [f"{key}={quoted(path)}" for key, path in _local_paths(config).items()]
-        words += _with_absolute_sources(config)
-        words += [f"output={quoted(str(output))}"]
-    return Job(name or config.strategy.name, config, tuple(words), output, sites)
-
-
-def _local_paths(config: Config) -> dict[str, str]:
-    model = config.model
-    paths = {
-        "data.path": config.data.path,
-        "eval.path": config.eval.path,
-        "eval.general_path": config.eval.general_path,
-        "eval.choices.path": config.eval.choices.path,
-        "model.wheel_dir": model.wheel_dir,
-        "model.upcycle.text": model.upcycle.text,
-        "model.name": model.name if model.source is ModelSource.hub and Path(model.name).is_dir() else None,
-    }
-    is_pattern = isinstance(config.partition, Files)
-    local = {key: path for key, path in paths.items() if path is not None}
-    return {
-        key: str(Path(path).expanduser().absolute())
-        for key, path in local.items()
-        if Path(path).expanduser().exists() or (is_pattern and key == "data.path")
-    }
-
-
-def _with_absolute_sources(config: Config) -> list[str]:
-    """``method.rewards`` again, if it names a folder that is here."""
-    if not isinstance(config.method, FirmConfig):
-        return []
-    named = [spec.partition(":") for spec in config.method.rewards]
-    folders = {source: str(Path(source).expanduser().absolute()) for _, _, source in named if source}
-    present = {source: folder for source, folder in folders.items() if Path(folder).is_dir()}
-    specs = [quoted(f"{name}{colon}{present.get(source, source)}") for name, colon, source in named]
-    return [f"method.rewards=[{','.join(specs)}]"] if present else []
-
-
-def _count_sites(config: Config) -> int:
-    from client.data import site_names  # noqa: PLC0415 - takes seconds to import
-
-    count = len(site_names(config))
-    check_num_sites(config, count, f"the number of sites, {count},")
-    return count
-
-
-def _run_name(words: Sequence[str], keys: Sequence[str], config: Config) -> str:
-    values = dict(word.lstrip("+").partition("=")[::2] for word in words)
-    parts = [config.strategy.name if key == "strategy" else f"{key}={values[key]}" for key in keys]
-    return ",".join(parts).replace("/", "-")
