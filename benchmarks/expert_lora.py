@@ -31,8 +31,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, OlmoeConfig, PreTrainedModel
 
 from client.adapter_layout import adapter_slots, peft_config
+from client.base_model import BaseModel, share_weights
 from client.bases import BaseIdentity
-from client.model import AdaptedModel, BaseModel, share_weights
+from client.model import AdaptedModel
 from client.text import byte_tokenizer
 from conf.model import ExpertTraining, LoraConfig, ModelConfig
 

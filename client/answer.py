@@ -16,13 +16,13 @@ from flwr.app import Message
 
 from client import messages
 from client.assemble import real_site, simulated_site
+from client.base_model import base_model_loads
 from client.bases import materialise
 from client.call import Call
 from client.data import site_names
 from client.evaluation.examination import examine
 from client.failures import reason_of
 from client.messages import EVALUATE, JOIN, TRAIN, Asked, Joined, Request, Sender
-from client.model import base_model_loads
 from client.node import Node, real_node
 from client.site import Site
 from conf.compose import load_config, settings_hash

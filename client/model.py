@@ -1,4 +1,4 @@
-"""The frozen base model of a process and the adapter that is trained on it.
+"""A base model with the adapter that is trained on it.
 
 A site's adapter is a set of named float32 arrays. Virtual clients in one process share the base and
 take turns: load an adapter, train, read it back.
@@ -6,11 +6,9 @@ take turns: load an adapter, train, read it back.
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,66 +17,22 @@ import peft
 import torch
 from numpy.typing import NDArray
 from peft.utils import ModulesToSaveWrapper
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from client.adapter_layout import ADAPTER, adapter_slots, moe_layers, peft_config, train_replaced_in_float32
-from client.bases import BaseIdentity, materialise, without_progress_bars
+from client.base_model import BaseModel, load_base, share_weights
 from client.experts import use_engine
 from client.grafting.grafts import NO_GRAFT, Graft, attach_grafts, graft_name, is_graft_array
 from client.grafting.layout import graft_slots, graft_spec
-from client.quantization import quantize_int8
 from client.routing import ExpertTokenCounter, RoutedTokens, count_router_choices
 from conf.methods import GraftConfig
-from conf.model import LoraConfig, ModelConfig, Quantization
+from conf.model import LoraConfig, ModelConfig
 from conf.seeds import generator_for
 from strategies.adapters import Arrays, check_same_layout
 
-
-@dataclass(frozen=True)
-class BaseModel:
-    """A base model as it was pre-trained; nothing changes it."""
-
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    identity: BaseIdentity
-
-
-_bases: dict[str, BaseModel] = {}
 _adapted: dict[str, AdaptedModel] = {}
 """By settings, the one used last at the end."""
 _KEPT = 2
 """Of them: a server's and its sites', or the adapter's rank and a personal one. A worker outlives many runs."""
-_num_base_loads = 0
-
-
-def base_model_loads() -> int:
-    """How often this process has read a base model from disk."""
-    return _num_base_loads
-
-
-def load_base(model: ModelConfig, device: torch.device) -> BaseModel:
-    """The base model that ``model`` names, in its dtype and without gradients; read once a process.
-
-    Raises:
-        ValueError: If the base cannot be had (see ``client.bases.materialise``), is no causal language model, or is to
-            be quantised without torchao.
-    """
-    global _num_base_loads  # noqa: PLW0603
-    key = repr((model.name, model.source, model.wheel_dir, model.upcycle, model.dtype, model.quantization, device))
-    if key not in _bases:
-        identity = materialise(model)
-        dtype: torch.dtype = getattr(torch, model.dtype.value)
-        with without_progress_bars():
-            network: Any = AutoModelForCausalLM.from_pretrained(identity.folder, dtype=dtype)
-        network.to(device).eval().requires_grad_(requires_grad=False)
-        if model.quantization is Quantization.int8:
-            quantize_int8(network)
-        tokenizer = AutoTokenizer.from_pretrained(identity.folder)
-        if tokenizer.pad_token_id is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        _bases[key] = BaseModel(network, tokenizer, identity)
-        _num_base_loads += 1
-    return _bases[key]
 
 
 def adapted_model(
@@ -330,12 +284,6 @@ class AdaptedModel:
             foreign = sorted(outcome.unexpected_keys)[:4]
             raise ValueError(f"the adapter in {folder} has arrays that this model lacks: {foreign}")
         return {name: array for name, array in self.read_adapter().items() if not is_graft_array(name)}
-
-
-def share_weights(model: PreTrainedModel) -> PreTrainedModel:
-    """A model of the same modules around the same tensors, for PEFT to wrap; ``model`` itself stays as it is."""
-    tensors = [*model.parameters(), *model.buffers()]
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
 def _to_numpy(tensor: torch.Tensor) -> NDArray[np.float32]:

@@ -16,10 +16,11 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from client.assemble import model_for, pooled_held_out
+from client.base_model import base_model_loads
 from client.data import held_out_file, site_names
 from client.evaluation.held_out import held_out_loss
 from client.messages import Request
-from client.model import AdaptedModel, base_model_loads
+from client.model import AdaptedModel
 from client.records import to_record
 from client.site import shared_arrays
 from client.text import encode

@@ -10,9 +10,10 @@ from benchmarks.federation import simulated
 from benchmarks.measures import Judge, expert_norm, label_log_p, label_scores, mixed_label_log_p
 from benchmarks.word_base import most_frequent, word_tokenizer
 from client.assemble import held_out_sets
+from client.base_model import BaseModel
 from client.bases import BaseIdentity
 from client.mixed_prediction import Gate, Mixture
-from client.model import AdaptedModel, BaseModel
+from client.model import AdaptedModel
 from client.text import Example, TokenSequence, encode
 from conf.compose import load_config
 from conf.model import LoraConfig, ModelConfig

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from client.base_model import load_base
 from client.gate_alignment import GateAlignment, RoutingStatistics, Target, divergence, log_probabilities
-from client.model import AdaptedModel, load_base
+from client.model import AdaptedModel
 from client.text import collate
 from conf.model import ExpertTraining, LoraConfig, RouterTraining
 from strategies.fedalign_moe import MARGIN, PROBABILITY, SEMANTICS

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from client.base_model import load_base
 from client.grafting.selection import select_experts
 from client.memory import Passes, Shape, TrainingMemory, choose_micro_batch, free_bytes, step_peak_bytes
-from client.model import AdaptedModel, load_base
+from client.model import AdaptedModel
 from client.runtime import configure_torch, resolve_device
 from conf.methods import GraftConfig
 from conf.model import ExpertTraining, LoraConfig, Precision

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from client.base_model import load_base
 from client.memory import Passes, Shape, TrainingMemory, _LiveBytes, choose_micro_batch, step_peak_bytes
-from client.model import AdaptedModel, load_base
+from client.model import AdaptedModel
 from client.text import TokenSequence
 from client.throughput import matrix_weights
 from conf.model import LoraConfig, Precision, Quantization
@@ -176,7 +177,8 @@ from pathlib import Path
 import torch
 
 from client.memory import Passes, Shape, TrainingMemory, free_bytes
-from client.model import AdaptedModel, load_base
+from client.base_model import load_base
+from client.model import AdaptedModel
 from conf.model import LoraConfig
 from tests.client.local_training import run
 from tests.client.tiny_models import save_tiny_base

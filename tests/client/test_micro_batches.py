@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from client.model import AdaptedModel, load_base
+from client.base_model import load_base
+from client.model import AdaptedModel
 from client.text import TokenSequence
 from conf.model import ExpertTraining, LoraConfig, Precision
 from conf.schema import OptimizerState

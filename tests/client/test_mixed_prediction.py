@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 
+from client.base_model import load_base
 from client.evaluation.generation import greedy
 from client.evaluation.held_out import held_out_loss
 from client.mixed_prediction import Gate, MixedTokens, Predictions, fitted_gate, mixed_loss, predictions
-from client.model import AdaptedModel, load_base
+from client.model import AdaptedModel
 from conf.model import LoraConfig
 from tests.client.local_training import eight_sequences, noisy
 from tests.client.tiny_models import save_tiny_base

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from peft.tuners.lora import LoraLayer, ParamWrapper
 
 from client.adapter_layout import moe_layers
+from client.base_model import BaseModel, base_model_loads, load_base
 from client.bases import BaseIdentity
-from client.model import AdaptedModel, BaseModel, adapted_model, base_model_loads, load_base
+from client.model import AdaptedModel, adapted_model
 from client.text import byte_tokenizer
 from conf.model import ExpertTraining, LoraConfig, ModelConfig, Precision, RouterTraining
 from tests.client.tiny_models import (

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from client.adapter_layout import moe_layers
+from client.base_model import BaseModel, load_base
 from client.bases import BaseIdentity
-from client.model import AdaptedModel, BaseModel, load_base
+from client.model import AdaptedModel
 from client.quantization import quantize_int8
 from client.text import byte_tokenizer
 from conf.model import ModelConfig, Quantization

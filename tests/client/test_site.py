@@ -9,9 +9,10 @@ import safetensors.numpy
 import torch
 from transformers import AutoModelForCausalLM
 
+from client.base_model import base_model_loads
 from client.evaluation.held_out import held_out_loss
 from client.methods import method_for
-from client.model import adapted_model, base_model_loads
+from client.model import adapted_model
 from client.private import PrivateStore
 from client.site import POOLED, Site, shared_arrays
 from client.text import Example, collate, encode

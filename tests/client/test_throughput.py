@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from client.base_model import load_base
 from client.evaluation.held_out import response_nll
-from client.model import AdaptedModel, load_base
+from client.model import AdaptedModel
 from client.text import TokenSequence, collate
 from client.throughput import Lengths, ThroughputMeter, matmul_flops_per_second, peak_memory_bytes, training_flops
 from conf.model import LoraConfig

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from client.base_model import load_base
 from client.evaluation.held_out import held_out_loss
-from client.model import AdaptedModel, load_base
+from client.model import AdaptedModel
 from conf.model import ExpertTraining, LoraConfig, Precision, RouterTraining
 from conf.schema import OptimizerState
 from tests.client.local_training import distance, eight_sequences, gradient, noisy, run

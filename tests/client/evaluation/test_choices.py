@@ -5,9 +5,10 @@ from functools import partial
 import pytest
 import torch
 
+from client.base_model import load_base
 from client.evaluation.choices import Question, accuracy, questions_of
 from client.evaluation.held_out import held_out_loss
-from client.model import AdaptedModel, load_base
+from client.model import AdaptedModel
 from client.text import Example
 from conf.model import LoraConfig
 from conf.schema import DataConfig, Template, Truncation

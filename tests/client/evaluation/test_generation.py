@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from client.base_model import load_base
 from client.evaluation.generation import greedy, rouge_l
-from client.model import AdaptedModel, load_base
+from client.model import AdaptedModel
 from conf.model import LoraConfig
 from tests.client.local_training import noisy
 from tests.client.tiny_models import save_tiny_base

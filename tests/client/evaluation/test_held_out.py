@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from client.base_model import load_base
 from client.evaluation.held_out import held_out_loss, response_logits
-from client.model import AdaptedModel, load_base
+from client.model import AdaptedModel
 from client.text import TokenSequence, collate
 from conf.model import LoraConfig
 from tests.client.tiny_models import DENSE_FAMILIES, MOE_FAMILIES, save_tiny_base

@@ -5,9 +5,10 @@ from functools import partial
 import pytest
 import torch
 
+from client.base_model import load_base
 from client.evaluation.held_out import held_out_loss
 from client.evaluation.relative_cost import counted_flops, relative_cost
-from client.model import AdaptedModel, load_base
+from client.model import AdaptedModel
 from client.text import TokenSequence
 from conf.model import LoraConfig
 from tests.client.local_training import eight_sequences, noisy

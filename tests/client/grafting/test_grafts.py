@@ -12,11 +12,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from client.base_model import BaseModel
 from client.bases import BaseIdentity
 from client.checkpointing import checkpointed_layers
 from client.grafting.grafts import is_graft_array
 from client.memory import Shape, TrainingMemory
-from client.model import AdaptedModel, BaseModel
+from client.model import AdaptedModel
 from client.text import byte_tokenizer
 from conf.methods import GraftConfig, GraftForm, GraftStart
 from conf.model import ExpertTraining, LoraConfig, ModelConfig

@@ -11,11 +11,12 @@ from benchmarks.federation import simulated
 from client.alignment.experience import gather
 from client.alignment.min_norm import min_norm_weights, normalised_gram
 from client.alignment.reward_models import named_rewards
+from client.base_model import base_model_loads
 from client.evaluation.examination import examine
 from client.evaluation.measured import BASE, GLOBAL
 from client.local_rule import Step
 from client.methods.firm import Firm, InClientAlignment
-from client.model import adapted_model, base_model_loads
+from client.model import adapted_model
 from client.private import under
 from conf.alignment import Estimator, FirmConfig, Regulariser
 from conf.compose import load_config
