@@ -6,7 +6,7 @@ Shapes: C sites, E experts of one range of a layer's experts.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import Enum
@@ -85,47 +85,59 @@ def aggregate_experts(
     ``tokens`` [site][expert] and the findings of ``step``, as nested lists with None for NaN; under ``attention``, if
     it steps, the same by projection, each as one expert.
     """
-    trained = [update.adapter for update in updates]
-    examples_C = np.array([update.num_examples for update in updates], np.float64)
-    beside = {name: array for name, array in adapter.items() if not experts.is_expert_array(name)}
-    projections = _projections(beside) if attention is Attention.as_experts else {}
-    averaged = beside.keys() - {name for arrays in projections.values() for name in arrays}
-    dense = [{name: arrays[name] for name in beside if name in averaged} for arrays in trained]
-    stepped: dict[str, NDArray[np.float32]] = weighted_mean(dense, examples_C.tolist())
-    earlier = previous or {}
-    report: dict[str, Any] = {"experts": {}} | ({"attention": {}} if projections else {})
-    sites = {"sites": [update.site for update in updates]}
-    for layer, received in experts.by_layer(adapter).items():
-        whole = ExpertRange(
-            received=received,
-            trained=[{name: arrays[name] for name in received} for arrays in trained],
-            tokens_CE=np.stack([update.expert_tokens[layer] for update in updates]).astype(np.float64),
-            examples_C=examples_C,
-            previous={name: earlier[name] for name in received if name in earlier},
-        )
-        arrays, findings = _step_layer(whole, step)
-        stepped |= arrays
-        report["experts"][layer] = sites | findings
-    for projection, factors in projections.items():
-        whole = ExpertRange(
-            received=factors,
-            trained=[{name: arrays[name][None] for name in factors} for arrays in trained],
-            tokens_CE=examples_C[:, None],
-            examples_C=examples_C,
-            previous={name: earlier[name][None] for name in factors if name in earlier},
-        )
-        arrays, findings = _step_layer(whole, step)
-        stepped |= {name: array[0] for name, array in arrays.items()}
-        report["attention"][projection] = sites | findings
+    received = _Round(adapter, updates, previous or {})
+    stepping = {"experts": received.layers()}
+    if attention is Attention.as_experts and (projections := received.projections()):
+        stepping["attention"] = projections
+    stepped: dict[str, NDArray[np.float32]] = {}
+    report: dict[str, Any] = {kind: {} for kind in stepping}
+    for kind, ranges in stepping.items():
+        for path, whole in ranges.items():
+            arrays, findings = _step_layer(whole, step)
+            stepped |= {name: array.reshape(adapter[name].shape) for name, array in arrays.items()}
+            report[kind][path] = {"sites": [update.site for update in updates]} | findings
+    beside = [name for name in adapter if name not in stepped]
+    dense = [{name: update.adapter[name] for name in beside} for update in updates]
+    stepped |= weighted_mean(dense, [float(update.num_examples) for update in updates])
     return {name: stepped[name] for name in adapter}, report
 
 
-def _projections(arrays: Arrays) -> dict[str, Arrays]:
-    """Path of each LoRA pair -> its arrays as those of a layer of one expert."""
-    return {
-        prefix.removesuffix("."): {prefix + end: arrays[prefix + end][None] for end in ("lora_A", "lora_B")}
-        for prefix in sorted(name.removesuffix("lora_A") for name in arrays if name.endswith(".lora_A"))
-    }
+@dataclass(frozen=True)
+class _Round:
+    """What steps in a round, taken apart."""
+
+    adapter: Arrays
+    updates: Sequence[ClientUpdate]
+    previous: Arrays
+
+    def layers(self) -> dict[str, ExpertRange]:
+        """MoE layer -> its experts."""
+        return {
+            layer: self._whole(arrays, np.stack([update.expert_tokens[layer] for update in self.updates]))
+            for layer, arrays in experts.by_layer(self.adapter).items()
+        }
+
+    def projections(self) -> dict[str, ExpertRange]:
+        """Path of each LoRA pair beside the experts -> the pair as one expert that all sites used."""
+        prefixes = sorted(name.removesuffix("lora_A") for name in self.adapter if name.endswith(".lora_A"))
+        examples_C1 = np.array([[update.num_examples] for update in self.updates])
+        return {
+            prefix.removesuffix("."): self._whole([f"{prefix}lora_A", f"{prefix}lora_B"], examples_C1, is_one=True)
+            for prefix in prefixes
+            if not experts.is_expert_array(f"{prefix}lora_A")
+        }
+
+    def _whole(self, names: Iterable[str], tokens_CE: NDArray[Any], *, is_one: bool = False) -> ExpertRange:
+        def chosen(arrays: Arrays) -> Arrays:
+            return {name: arrays[name][None] if is_one else arrays[name] for name in names if name in arrays}
+
+        return ExpertRange(
+            received=chosen(self.adapter),
+            trained=[chosen(update.adapter) for update in self.updates],
+            tokens_CE=tokens_CE.astype(np.float64),
+            examples_C=np.array([update.num_examples for update in self.updates], np.float64),
+            previous=chosen(self.previous),
+        )
 
 
 def check_expert_tokens(adapter: Arrays, update: ClientUpdate) -> None:
