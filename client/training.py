@@ -16,6 +16,7 @@ from client.checkpointing import checkpointed_layers
 from client.local_rule import LocalRule, Step, StepLoss
 from client.memory import Passes, choose_micro_batch, free_bytes
 from client.model import AdaptedModel
+from client.routing import ExpertTokenCounter
 from client.runtime import configure_torch
 from client.text import TokenSequence
 from client.throughput import Throughput, ThroughputMeter
@@ -93,10 +94,16 @@ def train(
     # Spawned, so that the order of the sequences is the generator's own stream.
     torch.manual_seed(int(generator.spawn(1)[0].integers(2**63)))
     adapted.model.train()
-    adamw = _adamw(adapted, optimizer, config)
-    anchored = _anchored(adapted, anchor) if config.proximal_mu > 0 else []
+    loop = _Loop(
+        adapted=adapted,
+        rule=rule,
+        config=config,
+        adamw=_adamw(adapted, optimizer, config),
+        anchored=_anchored(adapted, anchor) if config.proximal_mu > 0 else [],
+        micro_batch=micro_batch,
+        loss_scale=_FLOAT16_LOSS_SCALE if adapted.base.model.dtype is torch.float16 else 1.0,
+    )
     total, num_steps, num_tokens = 0.0, 0, 0
-    loss_scale = _FLOAT16_LOSS_SCALE if adapted.base.model.dtype is torch.float16 else 1.0
     meter = ThroughputMeter(adapted)
     try:
         with (
@@ -106,25 +113,16 @@ def train(
         ):
             for chosen in _batches(sequences, config, generator):
                 num_steps += 1
-                adamw.zero_grad()
-                found = rule.accumulate(
-                    Step(
-                        chosen=chosen, adapted=adapted, counter=counter, micro_batch=micro_batch, loss_scale=loss_scale
-                    )
-                )
-                _finish_gradients(
-                    adapted, found, loss_scale, anchored=anchored, rule=rule, step=num_steps, config=config
-                )
-                adamw.step()
+                found = loop.step(num_steps, chosen, counter)
                 meter.add(found.sequences)
                 total += found.total
                 num_tokens += found.num_tokens
     finally:
-        adamw.zero_grad()  # the next site of this process needs the memory
+        loop.adamw.zero_grad()  # the next site of this process needs the memory
     throughput = meter.result(counter.totals())
     return TrainingResult(
         adapter=adapted.read_adapter(),
-        optimizer=_optimizer_arrays(adapted, adamw) if config.optimizer_state is OptimizerState.keep else {},
+        optimizer=_optimizer_arrays(adapted, loop.adamw) if config.optimizer_state is OptimizerState.keep else {},
         expert_tokens=counter.totals(),
         micro_batch=micro_batch,
         num_steps=num_steps,
@@ -149,47 +147,61 @@ def _batches(
     return itertools.islice(endless(), config.max_steps or math.ceil(len(sequences) / config.batch_size))
 
 
-def _finish_gradients(
-    adapted: AdaptedModel,
-    found: StepLoss,
-    loss_scale: float,
-    *,
-    anchored: Sequence[tuple[torch.Tensor, torch.Tensor]],
-    rule: LocalRule,
-    step: int,
-    config: TrainConfig,
-) -> None:
-    """Add the proximal term's gradients, take the scale off, let the rule correct them, and clip.
+@dataclass(frozen=True, kw_only=True)
+class _Loop:
+    """What all steps of a round have in common."""
 
-    Raises:
-        ValueError: If the loss or a gradient is not finite.
-    """
-    loss = torch.tensor(found.total / found.num_tokens)
-    if anchored:
-        proximal = _proximal_term(anchored, config.proximal_mu)
-        torch.autograd.backward(proximal * loss_scale)
-        loss += proximal.detach().cpu()
-    if loss_scale != 1.0:
-        for parameter in adapted.parameters_by_name().values():
-            if parameter.grad is not None:
-                parameter.grad.div_(loss_scale)
-    rule.correct(adapted.parameters_by_name())
-    _clip(adapted, loss, step, config)
+    adapted: AdaptedModel
+    rule: LocalRule
+    config: TrainConfig
+    adamw: torch.optim.AdamW
+    anchored: Sequence[tuple[torch.Tensor, torch.Tensor]]
+    """Each parameter that the proximal term pulls, and what towards."""
+    micro_batch: int
+    loss_scale: float
 
+    def step(self, number: int, chosen: Sequence[TokenSequence], counter: ExpertTokenCounter) -> StepLoss:
+        """One step on the batch ``chosen``: the rule's gradients and the proximal term's, corrected and clipped.
 
-def _clip(adapted: AdaptedModel, loss: torch.Tensor, step: int, config: TrainConfig) -> None:
-    """Clip the gradients to ``max_grad_norm``.
-
-    Raises:
-        ValueError: If the loss or a gradient is not finite.
-    """
-    length = torch.nn.utils.clip_grad_norm_(adapted.parameters_by_name().values(), config.max_grad_norm)
-    if not (torch.isfinite(loss) and torch.isfinite(length)):
-        raise ValueError(
-            f"training step {step}: loss is {loss.item():.4g} and the gradient's norm {length.item():.4g}; lower "
-            f"train.learning_rate={config.learning_rate} or train.max_grad_norm={config.max_grad_norm}, or set "
-            "model.dtype=float32"
+        Raises:
+            ValueError: If the loss or a gradient is not finite.
+        """
+        self.adamw.zero_grad()
+        found = self.rule.accumulate(
+            Step(
+                chosen=chosen,
+                adapted=self.adapted,
+                counter=counter,
+                micro_batch=self.micro_batch,
+                loss_scale=self.loss_scale,
+            )
         )
+        loss = torch.tensor(found.total / found.num_tokens)
+        if self.anchored:
+            proximal = _proximal_term(self.anchored, self.config.proximal_mu)
+            torch.autograd.backward(proximal * self.loss_scale)
+            loss += proximal.detach().cpu()
+        self._unscale()
+        self.rule.correct(self.adapted.parameters_by_name())
+        self._clip(loss, number)
+        self.adamw.step()
+        return found
+
+    def _unscale(self) -> None:
+        if self.loss_scale != 1.0:
+            for parameter in self.adapted.parameters_by_name().values():
+                if parameter.grad is not None:
+                    parameter.grad.div_(self.loss_scale)
+
+    def _clip(self, loss: torch.Tensor, number: int) -> None:
+        config = self.config
+        length = torch.nn.utils.clip_grad_norm_(self.adapted.parameters_by_name().values(), config.max_grad_norm)
+        if not (torch.isfinite(loss) and torch.isfinite(length)):
+            raise ValueError(
+                f"training step {number}: loss is {loss.item():.4g} and the gradient's norm {length.item():.4g}; lower "
+                f"train.learning_rate={config.learning_rate} or train.max_grad_norm={config.max_grad_norm}, or set "
+                "model.dtype=float32"
+            )
 
 
 def _anchored(adapted: AdaptedModel, anchor: Arrays) -> list[tuple[torch.Tensor, torch.Tensor]]:
