@@ -50,8 +50,6 @@ class Study(Generic[C]):
     """Contenders, tuned and tested on the same data."""
 
     contenders: Mapping[str, Contender]
-    experts: str
-    """``lora`` or ``full``: which learning rates are tried."""
     cell: Callable[[Settings, int, str], C]
     """The cell of settings, seed and split (``validation`` or ``test``)."""
     cell_of: Callable[[Row], C]
@@ -69,7 +67,7 @@ class Study(Generic[C]):
 
     def needed(self, name: str) -> list[C]:
         """Cells that can be run next for a contender: of its tuning and, when that is done, of its test."""
-        tuning = tuned(name, self.experts, self.validation_score, self.contenders)
+        tuning = tuned(name, self.validation_score, self.contenders)
         split = "validation" if tuning.missing else "test"
         settings = tuning.missing or [tuning.settings]
         seeds = self.tuning_seeds if tuning.missing else self.seeds
@@ -87,7 +85,7 @@ class Study(Generic[C]):
 
     def tested(self, name: str) -> Outcome:
         """What is known of a contender on the test data; nothing while it is being tuned."""
-        tuning = tuned(name, self.experts, self.validation_score, self.contenders)
+        tuning = tuned(name, self.validation_score, self.contenders)
         cells = [self.cell(tuning.settings, seed, "test") for seed in self.seeds]
         rows = {cell.seed: self.rows[cell] for cell in cells if not tuning.missing and cell in self.rows}
         return Outcome(tuning.settings, rows)

@@ -27,12 +27,8 @@ class Knob:
     """Value that settings leave out, since it changes nothing: its runs are those without the knob. None: no value."""
 
 
-def _learning_rate(start: float) -> Knob:
-    return Knob("train.learning_rate", (1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2), start)
-
-
-LEARNING_RATE = {"lora": _learning_rate(4e-3), "full": _learning_rate(2e-3)}
-"""Tuned for every method, by how experts are trained."""
+LEARNING_RATE = Knob("train.learning_rate", (1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2), 4e-3)
+"""Tuned for every method."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +170,6 @@ class Tuning:
 
 def tuned(
     name: str,
-    experts: str,
     score: Callable[[Settings], float | None],
     contenders: Mapping[str, Contender] = CONTENDERS,
 ) -> Tuning:
@@ -182,12 +177,11 @@ def tuned(
 
     Args:
         name: Of the contender; one that follows another gets its own settings with the other's tuned values.
-        experts: ``lora`` or ``full``.
         score: Of settings on validation data, higher is better; None if not known yet.
         contenders: All of them.
     """
     leader = contenders[contenders[name].follows or name]
-    knobs = (LEARNING_RATE[experts], *leader.knobs)
+    knobs = (LEARNING_RATE, *leader.knobs)
     values = {knob.key: knob.start for knob in knobs}
     for _ in range(PASSES):
         before = dict(values)

@@ -98,7 +98,6 @@ def study_of(workload: str, experts: str, seeds: Sequence[int], tuning_seeds: Se
     version = WORKLOADS[workload].version
     return Study(
         CONTENDERS,
-        experts,
         cell=lambda settings, seed, split: Cell(workload, experts, settings, seed, split, version),
         cell_of=Cell.of,
         score=_score,
@@ -107,19 +106,19 @@ def study_of(workload: str, experts: str, seeds: Sequence[int], tuning_seeds: Se
     )
 
 
-def report(study: Study[Cell], name: str) -> dict[str, Any]:
-    """The results file: settings of the study of the workload ``name``, and its tables as Markdown."""
+def report(study: Study[Cell], name: str, experts: str) -> dict[str, Any]:
+    """The results file: settings of a workload's study, how its experts were trained, and its tables as Markdown."""
     workload = WORKLOADS[name]
     tested = {contender: study.tested(contender) for contender in workload.contenders or CONTENDERS}
-    experts = "experts by LoRA" if study.experts == "lora" else "experts in full"
+    trained = "experts by LoRA" if experts == "lora" else "experts in full"
     return {
         "workload": name,
-        "experts": study.experts,
+        "experts": experts,
         "seeds": list(study.seeds),
         "tuning_seeds": list(study.tuning_seeds),
         "settings": list(workload.settings),
         "runs": len(study.rows),
-        "markdown": markdown(f"{workload.title}, {experts}", tested, study.seeds, fc_moe_printed.of_workload(name)),
+        "markdown": markdown(f"{workload.title}, {trained}", tested, study.seeds, fc_moe_printed.of_workload(name)),
     }
 
 
@@ -144,7 +143,7 @@ def main() -> None:
         names = given.strategies or WORKLOADS[workload].contenders or tuple(CONTENDERS)
         results = HERE / "results" / f"fc_moe_{workload}_{experts}.json"
         study = study_of(workload, experts, given.seeds, given.tuning_seeds)
-        reported = partial(report, study, workload)
+        reported = partial(report, study, workload, experts)
         given.budget_minutes = (deadline - time.monotonic()) / 60
         carry_out(study, names, run, reported, results, given)
         print(reported()["markdown"])

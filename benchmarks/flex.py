@@ -126,7 +126,6 @@ def study_of(model: str, partition: str, seeds: Sequence[int], tuning_seeds: Seq
     version = version_of(model, partition)
     return Study(
         PERSONAL,
-        "lora",
         cell=lambda settings, seed, split: Cell(model, partition, settings, seed, split, version),
         cell_of=Cell.of,
         score=score,

@@ -24,7 +24,7 @@ def search(name, truth, methods=METHODS):
     """Tune against a function of (learning rate, step); every score that is asked for, and the end."""
     known = {}
     while True:
-        tuning = tuned(name, "lora", known.get, methods)
+        tuning = tuned(name, known.get, methods)
         if not tuning.missing:
             return known, tuning
         for settings in tuning.missing:
@@ -48,8 +48,7 @@ def test_learning_rate_is_looked_at_again_with_the_knob_that_was_chosen():
 
 def test_equal_scores_move_nothing():
     _, tuning = search("step", lambda rate, step: 1.0)
-    start = next(knob.start for knob in (LEARNING_RATE["lora"],))
-    assert tuning.settings[1:] == ("strategy.learning_rate=1", f"train.learning_rate={start:g}")
+    assert tuning.settings[1:] == ("strategy.learning_rate=1", f"train.learning_rate={LEARNING_RATE.start:g}")
 
 
 def test_diverged_runs_are_never_chosen():
@@ -86,7 +85,7 @@ def test_settings_of_every_contender_are_valid_wherever_its_knobs_stand(name):
     contenders = CONTENDERS if name in CONTENDERS else PERSONAL
     contender = contenders[name]
     leader = contenders[contender.follows or name]
-    for knob in (LEARNING_RATE["full"], *leader.knobs):
+    for knob in (LEARNING_RATE, *leader.knobs):
         assert list(knob.values) == sorted(knob.values)
         assert knob.start in knob.values
     lowest = [f"{knob.key}={knob.values[0]:g}" for knob in leader.knobs]
