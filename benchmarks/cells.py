@@ -57,6 +57,7 @@ class Study(Generic[C]):
     score: Callable[[Row], float]
     """Of a row on validation data, higher is better."""
     seeds: Sequence[int]
+    """That are to be tested; those with finished cells are told of too."""
     tuning_seeds: Sequence[int]
     """None: nothing is tuned, every knob stays where it starts."""
     rows: dict[C, Row] = field(default_factory=dict)
@@ -83,10 +84,14 @@ class Study(Generic[C]):
         known = [score for score in scores if score is not None]
         return float(np.mean(known)) if len(known) == len(scores) else None
 
+    def all_seeds(self) -> list[int]:
+        """Those to be tested and those that have been, of any contender."""
+        return sorted({*self.seeds, *(row["seed"] for row in self.rows.values() if row["split"] == "test")})
+
     def tested(self, name: str) -> Outcome:
         """What is known of a contender on the test data; nothing while it is being tuned."""
         tuning = tuned(name, self.validation_score, self.contenders)
-        cells = [self.cell(tuning.settings, seed, "test") for seed in self.seeds]
+        cells = [self.cell(tuning.settings, seed, "test") for seed in self.all_seeds()]
         rows = {cell.seed: self.rows[cell] for cell in cells if not tuning.missing and cell in self.rows}
         return Outcome(tuning.settings, rows)
 

@@ -110,15 +110,16 @@ def report(study: Study[Cell], name: str, experts: str) -> dict[str, Any]:
     """The results file: settings of a workload's study, how its experts were trained, and its tables as Markdown."""
     workload = WORKLOADS[name]
     tested = {contender: study.tested(contender) for contender in workload.contenders or CONTENDERS}
-    trained = "experts by LoRA" if experts == "lora" else "experts in full"
+    seeds = study.all_seeds()
+    title = f"{workload.title}, {'experts by LoRA' if experts == 'lora' else 'experts in full'}"
     return {
         "workload": name,
         "experts": experts,
-        "seeds": list(study.seeds),
+        "seeds": seeds,
         "tuning_seeds": list(study.tuning_seeds),
         "settings": list(workload.settings),
         "runs": len(study.rows),
-        "markdown": markdown(f"{workload.title}, {trained}", tested, study.seeds, fc_moe_printed.of_workload(name)),
+        "markdown": markdown(title, tested, seeds, fc_moe_printed.of_workload(name)),
     }
 
 

@@ -140,11 +140,11 @@ def report(study: Study[Cell], model: str, partition: str) -> dict[str, Any]:
     return {
         "model": model,
         "partition": partition,
-        "seeds": list(study.seeds),
+        "seeds": study.all_seeds(),
         "tuning_seeds": list(study.tuning_seeds),
         "settings": [*SIZES[model].settings, *PARTITIONS[partition]],
         "runs": len(study.rows),
-        "markdown": markdown(f"{model}, {partition}", tested, study.seeds),
+        "markdown": markdown(f"{model}, {partition}", tested, study.all_seeds()),
     }
 
 

@@ -232,3 +232,13 @@ def test_tuning_never_sees_test_data():
     study = study_of("clinc", "lora", [0], [100])
     assert {cell.split for cell in study.needed("fedavg")} == {"validation"}
     assert {cell.seed for cell in study.needed("fedavg")} == {100}
+
+
+def test_finished_seeds_are_told_of_beside_those_that_are_asked_for():
+    study = study_of("clinc", "lora", [0, 1], [])
+    cell = study.needed("fedavg")[0]
+    for seed in (0, 7):
+        study.add(row(seed, 0.5) | vars(cell) | {"seed": seed})
+    assert study.tested("fedavg").rows.keys() == {0, 7}
+    assert [cell.seed for cell in study.needed("fedavg")] == [1]
+    assert "FedAvg (2 of 3 seeds)" in report(study, "clinc", "lora")["markdown"]
