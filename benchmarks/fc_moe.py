@@ -27,7 +27,7 @@ import numpy as np
 from benchmarks import fc_moe_averaging, fc_moe_printed
 from benchmarks.cells import Row, Study, add_arguments, carry_out
 from benchmarks.contenders import CONTENDERS, Settings
-from benchmarks.fc_moe_tables import LAST, last_rounds, markdown
+from benchmarks.fc_moe_tables import LAST, last_rounds, markdown, summary
 from benchmarks.federation import simulated
 from benchmarks.measures import Judge, Score, expert_norm
 from benchmarks.render import HERE
@@ -120,6 +120,7 @@ def report(study: Study[Cell], name: str, experts: str) -> dict[str, Any]:
         "settings": list(workload.settings),
         "runs": len(study.rows),
         "markdown": markdown(title, tested, seeds, fc_moe_printed.of_workload(name)),
+        "summary": summary(title, tested),
     }
 
 

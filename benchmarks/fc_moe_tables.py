@@ -15,6 +15,7 @@ from server.intervals import with_interval
 LAST = 5
 """Rounds at the end whose mean is what counts."""
 BASELINE = "fedavg"
+SUMMARISED = ("fedavg", "fedavg_step", "fedavgm", "fedalign_moe", "fc_moe", "fc_moe_plus", "local_only", "centralised")
 
 _DIGITS = {
     "kept": 2, "negative": 3, "pairs": 3, "step": 2, "factor": 4, "largest_weight": 2, "largest_share": 2
@@ -77,6 +78,22 @@ def comparison(
         for name, cells in lines.items():
             cells.append(f"{100 * printed[name]:.1f}" if name in printed else "")
     return f"{title}, {len(seeds)} seeds\n\n{_table(columns, lines.values())}"
+
+
+def summary(title: str, tested: Mapping[str, Outcome]) -> str:
+    """The project's README in short: who of ``SUMMARISED`` has been run, and what counts first."""
+    compared = {name: tested[name] for name in SUMMARISED if name in tested and _good(tested[name].rows)}
+    if BASELINE not in compared:
+        return ""
+    by_accuracy = _by_accuracy(compared)
+    columns = ["method", _measure(compared), "minus FedAvg", "sites: mean / worst / spread", "rounds to FedAvg's end"]
+    lines = []
+    for name, result in compared.items():
+        mean, difference, _, _, on_sites, rounds, *_ = _cells(result, compared[BASELINE].rows, by_accuracy)
+        lines.append([CONTENDERS[name].title, mean, difference, on_sites, rounds])
+    counts = sorted({len(result.rows) for result in compared.values()})
+    seeds = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
+    return f"{title}, {seeds} seeds\n\n{_table(columns, lines)}"
 
 
 def ablation(tested: Mapping[str, Outcome]) -> str:

@@ -1,9 +1,10 @@
-"""Put the tables of results/*.json into README.md, each between its two markers.
+"""Put the tables of results/*.json into README.md here, each between its markers, and short ones into the project's.
 
     python -m benchmarks.render
 
 A results file NAME.json with a key ``table`` ({"columns": [...], "rows": [[...]]}), or with several tables as text
-in a key ``markdown``, goes between the lines ``<!-- NAME -->`` and ``<!-- /NAME -->``.
+in a key ``markdown``, goes between the lines ``<!-- NAME -->`` and ``<!-- /NAME -->``. What it has in a key ``summary``
+goes between such lines of the project's README.md, if they are there.
 """
 
 from __future__ import annotations
@@ -53,16 +54,31 @@ def inserted(page: str, name: str, text: str) -> str:
     return between.sub(lambda match: f"{match[1]}{text}\n{match[2]}", page)
 
 
+def with_results(page: str, short: str, results: Path) -> tuple[str, str]:
+    """Both pages with the tables of every file in the folder ``results`` that has one.
+
+    Raises:
+        ValueError: If ``page`` lacks the markers of a file.
+    """
+    for path in sorted(results.glob("*.json")):
+        found = json.loads(path.read_text())
+        if not isinstance(found, dict):
+            continue
+        if "table" in found:
+            page = rendered(page, path.stem, found["table"]["columns"], found["table"]["rows"])
+        elif "markdown" in found:
+            page = inserted(page, path.stem, found["markdown"].strip())
+        if "summary" in found and f"<!-- {path.stem} -->" in short:
+            short = inserted(short, path.stem, found["summary"])
+    return page, short
+
+
 def main() -> None:
     """Render every results file that has a table."""
-    page = (HERE / "README.md").read_text()
-    for path in sorted((HERE / "results").glob("*.json")):
-        results = json.loads(path.read_text())
-        if isinstance(results, dict) and "table" in results:
-            page = rendered(page, path.stem, results["table"]["columns"], results["table"]["rows"])
-        elif isinstance(results, dict) and "markdown" in results:
-            page = inserted(page, path.stem, results["markdown"].strip())
-    (HERE / "README.md").write_text(page)
+    page, short = HERE / "README.md", HERE.parent / "README.md"
+    texts = with_results(page.read_text(), short.read_text(), HERE / "results")
+    page.write_text(texts[0])
+    short.write_text(texts[1])
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from benchmarks.cells import Outcome
 from benchmarks.contenders import CONTENDERS
 from benchmarks.fc_moe import Cell, report, run_cell, study_of
 from benchmarks.fc_moe_averaging import MEASURES
-from benchmarks.fc_moe_tables import ablation, averaging, comparison, one_knob_changed, rounds_to
+from benchmarks.fc_moe_tables import ablation, averaging, comparison, one_knob_changed, rounds_to, summary
 from benchmarks.workloads import WORKLOADS, Workload
 from conf.compose import load_config
 from server.round_record import sample_sites
@@ -242,3 +242,18 @@ def test_finished_seeds_are_told_of_beside_those_that_are_asked_for():
     assert study.tested("fedavg").rows.keys() == {0, 7}
     assert [cell.seed for cell in study.needed("fedavg")] == [1]
     assert "FedAvg (2 of 3 seeds)" in report(study, "clinc", "lora")["markdown"]
+
+
+def test_summary_has_the_rows_that_are_there_and_what_counts_first():
+    tested = {
+        "fedavg": Outcome((), {0: row(0, 0.5), 1: row(1, 0.6)}),
+        "fedprox": Outcome((), {0: row(0, 0.5)}),
+        "fc_moe": Outcome((), {}),
+        "fc_moe_plus": Outcome((), {0: row(0, 0.75)}),
+    }
+    text = summary("Toy", tested)
+    assert text.startswith("Toy, 1 to 2 seeds\n\n| method | test accuracy, % | minus FedAvg |")
+    assert cells_of(text, "FC-MoE plus") == ["FC-MoE plus", "75.0", "+25.0", "56.2 / 37.5 / 18.8", "1.0"]
+    assert "FedProx" not in text
+    assert "as printed" not in text
+    assert summary("Toy", {"fc_moe": tested["fc_moe_plus"]}) == ""

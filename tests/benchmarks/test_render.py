@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from benchmarks.render import HERE, rendered, write_results
+from benchmarks.render import HERE, rendered, with_results, write_results
 
 PAGE = "before\n<!-- speed -->\nold\n<!-- /speed -->\nafter\n"
 
@@ -22,12 +22,16 @@ def test_page_without_the_markers_is_an_error_that_names_them():
         rendered(PAGE, "size", ["a"], [])
 
 
-def test_page_shows_the_results_as_they_are():
-    page = (HERE / "README.md").read_text()
-    for path in (HERE / "results").glob("*.json"):
-        results = json.loads(path.read_text())
-        if isinstance(results, dict) and "table" in results:
-            assert rendered(page, path.stem, results["table"]["columns"], results["table"]["rows"]) == page
+def test_pages_show_the_results_as_they_are():
+    page, short = ((folder / "README.md").read_text() for folder in (HERE, HERE.parent))
+    assert with_results(page, short, HERE / "results") == (page, short)
+
+
+def test_summary_goes_to_the_short_page_if_it_has_the_markers(tmp_path):
+    write_results(tmp_path / "speed.json", {"markdown": "long\n", "summary": "short"})
+    page, short = with_results(PAGE, PAGE, tmp_path)
+    assert (page, short) == (PAGE.replace("old", "long"), PAGE.replace("old", "short"))
+    assert with_results(PAGE, "nothing", tmp_path) == (page, "nothing")
 
 
 def test_results_are_written_a_run_a_line_and_read_back_as_they_were(tmp_path):
