@@ -26,7 +26,7 @@ class Side:
 
     vectors: NDArray[np.float32]
     """(E, V, N) R received vectors, then R changes of each site."""
-    gram: NDArray[np.float64]
+    gram: NDArray[np.float32]
     """(E, V, V) their inner products."""
 
     def coordinates(self, weights_CE: NDArray[np.float64]) -> Coordinates:
@@ -44,7 +44,7 @@ class Side:
         basis_EMM = inverse_EM[:, :, None] * turned_EMM * stretch_EM[:, None, :]
         return Coordinates(side=self, weights=weights_CE, basis=basis_EMM, vectors=products_EVM @ basis_EMM)
 
-    def by_site(self, rank: int) -> NDArray[np.float64]:
+    def by_site(self, rank: int) -> NDArray[np.float32]:
         """(E, 1 + C, R, 1 + C, R) inner products; block 0 is what was received."""
         blocks = (self.gram.shape[-1] // rank, rank)
         return self.gram.reshape(-1, *blocks, *blocks)
@@ -70,7 +70,7 @@ class Coordinates:
         return np.asarray(weights_EKV.astype(np.float32) @ self.side.vectors)
 
 
-def _received_and_summed(rows_EKV: NDArray[np.float64], weights_CE: NDArray[np.float64]) -> NDArray[np.float64]:
+def _received_and_summed(rows_EKV: NDArray[np.floating], weights_CE: NDArray[np.float64]) -> NDArray[np.float64]:
     """(E, K, M) the columns of what was received, then the sites' columns summed with their weights."""
     num_experts, num_rows = rows_EKV.shape[:2]
     blocks = rows_EKV.reshape(num_experts, num_rows, 1 + len(weights_CE), -1)
@@ -88,7 +88,7 @@ def side_of(received_ERN: NDArray[np.floating], trained: Sequence[NDArray[np.flo
     vectors[:, :rank] = received_ERN
     for site, after_ERN in enumerate(trained, start=1):
         np.subtract(after_ERN, received_ERN, out=vectors[:, site * rank : (site + 1) * rank])
-    return Side(vectors=vectors, gram=(vectors @ np.swapaxes(vectors, -1, -2)).astype(np.float64))
+    return Side(vectors=vectors, gram=vectors @ np.swapaxes(vectors, -1, -2))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,12 +107,8 @@ class Changes:
         after_a = a + A[:, :1, :, 1:]
         after_after = after_a + A[:, 1:, :, :1] + A[:, :1, :, :1]
         mixed = np.einsum("ecrq,ecrdq->ecd", B[:, 1:, :, 0], after_a)
-        return np.asarray(
-            np.einsum("ecrdq,ecrdq->ecd", b, after_after)
-            + np.einsum("erq,ecrdq->ecd", B[:, 0, :, 0], a)
-            + mixed
-            + np.swapaxes(mixed, -1, -2)
-        )
+        found = np.einsum("ecrdq,ecrdq->ecd", b, after_after) + np.einsum("erq,ecrdq->ecd", B[:, 0, :, 0], a)
+        return np.asarray(found + mixed + np.swapaxes(mixed, -1, -2), np.float64)
 
     def weighted_sum(self, weights_CE: NDArray[np.float64]) -> WeightedSum:
         """``sum_i w_i change_i``, in the span of A and ``sum_i w_i a_i``, of B and ``sum_i w_i b_i``.

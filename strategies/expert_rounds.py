@@ -20,7 +20,7 @@ from strategies import experts
 from strategies.adapters import Arrays, weighted_mean
 from strategies.base import ClientUpdate
 
-_VALUES_AT_A_TIME = 2**22
+_VALUES_AT_A_TIME = 2**23
 """Of all sites' arrays, in a range of experts: some tens of MiB for each thread."""
 _THREADS = min(os.cpu_count() or 1, 8)
 
