@@ -28,7 +28,7 @@ import numpy as np
 from benchmarks.cells import finished
 from benchmarks.federation import Federation, simulated
 from benchmarks.firm_contenders import CONTENDERS, DPO, FSMGDA, WORKLOADS, Cell, cells, contenders_of
-from benchmarks.firm_tables import markdown
+from benchmarks.firm_tables import LEADER, markdown
 from benchmarks.render import HERE, write_results
 from conf.alignment import FirmConfig
 from conf.compose import load_config
@@ -217,13 +217,14 @@ def _arguments() -> argparse.Namespace:
 def report(workload: str, rewards: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The results file: settings, and the tables as Markdown."""
     titles = {name: contender.title for name, contender in CONTENDERS.items()}
+    rivals = [name for name, contender in CONTENDERS.items() if contender.is_main and name != LEADER]
     return {
         "workload": workload,
         "rewards": list(rewards),
         "settings": list(WORKLOADS[workload].settings),
         "seeds": sorted({row["seed"] for row in rows}),
         "runs": len(rows),
-        "markdown": markdown(rows, titles),
+        "markdown": markdown(rows, titles, rivals),
     }
 
 

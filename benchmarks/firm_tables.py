@@ -23,8 +23,8 @@ LEADER = "firm"
 """Contender that the others are subtracted from."""
 
 
-def markdown(rows: Sequence[Row], titles: Mapping[str, str]) -> str:
-    """Contenders by their fronts; below, differences paired by seed, and where every preference ends."""
+def markdown(rows: Sequence[Row], titles: Mapping[str, str], rivals: Sequence[str]) -> str:
+    """Contenders by their fronts; below, ``LEADER`` minus ``rivals``, paired by seed, and where every preference ends."""
     good = [row for row in rows if "failed" not in row]
     if not good:
         return "No run has finished."
@@ -35,8 +35,8 @@ def markdown(rows: Sequence[Row], titles: Mapping[str, str]) -> str:
         ["", *FRONTS, "preference respected", "disagreement", "drift", "KL", "uploads", "s"],
         [[titles[name], *_summary(of_name, objectives, reference)] for name, of_name in found.items() if of_name],
     )
-    rivals = {name: of_name for name, of_name in found.items() if of_name and name != LEADER}
-    pairs = {name: _differences(found.get(LEADER, []), rival, objectives, reference) for name, rival in rivals.items()}
+    leader = found.get(LEADER, [])
+    pairs = {name: _differences(leader, found[name], objectives, reference) for name in rivals if name in found}
     lines += ["", *_table(
         [f"{titles[LEADER]}, minus", "preferences", "hypervolume", "drift", "disagreement", "seeds"],
         [[titles[name], *cells] for name, cells in pairs.items() if cells],

@@ -138,23 +138,30 @@ def test_table_by_hand():
     rows += [row("c", share, 0, x, y) for share, x, y in ((0.1, 1, 4), (0.3, 1, 4), (0.5, 2, 2), (0.7, 3, 1))]
     rows += [row("c", 0.9, 0, 3, 1), row("d", 0.5, 0, 1, 1) | {"disagreement": []}]
     rows.append({"contender": "b", "share": 0.5, "seed": 1, "failed": "round 1: nan"})
-    page = markdown(rows, {"a": "A", "b": "B", "c": "C", "d": "D"})
+    page = markdown(rows, {"a": "A", "b": "B", "c": "C", "d": "D"}, ["b"])
     assert "| A |  | 7 | 4 | 1.00 | 0 | 1 | 0.1 | 1.00 | 3 |" in page
     assert "| A | 0.9 | 3 | 1 | 1 |" in page
     assert "| B |  |  | 0 |  | 0 | 1 |" in page
     assert "| C | 7 | 7 | 4 | 0.50 |" in page
     assert "| D |  |  | 1 |  |  | 1 |" in page
     assert "Failed: B, seed 1: round 1: nan" in page
-    assert markdown(rows[-1:], {"b": "B"}) == "No run has finished."
+    assert markdown(rows[-1:], {"b": "B"}, []) == "No run has finished."
 
 
 def test_differences_are_paired_by_seed_over_the_preferences_of_the_rival():
     """Reference (0, 0); the rival's fronts have 1 and 4, FIRM's at 0.5 in the same seeds 4 and 6, a third is alone."""
     rows = [row("firm", 0.5, 0, 2, 2), row("firm", 0.5, 1, 3, 2), row("firm", 0.5, 2, 9, 9), row("firm", 0.1, 0, 0, 9)]
     rows += [row("b", 0.5, 0, 1, 1) | {"drift": [0.5]}, row("b", 0.5, 1, 2, 2) | {"drift": [0.25]}]
-    rows += [row("b", 0.5, 3, 0, 0), row("c", 0.3, 0, 1, 1), row("d", 0.5, 0, 1, 1) | {"disagreement": []}]
-    page = markdown(rows, {"firm": "FIRM", "b": "B", "c": "C", "d": "D"})
+    rows += [
+        row("b", 0.5, 3, 0, 0),
+        row("c", 0.3, 0, 1, 1),
+        row("d", 0.5, 0, 1, 1) | {"disagreement": []},
+        row("e", 0.5, 0, 1, 1),
+    ]
+    page = markdown(rows, {"firm": "FIRM", "b": "B", "c": "C", "d": "D", "e": "E"}, ["b", "c", "d"])
     assert "| FIRM, minus | preferences | hypervolume | drift | disagreement | seeds |" in page
     assert "| B | 0.5 | +2.5000 ± 6.3530 | +0.6250 ± 1.5882 | +0.0000 ± 0.0000 | 2 |" in page
     assert "| D | 0.5 | +3.0000 | +0.0000 |  | 1 |" in page
-    assert "| C | 0.3" not in page.split("|  | preference")[0]
+    differences = page.split("FIRM, minus")[1].split("|  | preference")[0]
+    assert "| C |" not in differences
+    assert "| E |" not in differences
