@@ -24,7 +24,7 @@ LEADER = "firm"
 
 
 def markdown(rows: Sequence[Row], titles: Mapping[str, str], rivals: Sequence[str]) -> str:
-    """Contenders by their fronts; below, ``LEADER`` minus ``rivals``, paired by seed, and where every preference ends."""
+    """Contenders by their fronts; ``LEADER`` minus each of ``rivals``, paired by seed; where every preference ends."""
     good = [row for row in rows if "failed" not in row]
     if not good:
         return "No run has finished."
