@@ -257,6 +257,10 @@ def test_attention_steps_as_if_each_projection_were_a_layer_of_one_expert(strate
     for name, array in found.adapter.items():
         if name != "l.gate.weight":
             np.testing.assert_array_equal(array, expected.adapter[as_expert(name)][0])
+    later = strategy.aggregate(found.adapter, found.state, updates).adapter  # with what a rule remembers
+    expected_later = strategy.aggregate(expected.adapter, expected.state, renamed_updates).adapter
+    for name in expected_later:
+        np.testing.assert_array_equal(later[name.replace(".experts.w.", ".")], expected_later[name][0])
     assert found.diagnostics["attention"] == expected.diagnostics["experts"]
     assert found.diagnostics["experts"] == {}
     averaged = FedAvg().aggregate(adapter, {}, updates).adapter
