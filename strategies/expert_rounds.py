@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from threadpoolctl import threadpool_limits
 
 from strategies import experts
 from strategies.adapters import Arrays, weighted_mean
@@ -152,6 +151,8 @@ def check_expert_tokens(adapter: Arrays, update: ClientUpdate) -> None:
 
 def _step_layer(whole: ExpertRange, step: Step) -> tuple[dict[str, NDArray[np.float32]], dict[str, Any]]:
     """The layer's next arrays and its diagnostics, over ranges of experts that take little memory, in parallel."""
+    from threadpoolctl import threadpool_limits  # noqa: PLC0415 - sites, which read names here, do without
+
     stepped = {name: np.empty(array.shape, np.float32) for name, array in whole.received.items()}
 
     def step_range(chosen: slice) -> Findings:

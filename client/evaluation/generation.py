@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from rouge_score.rouge_scorer import RougeScorer
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from client.model import AdaptedModel
@@ -82,6 +81,8 @@ def rouge_l(answers: Sequence[str], references: Sequence[str]) -> float:
     """
     if not references:
         raise ValueError("no answers to compare")
+    from rouge_score.rouge_scorer import RougeScorer  # noqa: PLC0415 - training does without
+
     scorer = RougeScorer(["rougeL"])
     found = [
         scorer.score(reference, answer)["rougeL"].fmeasure
