@@ -13,9 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.word_base import __file__ as word_base_file
-from benchmarks.word_base import table, word_base
-from benchmarks.workloads import WORKLOADS, cut, data_file
+from benchmarks.word_base import table, word_base_sha256
+from benchmarks.workloads import ON_WORDS, cut, data_file
 
 TASKS = ("classification", "closed_qa", "information_extraction", "summarization")
 CHOICES = ("arc_easy", "piqa")
@@ -37,7 +36,7 @@ class Size:
 SIZES = {
     "words": Size(
         (
-            "data.template=plain", "data.max_length=96", "lora.rank=4", "lora.alpha=8", "rounds=8",
+            "data.max_length=96", "lora.rank=4", "lora.alpha=8", "rounds=8",
             "train.max_steps=12", "train.batch_size=16", "train.num_threads=1", "eval.num_answers=16",
             "eval.max_new_tokens=32", "eval.choices.max_questions=50", "device=cpu",
         ),
@@ -77,7 +76,7 @@ PARTITIONS = {
 def version_of(model: str, partition: str) -> str:
     """Changes with data, base and settings: results of another version are not used."""
     size = SIZES[model]
-    base = Path(word_base_file).read_text() if size.on_words else ""
+    base = word_base_sha256() if size.on_words else ""
     made_by = "".join(inspect.getsource(function) for function in (_rows, cut))
     return hashlib.sha256(f"{base}{made_by}{size}{PARTITIONS[partition]}".encode()).hexdigest()[:8]
 
@@ -102,11 +101,10 @@ def overrides(data: Path, model: str, partition: str, seed: int, split: str) -> 
         f"{version}/dolly-general-{model}-{seed}",
         lambda: cut(_rows(data, of_tasks=False), {"general": size.num_general}, seed),
     )
-    labels = [label for workload in WORKLOADS.values() for label in workload.labels]
-    base = [f"model.name={word_base(data, labels)}", "model.source=hub"] if size.on_words else []
     return [
-        *base, *size.settings, *PARTITIONS[partition], f"seed={seed}", f"data.path={tasks}",
-        "data.split_column=split", f"data.held_out_split={split}", f"eval.matrix={str(split == 'test').lower()}",
+        *(ON_WORDS if size.on_words else ()), *size.settings, *PARTITIONS[partition],
+        f"seed={seed}", f"data.path={tasks}", "data.split_column=split",
+        f"data.held_out_split={split}", f"eval.matrix={str(split == 'test').lower()}",
         f"eval.general_path={general}", f"eval.choices.path={data / 'eval_mcq.parquet'}",
         "eval.choices.name_column=dataset", f"eval.choices.names=[{','.join(CHOICES)}]",
     ]  # fmt: skip

@@ -109,11 +109,14 @@ class Cell:
     seed: int
     settings: tuple[str, ...]
     """All that is set but the place of the data."""
+    version: str
+    """Of prompts and base model, where they are those of a workload of ``benchmarks.fc_moe``; else empty."""
 
     @classmethod
     def of(cls, row: Mapping[str, Any]) -> Cell:
         """The cell of a stored row."""
-        return cls(row["workload"], row["contender"], row["share"], row["seed"], tuple(row["settings"]))
+        settings = tuple(row["settings"])
+        return cls(row["workload"], row["contender"], row["share"], row["seed"], settings, row["version"])
 
     def overrides(self, data: Path) -> list[str]:
         """The settings of its run, with the data in the folder ``data``; FedCMOO takes no preference."""
@@ -135,9 +138,11 @@ def contenders_of(workload: str) -> list[str]:
 def cells(names: Sequence[str], workload: str, rewards: Sequence[str], seeds: Sequence[int], device: str) -> list[Cell]:
     """Every contender's runs on the workload: first the methods, then the sweeps, each seed by seed."""
     common = (*WORKLOADS[workload].settings, f"method.rewards=[{','.join(rewards)}]", f"device={device}")
+    source = WORKLOADS[workload].source
+    version = FC_MOE_WORKLOADS[source].version if source in FC_MOE_WORKLOADS else ""
     chosen = [(name, CONTENDERS[name]) for name in names if workload in CONTENDERS[name].workloads]
     return [
-        Cell(workload, name, share, seed, (*contender.settings[:1], *common, *contender.settings[1:]))
+        Cell(workload, name, share, seed, (*contender.settings[:1], *common, *contender.settings[1:]), version)
         for is_main in (True, False)
         for seed in seeds
         for name, contender in chosen

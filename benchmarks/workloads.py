@@ -17,8 +17,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 
-from benchmarks.word_base import WORD, table, word_base
-from benchmarks.word_base import __file__ as word_base_file
+from benchmarks.word_base import WORD, WORD_BASE, table, word_base_sha256
 from client.bases import cache_root
 from conf.seeds import generator_for
 
@@ -31,6 +30,10 @@ KEY_CONTENDERS = (
 """Who is compared where not everyone is."""
 ABLATED = (*KEY_CONTENDERS, "fc_moe_no_projection", "fc_moe_no_retention", "fc_moe_no_importance")
 """Who is compared on the data of the paper's ablation."""
+
+
+ON_WORDS = (f"model.name={WORD_BASE}", "model.source=hub", "data.template=plain")
+"""Settings of the base model of whole words, and its template."""
 
 
 @dataclass(frozen=True)
@@ -54,20 +57,20 @@ class Workload:
     @cached_property
     def version(self) -> str:
         """Changes with what the workload is made by: results of another version are not used."""
-        base = b"" if self.model or self.rows is None else Path(word_base_file).read_bytes()
+        base = "" if self.model or self.rows is None else word_base_sha256()
         made_by = [inspect.getsource(function) for function in (self.rows, _drawn, cut) if function is not None]
         settings = repr((self.rounds, self.settings, self.labels, self.model))
-        return hashlib.sha256(base + "".join([*made_by, settings]).encode()).hexdigest()[:8]
+        return hashlib.sha256("".join([base, *made_by, settings]).encode()).hexdigest()[:8]
 
     def overrides(self, data: Path, seed: int, split: str, device: str = "cpu") -> list[str]:
-        """Settings of a run that is judged on ``split``; model and data are built if the cache lacks them."""
+        """Settings of a run that is judged on ``split``; data are made if the cache lacks them."""
         own = [*self.settings, f"rounds={self.rounds}", f"seed={seed}", f"device={device}"]
         return own if self.rows is None else [*own, *self.source(data, seed, split)]
 
     def source(self, data: Path, seed: int, split: str) -> list[str]:
         """Those of the ``overrides`` that say where model and data are."""
         return [
-            *(self.model or _word_base_settings(data)), f"data.path={self.file(data, seed)}",
+            *(self.model or ON_WORDS), f"data.path={self.file(data, seed)}",
             "data.prompt_column=text", "data.context_column=null", "data.response_column=label",
             "data.split_column=split", f"data.held_out_split={split}",
         ]  # fmt: skip
@@ -77,11 +80,6 @@ class Workload:
         rows = self.rows
         assert rows is not None
         return data_file(f"{self.version}/{self.name}-{seed}", lambda: rows(data, seed))
-
-
-def _word_base_settings(data: Path) -> list[str]:
-    base = word_base(data, [label for workload in WORKLOADS.values() for label in workload.labels])
-    return [f"model.name={base}", "model.source=hub", "data.template=plain"]
 
 
 def data_file(name: str, rows: Callable[[], Rows]) -> Path:
@@ -163,10 +161,10 @@ def _mcq(data: Path, seed: int) -> Rows:
             choices = " ".join(f"{letter}: {text}" for letter, text in zip(LETTERS, row["choices"], strict=True))
             answer = LETTERS[int(row["answer"])]
             rows.append({"text": f"{WORD} {row['question']} {choices}", "label": answer, "group": row["subject"]})
-    return cut(rows, {"train": 2850, "validation": 1000, "test": 1000}, seed)
+    return cut(rows, {"train": 1000, "validation": 500, "test": 500}, seed)
 
 
-_DOLLY_SIZES = {"train": 3000, "validation": 800, "test": 800}
+_DOLLY_SIZES = {"train": 1200, "validation": 400, "test": 400}
 
 
 def _dolly(data: Path, seed: int) -> Rows:
@@ -197,7 +195,7 @@ def _dirichlet(alpha: float, num_sites: int = 10) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-_TRAINING = ("lora.rank=4", "lora.alpha=8", "train.batch_size=16", "train.num_threads=1")
+_TRAINING = ("lora.rank=16", "lora.alpha=32", "train.batch_size=16", "train.num_threads=1")
 _ANSWERS = ("eval.num_answers=16", "eval.max_new_tokens=48")
 _SMOLLM2 = (
     "model=smollm2_moe", "model.upcycle.differentiate=steps", "data.template=alpaca", "train.micro_batch=auto",
@@ -231,9 +229,10 @@ WORKLOADS: dict[str, Workload] = {
         _CLINC,
         replace(
             _CLINC,
-            name="clinc_rank_16",
-            title=f"{_CLINC.title}, rank 16",
-            settings=(*_CLINC.settings, "lora.rank=16", "lora.alpha=32"),
+            name="clinc_rank_4",
+            title=f"{_CLINC.title}, rank 4",
+            settings=(*_CLINC.settings, "lora.rank=4", "lora.alpha=8"),
+            contenders=KEY_CONTENDERS,
         ),
         replace(
             _CLINC,
@@ -247,8 +246,8 @@ WORKLOADS: dict[str, Workload] = {
         _ag_news_workload("ag_news_1.0", 1.0),
         Workload(
             "mcq",
-            "MMLU, 10 sites, Dirichlet 0.1 over subjects, 2,850 examples, 25 rounds",
-            25,
+            "MMLU, 10 sites, Dirichlet 0.1 over subjects, 1,000 examples, 15 rounds",
+            15,
             (*_TRAINING, *_dirichlet(0.1), "data.max_length=96"),
             LETTERS,
             _mcq,
@@ -256,14 +255,14 @@ WORKLOADS: dict[str, Workload] = {
         ),
         Workload(
             "dolly",
-            "Dolly by category, 8 sites, 3,000 examples, 15 rounds",
+            "Dolly by category, 8 sites, 1,200 examples, 15 rounds",
             15,
             (*_TRAINING, "partition=natural", "partition.column=group", "data.max_length=96", *_ANSWERS),
             rows=_dolly,
         ),
         Workload(
             "dolly_published",
-            "Dolly as FedIT divides it, 10 sites, 3,000 examples, 15 rounds",
+            "Dolly as FedIT divides it, 10 sites, 1,200 examples, 15 rounds",
             15,
             (*_TRAINING, "partition=natural", "partition.column=group", "data.max_length=96", *_ANSWERS),
             rows=_dolly_published,
@@ -285,7 +284,7 @@ WORKLOADS: dict[str, Workload] = {
         ),
         Workload(
             "dolly_smollm2",
-            "Dolly as FedIT divides it, SmolLM2-135M as experts, 10 sites, 3,000 examples, 10 rounds",
+            "Dolly as FedIT divides it, SmolLM2-135M as experts, 10 sites, 1,200 examples, 10 rounds",
             10,
             ("train.batch_size=16", "partition=natural", "partition.column=group", "data.max_length=384", *_ANSWERS),
             rows=_dolly_published,

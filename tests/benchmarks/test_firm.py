@@ -89,7 +89,7 @@ def pairs_file(folder):
 def test_dpo_is_trained_on_pairs_and_measured_as_firm_is(tmp_path):
     """By hand: a run of DPO, whose adapter a site of FIRM evaluates."""
     words = (*tiny(tmp_path, "strategy=firm"), *pairs_file(tmp_path))
-    row = run_cell(Cell("toy", "dpo", 0.3, 0, words), tmp_path)
+    row = run_cell(Cell("toy", "dpo", 0.3, 0, words, ""), tmp_path)
     plain = [word for word in words if not word.startswith(("strategy=", "method."))]
     mixed = ["strategy=fedavg", "method=dpo", "method.objectives=[length,format]", "method.preference=[0.3,0.7]"]
     dpo = simulated(load_config([*mixed, *plain]), tmp_path / "dpo")
@@ -110,7 +110,7 @@ def test_dpo_is_trained_on_pairs_and_measured_as_firm_is(tmp_path):
 def test_rows_tell_rewards_disagreement_and_uploads(tmp_path):
     """FedCMOO sends its gradients beside the adapter, and its sites agree by construction."""
     rows = [
-        run_cell(Cell("toy", name, 0.5, 0, tiny(tmp_path, f"strategy={strategy}")), tmp_path)
+        run_cell(Cell("toy", name, 0.5, 0, tiny(tmp_path, f"strategy={strategy}"), ""), tmp_path)
         for name, strategy in (("mgda", "firm"), ("fedcmoo", "fedcmoo"))
     ]
     assert rows[0]["uploads"] == 1
