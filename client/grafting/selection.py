@@ -172,7 +172,7 @@ def surviving_weights(router: nn.Module, hidden_ND: Tensor, num_experts: int, su
     The router itself is asked: families differ in score, normalisation and scale.
 
     Args:
-        router: Returns logits, (N, K) weights and (N, K) experts.
+        router: Returns logits, (N, K) weights and (N, K) experts; Granite's, up to transformers 5.20, in reverse.
         hidden_ND: Its inputs.
         num_experts: E.
         survivors: Experts that are left.
@@ -180,7 +180,8 @@ def surviving_weights(router: nn.Module, hidden_ND: Tensor, num_experts: int, su
     dropped_E = torch.ones(num_experts, dtype=torch.bool, device=hidden_ND.device)
     dropped_E[list(survivors)] = False
     with _Dropped(dropped_E):
-        _, weights_NK, chosen_NK = router(hidden_ND)
+        first, weights_NK, last = router(hidden_ND)
+    chosen_NK = first if last.is_floating_point() else last
     weights_NE = torch.zeros(len(hidden_ND), num_experts, device=hidden_ND.device)
     return weights_NE.scatter_(1, chosen_NK, weights_NK.float())[:, list(survivors)]
 
