@@ -78,7 +78,7 @@ WORKLOADS: dict[str, Workload] = {
         (
             "partition=dirichlet", "partition.column=group", "partition.alpha=0.3", "partition.num_sites=4", "rounds=8",
             "train.max_steps=4", "train.batch_size=8", "train.learning_rate=1e-2", "lora.rank=4", "lora.alpha=8",
-            "data.max_length=64", "method.group_size=4", "method.max_new_tokens=16", "method.kl=0.1",
+            "data.max_length=64", "method.group_size=4", "method.max_new_tokens=16", "method.kl=0.3",
             "method.eval_prompts=48", "eval.max_examples=16",
         ),
         ("brevity", "sentiment"),

@@ -26,7 +26,7 @@ def toy(monkeypatch):
 
 @pytest.mark.parametrize("workload", ["tiny", "smollm2"])
 def test_every_cell_is_a_run_of_its_own_with_valid_settings(workload, monkeypatch):
-    # The model and data of another benchmark's workload take minutes to make; ``test_fc_moe`` has them.
+    # The data of another benchmark's workload are made from data sets that a clone lacks; ``test_fc_moe`` has them.
     monkeypatch.setattr("benchmarks.workloads.Workload.source", lambda *_: ["data.path=embedded"])
     found = cells(list(CONTENDERS), workload, WORKLOADS[workload].rewards, [0, 1], "cpu")
     assert len(set(found)) == len(found)

@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.federation import simulated
 from benchmarks.measures import Judge, expert_norm, label_log_p, label_scores, mixed_label_log_p
-from benchmarks.word_base import most_frequent, word_tokenizer
+from benchmarks.word_base import word_tokenizer
 from client.assemble import held_out_sets
 from client.base_model import BaseModel
 from client.bases import BaseIdentity
@@ -37,18 +37,6 @@ EXAMPLES = {
     "north": [Example("colour of sky?", "", "blue"), Example("colour of grass, a colour?", "", "green")],
     "south": [Example("colour?", "", "red")],
 }
-
-
-def test_words_and_line_breaks_are_tokens_and_others_unknown():
-    tokenizer = word_tokenizer(WORDS)
-    tokens = tokenizer.convert_ids_to_tokens(tokenizer("Red sky?\nplum", add_special_tokens=False)["input_ids"])
-    assert tokens == ["red", "sky", "?", "\n", "<unk>"]
-
-
-def test_every_source_of_words_counts_alike():
-    """b is half of a short text, a most of a long one: a 0.9 and 0, b 0.1 and 0.5, c 0 and 0.5."""
-    long, short = ["a " * 9 + "b"] * 50, ["b c"]
-    assert most_frequent([long, short], ["z"], 3) == ["z", "a", "b"]
 
 
 def test_label_scores_are_those_of_the_model_called_on_one_prompt_at_a_time(adapted):
