@@ -11,10 +11,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.nn import functional
 
 from benchmarks.federation import Federation
 from client.evaluation.examination import answered
-from client.evaluation.held_out import held_out_loss, reading_hidden_states
+from client.evaluation.held_out import held_out_loss, output_layer_at, reading_hidden_states
 from client.methods.pfl_moe import PflMoe
 from client.mixed_prediction import Mixture, log_mixture
 from client.model import AdaptedModel
@@ -159,17 +160,18 @@ def label_log_p(
     adapted.model.eval()
     log_p, hidden = [], []
     order = sorted(range(len(sequences)), key=lambda index: len(sequences[index].input_ids))
-    with torch.no_grad(), reading_hidden_states(adapted) as read:
+    with torch.no_grad():
         for first in range(0, len(order), BATCH):
             chosen = order[first : first + BATCH]
             batch = collate([sequences[index] for index in chosen], adapted.tokenizer.pad_token_id)
             # The first token of the response is predicted where the prompt ends.
             place_B = (batch["labels"] != IGNORED_LABEL).int().argmax(dim=1) - 1
-            rows_B = torch.arange(len(chosen))
+            chosen_BT = functional.one_hot(place_B, batch["labels"].shape[1]).bool()
             inputs = {key: batch[key].to(adapted.device) for key in ("input_ids", "attention_mask")}
-            logits_BTV = adapted.model(**inputs, use_cache=False).logits
-            log_p.append(logits_BTV[rows_B, place_B].float().log_softmax(dim=-1).cpu()[:, label_ids])
-            hidden.append(read.pop()[rows_B, place_B].float())
+            with output_layer_at(adapted, chosen_BT.to(adapted.device)), reading_hidden_states(adapted) as read:
+                logits_BV = adapted.model(**inputs, use_cache=False).logits
+            log_p.append(logits_BV.float().log_softmax(dim=-1).cpu()[:, label_ids])
+            hidden.append(read.pop().float())
     back_N = torch.tensor(order).argsort()
     return torch.cat(log_p)[back_N], torch.cat(hidden)[back_N.to(adapted.device)]
 

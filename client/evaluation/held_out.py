@@ -79,14 +79,14 @@ def response_logits(
     dtype = adapted.base.model.dtype
     with (
         torch.autocast(adapted.device.type, dtype=dtype, enabled=dtype != torch.float32),
-        _output_layer_at(adapted, functional.pad(counted, (0, 1))),
+        output_layer_at(adapted, functional.pad(counted, (0, 1))),
     ):
         logits = adapted.model(**inputs, use_cache=False).logits
     return logits, targets[counted], counted
 
 
 @contextmanager
-def _output_layer_at(adapted: AdaptedModel, chosen_BT: torch.Tensor) -> Iterator[None]:
+def output_layer_at(adapted: AdaptedModel, chosen_BT: torch.Tensor) -> Iterator[None]:
     """Let the output layer see the chosen positions alone: logits are (tokens, vocabulary) then."""
     network: Any = adapted.model
     handle = network.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: inputs[0][chosen_BT])
