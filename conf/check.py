@@ -13,6 +13,8 @@ from strategies.screen import OnReject, ScreenKind
 
 UNSCREENED = ("clair", "scaffold", "local_only", "centralised")
 """Strategies that judge sites themselves, count on every site's update, get no adapters or have one site."""
+_EQUAL_SAY = ("fedalign_moe", "fc_moe_plus")
+"""Strategies under which a site's say in an expert does not grow with its examples or tokens."""
 
 
 def check_config(config: Config) -> None:
@@ -84,7 +86,7 @@ def _check_clair(config: Config) -> None:
     if (
         config.screen.kind is not ScreenKind.off
         and config.screen.on_reject is OnReject.downweight
-        and (Weights.uniform in uncounted or Importance.uniform in uncounted or strategy.name == "fedalign_moe")
+        and (Weights.uniform in uncounted or Importance.uniform in uncounted or strategy.name in _EQUAL_SAY)
     ):
         raise ValueError(
             f"screen.on_reject=downweight lowers examples and tokens, which strategy={strategy.name} does not weigh by "

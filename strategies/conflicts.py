@@ -73,8 +73,6 @@ class ConflictConfig:
             condition = "with strategy.conflict.space=product"
             whole = self.granularity in {Granularity.expert, Granularity.matrix}
             require(whole, "strategy.conflict.granularity", f"expert or matrix {condition}", self.granularity.name)
-            one_reference = self.against in {Against.consensus, Against.off}
-            require(one_reference, "strategy.conflict.against", f"consensus or off {condition}", self.against.name)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -58,7 +58,7 @@ class FcMoePlus(Strategy):
     ridge: float = 0.3
     """How far from an equal say in the direction: towards 0, exactly equal; large, the mean of the directions."""
     step: float = 2.0
-    """Server step on experts, in steps of the mean direction; never longer than the sites went on average."""
+    """Server step on experts, in steps of the mean direction; before momentum no longer than sites went on average."""
     flatten: float = 1.0
     """1: all singular values of a matrix' step alike; 0: as they are. In [0, 1]."""
     momentum: float = 0.5
@@ -160,9 +160,10 @@ def _stepped_product(
     """
     rank = total.received_A.shape[-2]
     stepped = total.received_B @ total.received_A + flattened(total.change, flatten, leading=rank)
-    # Directions in which nothing was learnt keep to the received A: it leaves a trace, too small to count.
+    # Directions in which nothing was learnt keep to the received A: it leaves a trace, too small to count. Where there
+    # is nothing else, it is all there is: with A and B zero an expert could never learn again.
     length_E = np.sqrt((stepped**2).sum(axis=(-2, -1)))
-    trace = _TRACE * length_E[:, None, None] * total.received_A
+    trace = np.where(length_E > 0, _TRACE * length_E, 1.0)[:, None, None] * total.received_A
     _, _, right = np.linalg.svd(np.concatenate([stepped, trace], axis=-2), full_matrices=False)
     A = right[:, :rank]
     kept = low_rank.turned_towards(Factors(A, stepped @ np.swapaxes(A, -1, -2)), total.received_A)

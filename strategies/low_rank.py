@@ -43,11 +43,6 @@ def factors_of(adapter: Arrays, prefix: str) -> Factors:
     return Factors(*(factor.astype(np.float64) for factor in _pair(adapter, prefix)))
 
 
-def stacked(products: Sequence[Factors]) -> Factors:
-    """Products of the same shapes on a new leading axis."""
-    return Factors(*(np.stack(factors) for factors in zip(*products, strict=True)))
-
-
 def inner_product(left: Factors, right: Factors) -> NDArray[np.float64]:
     """(...) ``<B1 A1, B2 A2>`` = sum of (B1^T B2) * (A1 A2^T): work of R x R instead of O x I."""
     of_B = _transposed(left.B).astype(np.float64) @ right.B
@@ -82,16 +77,6 @@ def weighted_sum(terms: Sequence[Factors], weights: Sequence[float] | NDArray[np
     weights = np.asarray(weights, np.float64)
     weighted = [term.B * weight[..., None, None] for term, weight in zip(terms, weights, strict=True)]
     return Factors(np.concatenate([term.A for term in terms], axis=-2), np.concatenate(weighted, axis=-1))
-
-
-def change(trained: Factors, received: Factors) -> Factors:
-    """``B' A' - B A`` as one pair of rank 2R, without cancellation: (B' - B) A' + B (A' - A).
-
-    ``received`` may lack leading axes of ``trained``, such as the sites.
-    """
-    before_B = np.broadcast_to(received.B, trained.B.shape)
-    A = np.concatenate([trained.A, trained.A - received.A], axis=-2)
-    return Factors(A, np.concatenate([trained.B - received.B, before_B], axis=-1))
 
 
 def truncate(product: Factors, rank: int) -> tuple[Factors, NDArray[np.float64]]:

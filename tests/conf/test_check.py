@@ -155,6 +155,10 @@ def test_number_of_sites_that_the_data_decide_is_checked_too():
             "strategy=fc_moe strategy.importance=uniform screen=clair screen.on_reject=downweight",
             "which strategy=fc_moe does not weigh by as it is set: use exclude or warn",
         ),
+        (
+            "strategy=fc_moe_plus screen=clair screen.on_reject=downweight",
+            "which strategy=fc_moe_plus does not weigh by as it is set: use exclude or warn",
+        ),
         ("strategy=fedcmoo model.router=local", "strategy=fedcmoo sends gradients of all that is trained"),
         ("strategy=clair strategy.refined_rank=exact", "strategy.refined_rank=exact .* needs rounds=1, got 5"),
         (

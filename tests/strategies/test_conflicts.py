@@ -227,11 +227,6 @@ def test_rows_of_a_bias_are_one_group():
             "'component'",
         ),
         ({"granularity": Granularity.row}, "strategy.conflict.granularity must be .* got 'row'"),
-        (
-            {"against": Against.others},
-            "strategy.conflict.against must be consensus or off with strategy.conflict.space=product, got 'others'",
-        ),
-        ({"against": Against.pairwise}, "strategy.conflict.against must be .* got 'pairwise'"),
     ],
 )
 def test_product_space_refuses_what_it_cannot_do(settings, message):

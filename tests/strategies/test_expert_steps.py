@@ -63,7 +63,7 @@ def naive_product_step(strategy, adapter, updates, layer, expert):
 
 
 @pytest.mark.parametrize("granularity", [Granularity.expert, Granularity.matrix])
-@pytest.mark.parametrize("against", [Against.consensus, Against.off])
+@pytest.mark.parametrize("against", Against)
 @settings(deadline=None, max_examples=8)
 @given(seed=seeds)
 def test_product_space_is_the_dense_one_truncated(granularity, against, seed):

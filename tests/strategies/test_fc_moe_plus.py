@@ -322,3 +322,22 @@ def test_update_without_the_counts_of_every_expert_is_refused():
 def test_settings_out_of_range_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         FcMoePlus(**settings)
+
+
+def test_expert_whose_steps_cancel_before_it_learnt_anything_can_still_learn():
+    """B = 0, and two sites send b and -b: the product stays 0, but A must not become 0 as well."""
+    adapter, updates = random_round(0, LORA, num_sites=2)
+    for name, array in adapter.items():
+        if name.endswith("lora_B"):
+            array[:] = 0
+            updates[1].adapter[name][:] = -updates[0].adapter[name]
+        elif name.endswith("lora_A"):
+            for update in updates:
+                update.adapter[name][:] = array
+    same = [replace(u, num_examples=1, expert_tokens=dict.fromkeys(LAYERS, np.ones(NUM_EXPERTS))) for u in updates]
+    stepped = FcMoePlus().aggregate(adapter, FcMoePlus().init_state(adapter), same).adapter
+    for name in adapter:
+        if experts.is_expert_array(name) and name.endswith("lora_B"):
+            np.testing.assert_allclose(stepped[name], 0, atol=1e-6)
+        elif experts.is_expert_array(name):
+            assert (np.linalg.matrix_rank(stepped[name]) == RANK).all()

@@ -67,20 +67,6 @@ def test_weighted_sum_is_the_sum_of_the_dense_products(seed, num_terms):
     np.testing.assert_allclose(dense(low_rank.weighted_sum(terms, weights)), expected, atol=1e-10)
 
 
-@given(seeds)
-def test_change_is_the_difference_of_the_dense_products(seed):
-    rng = np.random.default_rng(seed)
-    trained, received = random_factors(rng, 2, 4, 3, (6, 5)), random_factors(rng, 2, 4, 3, (5,))
-    np.testing.assert_allclose(dense(low_rank.change(trained, received)), dense(trained) - dense(received), atol=1e-10)
-
-
-def test_change_keeps_its_digits_when_a_step_is_tiny():
-    """A step of 1e-12 in B alone: the norm of the change is 1e-12 ||A||, which a difference of Grams would lose."""
-    received = Factors(np.ones((1, 4)), np.full((1, 1), 3.0))
-    step = low_rank.change(Factors(received.A, received.B + 2.0**-40), received)
-    assert np.sqrt(low_rank.squared_norm(step)) == 2 * 2.0**-40
-
-
 @settings(deadline=None)
 @given(seeds, sizes, sizes, sizes, sizes)
 def test_truncation_is_the_dense_one(seed, stacked_rank, num_in, num_out, rank):
