@@ -1,5 +1,7 @@
 """Runs that are computed once: each is a cell with its row, kept line by line, so that a restart does what is missing.
 
+A cell knows settings, data and base model, not the code: whoever changes what a rule does deletes its rows.
+
 For every contender the learning rate and its own knobs are tuned on the validation data of the tuning seeds; the test
 data of other seeds are looked at with the tuned values only.
 """
@@ -63,8 +65,10 @@ class Study(Generic[C]):
     rows: dict[C, Row] = field(default_factory=dict)
 
     def add(self, row: Row) -> None:
-        """Take a finished cell."""
-        self.rows[self.cell_of(row)] = row
+        """Take a finished cell; one of another version of the workload is not this study's."""
+        cell = self.cell_of(row)
+        if cell == self.cell(tuple(row["settings"]), row["seed"], row["split"]):
+            self.rows[cell] = row
 
     def needed(self, name: str) -> list[C]:
         """Cells that can be run next for a contender: of its tuning and, when that is done, of its test."""

@@ -41,7 +41,7 @@ class Contender:
     """Its own, beside the learning rate."""
     follows: str | None = None
     """Name of the contender whose tuned values it takes: an ablation changes nothing else."""
-    instead: Mapping[str, float] = field(default_factory=dict)
+    instead: Mapping[str, float | str] = field(default_factory=dict)
     """Values in place of those tuned, of knobs or any other setting: how flat the leader is around its own."""
 
 
@@ -62,12 +62,13 @@ CONTENDERS: dict[str, Contender] = {
     "fedavg_step": Contender(
         "FedAvg, tuned step on experts", ("strategy=fedavg",), (Knob("strategy.expert_step", _STEP, 1.0, unsaid=1.0),)
     ),
+    "fedavg_step_2": Contender("FedAvg, step 2 on experts", ("strategy=fedavg", "strategy.expert_step=2")),
     # At a step of 1 a steady change is taken 1 / (1 - momentum) times as far, as by FC-MoE plus.
     "fedavgm": Contender(
         "FedAvgM", ("strategy=fedavgm", "strategy.learning_rate=1"), (Knob("strategy.momentum", _MOMENTUM[1:], 0.5),)
     ),
     "fc_moe": Contender(
-        "FC-MoE as printed", ("strategy=fc_moe",), (Knob("method.retention.strength", (0.1, 0.3, 0.5, 0.8), 0.5),)
+        "FC-MoE", ("strategy=fc_moe",), (Knob("method.retention.strength", (0.1, 0.3, 0.5, 0.8), 0.5),)
     ),
     "fc_moe_plus": Contender(
         "FC-MoE plus",
@@ -103,6 +104,12 @@ CONTENDERS: dict[str, Contender] = {
             ("guarded", "retention, norms kept within 1.2", "method.retention.norm_guard=1.2"),
         )
     },
+    "fc_moe_strength_0.5": Contender(
+        "method.retention.strength 0.5, as printed",
+        ("strategy=fc_moe",),
+        follows="fc_moe",
+        instead={"method.retention.strength": 0.5},
+    ),
     "fedprox": Contender("FedProx", ("strategy=fedprox",), (Knob("train.proximal_mu", (1e-3, 1e-2, 1e-1, 1.0), 1e-2),)),
     "fedadam": Contender(
         "FedAdam", ("strategy=fedadam",), (Knob("strategy.learning_rate", (2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2), 1e-2),)
@@ -130,6 +137,9 @@ CONTENDERS: dict[str, Contender] = {
         for knob, values in _PLUS_SWEEPS.items()
         for value in values
     },
+    "fc_moe_plus_factors": Contender(
+        "space factors", ("strategy=fc_moe_plus",), follows="fc_moe_plus", instead={"strategy.space": "factors"}
+    ),
 }
 
 
@@ -213,7 +223,8 @@ def _climb(
         values[knob.key] = best
 
 
-def _settings(contender: Contender, knobs: Sequence[Knob], values: Mapping[str, float]) -> Settings:
+def _settings(contender: Contender, knobs: Sequence[Knob], values: Mapping[str, float | str]) -> Settings:
     unsaid = {knob.key: knob.unsaid for knob in knobs}
     said = {key: value for key, value in sorted(values.items()) if value != unsaid.get(key)}
-    return (*contender.settings, *(f"{key}={value:g}" for key, value in said.items()))
+    words = (f"{key}={value}" if isinstance(value, str) else f"{key}={value:g}" for key, value in said.items())
+    return (*contender.settings, *words)

@@ -72,10 +72,12 @@ def run_cell(cell: Cell, data: Path, device: str = "cpu") -> dict[str, Any]:
             federation.watch = lambda *of_round: averaged.append(fc_moe_averaging.of_round(*of_round))
         judge = Judge(federation.adapted, config, held_out_sets(config), workload.labels)
         before = expert_norm(federation.whole_adapter())
-        try:
-            scores.extend(judge.score(federation) for _ in federation.rounds())
-        except ValueError as error:
-            return row | {"failed": f"round {federation.server_round + 1}: {error}"}
+        while federation.server_round < config.rounds:
+            try:
+                federation.play()
+            except ValueError as error:
+                return row | {"failed": f"round {federation.server_round + 1}: {error}"}
+            scores.append(judge.score(federation))
         after = expert_norm(federation.whole_adapter())
         answers = judge.rouge_l(federation) if cell.split == "test" and not workload.labels else None
     return row | {

@@ -204,9 +204,16 @@ def _cells(result: Outcome, baseline: Mapping[int, Row], by_accuracy: bool) -> l
         _on_sites(rows, by_accuracy, scale, digits),
         _rounds(rows, _good(baseline), curve, higher=by_accuracy),
         f"{np.mean([row['bytes'] for row in rows.values()]) / 1e6:.1f}",
-        f"x {np.mean([row['expert_norm'][1] / row['expert_norm'][0] for row in rows.values()]):.2f}",
+        _norm_growth(rows),
         _tuned(result.settings),
     ]
+
+
+def _norm_growth(rows: Mapping[int, Row]) -> str:
+    """Of experts trained in full: LoRA's factors tell nothing of their product, which is 0 at the start."""
+    if any(row["experts"] == "lora" for row in rows.values()):
+        return ""
+    return f"x {np.mean([row['expert_norm'][1] / row['expert_norm'][0] for row in rows.values()]):.2f}"
 
 
 def _loss(rows: Mapping[int, Row]) -> str:

@@ -164,27 +164,30 @@ def _mcq(data: Path, seed: int) -> Rows:
     return cut(rows, {"train": 1000, "validation": 500, "test": 500}, seed)
 
 
-_DOLLY_SIZES = {"train": 1200, "validation": 400, "test": 400}
-
-
 def _dolly(data: Path, seed: int) -> Rows:
+    # The question last: of a long prompt the beginning is cut.
     rows = [
-        {"text": row["instruction"], "label": row["response"], "group": row["category"]}
-        for row in table(data, "dolly15k", "instruction", "response", "category")
+        {"text": f"{row['context']} {row['instruction']}".strip(), "label": row["response"], "group": row["category"]}
+        for row in table(data, "dolly15k", "instruction", "context", "response", "category")
     ]
-    return cut(rows, _DOLLY_SIZES, seed)
+    return cut(rows, {"train": 1200, "validation": 400, "test": 400}, seed)
 
 
 def _dolly_published(data: Path, seed: int) -> Rows:
     """FedIT's ten clients (https://arxiv.org/abs/2305.05644), each with the same share of its rows."""
     rows = [
-        {"text": row["instruction"], "label": row["response"], "group": str(row["fedit_client"])}
-        for row in table(data, "dolly15k", "instruction", "response", "fedit_client")
+        {
+            "text": f"{row['context']} {row['instruction']}".strip(),
+            "label": row["response"],
+            "group": str(row["fedit_client"]),
+        }
+        for row in table(data, "dolly15k", "instruction", "context", "response", "fedit_client")
         if int(row["fedit_client"]) >= 0
     ]
+    sizes = {"train": 1200, "validation": 400, "test": 400}
     order = generator_for(seed, "benchmark data", "pool").permutation(len(rows))
-    parts = np.split(order, np.cumsum(list(_DOLLY_SIZES.values())))
-    return {split: [rows[index] for index in part] for split, part in zip(_DOLLY_SIZES, parts, strict=False)}
+    parts = np.split(order, np.cumsum(list(sizes.values())))
+    return {split: [rows[index] for index in part] for split, part in zip(sizes, parts, strict=False)}
 
 
 def _dirichlet(alpha: float, num_sites: int = 10) -> tuple[str, ...]:

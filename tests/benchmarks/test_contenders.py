@@ -91,7 +91,7 @@ def test_settings_of_every_contender_are_valid_wherever_its_knobs_stand(name):
     lowest = [f"{knob.key}={knob.values[0]:g}" for knob in leader.knobs]
     highest = [f"{knob.key}={knob.values[-1]:g}" for knob in leader.knobs]
     experts = ["model.experts=lora"] if name in CONTENDERS else []
-    instead = [f"{key}={value:g}" for key, value in contender.instead.items()]
+    instead = [f"{key}={value}" for key, value in contender.instead.items()]
     for values in (lowest, highest):
         load_config([*experts, *contender.settings, *values, *instead])
 

@@ -22,9 +22,8 @@ from server.round_record import sample_sites
 def row(seed, accuracy, **changes):
     curve = [accuracy] * 6
     facts = {"accuracy": curve, "loss": [1 - accuracy] * 6, "sites": {"a": accuracy, "b": accuracy / 2}}
-    return (
-        facts | {"seed": seed, "bytes": 2e6, "expert_norm": [2.0, 3.0], "settings": ["train.learning_rate=1"]} | changes
-    )
+    of_run = {"seed": seed, "bytes": 2e6, "experts": "full", "expert_norm": [2.0, 3.0]}
+    return facts | of_run | {"settings": ["train.learning_rate=1"]} | changes
 
 
 def cells_of(table, title):
@@ -45,15 +44,32 @@ def test_table_pairs_by_seed_and_says_what_is_missing():
     tested["fc_moe"] = Outcome((), {1: row(1, 0.6), 2: row(2, 0.5)})
     tested["fedprox"] = Outcome((), {0: {"failed": "round 2: loss is nan"}})
     table = comparison("title", tested, [0, 1, 2])
-    fedavg, ours = cells_of(table, "FedAvg |"), cells_of(table, "FC-MoE as printed")
+    fedavg, ours = cells_of(table, "FedAvg |"), cells_of(table, "FC-MoE (2")
     assert fedavg[1].startswith("50.0 ±")
     assert fedavg[-1] == "lr=1"
-    assert ours[0] == "FC-MoE as printed (2 of 3 seeds)"
+    assert ours[0] == "FC-MoE (2 of 3 seeds)"
     assert ours[2].startswith("+10.0 ±")
     assert ours[5] == "41.2 / 27.5 / 13.8"
     assert ours[6:9] == ["1.0", "2.0", "x 1.50"]
     assert cells_of(table, "FedProx")[1] == "diverged"
     assert cells_of(table, "FedAdam")[1] == "missing"
+
+
+def test_norms_of_factors_are_not_shown():
+    tested = {"fedavg": Outcome((), {0: row(0, 0.6)}), "fc_moe": Outcome((), {0: row(0, 0.6, experts="lora")})}
+    table = comparison("title", tested, [0])
+    assert cells_of(table, "FedAvg |")[8] == "x 1.50"
+    assert cells_of(table, "FC-MoE |")[8] == ""
+
+
+def test_rows_of_another_version_are_not_told_of():
+    study = study_of("clinc", "full", [0], [100])
+    settings = ["strategy=fedavg", "train.learning_rate=0.004"]
+    told = {"workload": "clinc", "experts": "full", "settings": settings, "split": "test"}
+    study.add({**told, "seed": 9, "version": "00000000"})
+    assert study.all_seeds() == [0]
+    study.add({**told, "seed": 9, "version": WORKLOADS["clinc"].version})
+    assert study.all_seeds() == [0, 9]
 
 
 @pytest.mark.parametrize("name", WORKLOADS)
