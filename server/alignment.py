@@ -129,9 +129,10 @@ class Front:
 
 
 def fronts(runs: Sequence[tuple[Mapping[str, Any], Alignment | None]]) -> list[Front]:
-    """Fronts of runs (settings, alignment) with the first aligned run's objectives; the others are left out."""
-    objectives = next((found.objectives for _, found in runs if found), ())
-    chosen = {index: found for index, (_, found) in enumerate(runs) if found and found.objectives == objectives}
+    """Fronts of runs (settings, alignment) with the first aligned run's objectives, measured like its own."""
+    measured = [(found.objectives, found.held_out) if found else None for _, found in runs]
+    first = next(filter(None, measured), None)
+    chosen = {index: found for index, (_, found) in enumerate(runs) if found and measured[index] == first}
     if not chosen:
         return []
     groups: dict[str, list[int]] = defaultdict(list)

@@ -11,7 +11,7 @@ from itertools import combinations
 from typing import Any
 
 from server.report.charts import PANEL, Chart, bounds_of, line_chart
-from server.report.heat import Heat, Scale, Value, around, cells, flat, from_zero
+from server.report.heat import Heat, Scale, Value, around, cells, flat, from_zero, near
 from server.report.runs import Run
 
 MAPS = {
@@ -26,7 +26,8 @@ MAPS = {
     ),
     "scale": (
         "Scale of the step taken",
-        "How far the next global adapter goes along the mean update: 1 is the whole of it.",
+        "How far the next global adapter goes along the mean update: 1 is the whole of it. Values far out have the last "
+        "colour.",
     ),
     "num_tokens": ("Tokens", "Routed to the expert in local training, by all sites together."),
 }
@@ -78,7 +79,7 @@ def scales(runs: Sequence[Run]) -> dict[str, Scale]:
         "cosine": Scale("d", -1.0, 1.0, "fixed"),
         "kept": Scale("s", 0.0, 1.0, "fixed"),
         "weight": from_zero(weights, "fixed", 0.05),
-        "scale": around(1.0, every("scale"), 0.1),
+        "scale": around(1.0, near(1.0, every("scale")), 0.1),
         "num_tokens": from_zero(every("num_tokens"), "count", 1.0),
         "load": from_zero(loads, "percent", 0.05),
         "pairs": around(0.0, every("pairs") + every("block_pairs"), 0.25),

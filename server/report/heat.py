@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from decimal import ROUND_HALF_UP, Decimal
@@ -105,6 +106,16 @@ def around(middle: float, values: Iterable[Value], least: float) -> Scale:
     farthest = max((abs(value - middle) for value in values if value is not None), default=0.0)
     reach = round_up(max(farthest, least))
     return Scale("d", middle - reach, middle + reach, "fixed")
+
+
+def near(middle: float, values: Sequence[float]) -> list[float]:
+    """Those within ten times the median distance from the middle: a scale that holds all the others shows nothing.
+
+    What lies outside has the colour of the scale's end.
+    """
+    distances = [abs(value - middle) for value in values]
+    limit = 10 * statistics.median(distances) if distances else 0.0
+    return [value for value, distance in zip(values, distances, strict=True) if distance <= limit]
 
 
 def from_zero(values: Iterable[Value], style: str, least: float) -> Scale:

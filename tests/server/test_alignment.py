@@ -57,6 +57,12 @@ def ended(x, y):
     return alignment_of([site("a", 1, reward__x=x, reward__y=y)], {})
 
 
+def test_rewards_of_training_samples_do_not_stand_beside_those_of_held_out_prompts():
+    held_out = alignment_of([site("a", 1, held_out_reward__x=0.5, held_out_reward__y=0.5)], {})
+    (front,) = fronts([({}, held_out), ({}, ended(0.9, 0.9))])
+    assert front.runs == (0,)
+
+
 def test_runs_that_differ_in_preference_are_one_front():
     """Range (2, 2), so the reference is (-0.2, -0.2); the steps (0, 2), (1, 1), (2, 0), and (1, 1) alone: 1.2 * 1.2."""
     settings = [{"seed": 0, "method": {"beta": 0.1, "preference": [i, 1 - i]}, "output": str(i)} for i in range(3)]

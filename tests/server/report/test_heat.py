@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import server.report
-from server.report.heat import Scale, around, count_text, flat, from_zero, round_up
+from server.report.heat import Scale, around, count_text, flat, from_zero, near, round_up
 from server.report.page import MAX_RUNS
 
 COSINE = Scale("d", -1.0, 1.0, "fixed")
@@ -53,6 +53,15 @@ def test_scale_holds_its_values_and_its_ends_are_round(values, least):
 @pytest.mark.parametrize(("value", "up"), [(0.3, 0.3), (0.31, 0.4), (9.1, 10.0), (1.0, 1.0), (120.0, 150.0)])
 def test_round_numbers_by_hand(value, up):
     assert round_up(value) == pytest.approx(up)
+
+
+def test_one_value_far_out_does_not_set_the_scale():
+    """Distances 0.6, 0, 0.6 and 249: the median is 0.6, so 7 would stay and 250 does not; it has the last colour."""
+    values = near(1.0, [0.4, 1.0, 1.6, 250.0])
+    assert values == [0.4, 1.0, 1.6]
+    assert [around(1.0, values, 0.1).colour(value) for value in (0.4, 1.0, 1.6, 250.0)] == ["d1", "d5", "d9", "d10"]
+    assert near(1.0, [7.0, 1.6, 0.4]) == [7.0, 1.6, 0.4]
+    assert near(1.0, []) == []
 
 
 def test_numbers_of_nested_lists_come_without_gaps():
