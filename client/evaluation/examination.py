@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from client.evaluation.choices import Question, accuracy, questions_of
+from client.evaluation.choices import Question, accuracy, encoded, questions_of
 from client.evaluation.generation import Generator, greedy, rouge_l
 from client.evaluation.held_out import held_out_loss
 from client.evaluation.measured import BASE, GLOBAL, PERSONAL, Measured, RelativeCost, Score, Scored
@@ -61,8 +61,10 @@ def one_adapter(adapted: AdaptedModel, adapter: Arrays, config: Config) -> Model
     )
 
 
-def score(model: ModelInUse, on: EvalSet, adapted: AdaptedModel, config: Config) -> Score:
-    """The model on a set: loss of all examples, ROUGE-L of the first ``eval.num_answers``, accuracy of all questions.
+def score(model: ModelInUse, name: str, on: EvalSet, adapted: AdaptedModel, config: Config) -> Score:
+    """The model on the set ``name``: loss of all examples, ROUGE-L of the first ``eval.num_answers``, accuracy.
+
+    The latter is of all questions that the tokenizer leaves answerable; of a set without any there is none.
 
     Raises:
         ValueError: If no example fits ``data.max_length``.
@@ -74,11 +76,8 @@ def score(model: ModelInUse, on: EvalSet, adapted: AdaptedModel, config: Config)
     if on.examples and config.eval.num_answers:
         close, count = answered(model, on.examples, adapted, config)
         found |= {"rouge_l": close, "num_answers": count}
-    if on.questions:
-        found |= {
-            "accuracy": accuracy(model.loss, on.questions, adapted.tokenizer, config.data),
-            "num_questions": len(on.questions),
-        }
+    if questions := encoded(name, on.questions, adapted.tokenizer, config.data):
+        found |= {"accuracy": accuracy(model.loss, questions), "num_questions": len(questions)}
     return Score(**found)  # type: ignore[arg-type]
 
 
@@ -98,7 +97,7 @@ def scored(
 ) -> Iterable[Scored]:
     """The model called ``name`` on each of the sets."""
     for on, evaluated in sets.items():
-        yield Scored(model=name, on=on, score=score(model, evaluated, adapted, config))
+        yield Scored(model=name, on=on, score=score(model, on, evaluated, adapted, config))
 
 
 def examine(site: Site, received: Arrays, global_adapter: Arrays) -> Measured:

@@ -5,8 +5,9 @@ from functools import partial
 import pytest
 import torch
 
+from benchmarks.word_base import word_tokenizer
 from client.base_model import load_base
-from client.evaluation.choices import Question, accuracy, questions_of
+from client.evaluation.choices import Question, accuracy, encoded, questions_of
 from client.evaluation.held_out import held_out_loss
 from client.model import AdaptedModel
 from client.text import Example
@@ -54,7 +55,33 @@ def test_accuracy_counts_the_options_of_least_loss_per_token(adapted, adapter, c
     asked = [Question(f"Ask {n}", "", options, wanted[n]) for n, options in enumerate(OPTIONS)]
     loss = partial(held_out_loss, adapted, adapter, batch_size=4)
     data = DataConfig(**{"template": Template.plain, "max_length": 40, **change})
-    assert accuracy(loss, asked, adapted.tokenizer, data) == 0.5
+    assert accuracy(loss, encoded("*choices*", asked, adapted.tokenizer, data)) == 0.5
+
+
+UNKNOWN = Question("Ask", "", ("zebra", "yak", "red"), 2)
+"""Two options that a vocabulary without them takes for the same word."""
+
+
+def test_question_whose_options_are_the_same_tokens_is_left_out_and_counted(caplog):
+    asked = [UNKNOWN, Question("Ask", "", ("red", "blue"), 0), Question("Ask", "", ("blue yak", "blue zebra"), 1)]
+    (kept,) = encoded("*piqa*", asked, word_tokenizer(["ask", "red", "blue"]), DATA)
+    assert len({tuple(option.input_ids) for option in kept.options}) == 2
+    assert caplog.messages == ["*piqa*: 2 of 3 questions left out: 2 with two options of the same tokens"]
+
+
+def test_question_with_an_option_that_is_cut_is_left_out_and_counted(adapted, caplog):
+    """Of 40 tokens one begins the text and one ends the option: 38 bytes fit, and a prompt of none."""
+    asked = [Question("Ask", "", ("no", "y" * length), 0) for length in (39, 38, 60)]
+    kept = encoded("*choices*", asked, adapted.tokenizer, DATA)
+    assert [[len(option.input_ids) for option in question.options] for question in kept] == [[8, 40]]
+    message = "*choices*: 2 of 3 questions left out: 2 with an option without tokens or cut by data.max_length=40"
+    assert caplog.messages == [message]
+
+
+def test_option_without_tokens_leaves_its_question_out():
+    """A word tokenizer has none for a blank."""
+    tokenizer = word_tokenizer(["ask", "red"])
+    assert encoded("*choices*", [Question("Ask", "", ("red", " "), 0)], tokenizer, DATA) == []
 
 
 def test_examples_become_questions_between_the_options_that_there_are():
@@ -67,4 +94,4 @@ def test_examples_become_questions_between_the_options_that_there_are():
 
 def test_no_questions_are_an_error(adapted, adapter):
     with pytest.raises(ValueError, match="no questions to answer"):
-        accuracy(partial(held_out_loss, adapted, adapter, batch_size=4), [], adapted.tokenizer, DATA)
+        accuracy(partial(held_out_loss, adapted, adapter, batch_size=4), [])

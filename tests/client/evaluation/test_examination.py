@@ -124,6 +124,13 @@ def test_options_make_questions_of_the_held_out_examples(base_config, tmp_path):
     assert [question.answer for question in held_out_set(HELD_OUT, site.config).questions] == [0, 1]
 
 
+def test_set_without_an_answerable_question_has_no_accuracy_and_is_named(base_config, tmp_path, caplog):
+    site = examined_site(base_config, tmp_path, options=["teal", "azure", "azure"])
+    score = found(examine(site, first_global(site), first_global(site)))[BASE, "here"]
+    assert (score.accuracy, score.num_questions, score.num_examples) == (None, 0, 2)
+    assert "here: 2 of 2 questions left out: 2 with two options of the same tokens" in caplog.messages
+
+
 def test_examination_changes_nothing_at_the_site(base_config, tmp_path):
     site = examined_site(base_config, tmp_path, PflMoeConfig())
     received = site.train(1, first_global(site)).adapter
