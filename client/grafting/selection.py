@@ -3,14 +3,14 @@
 FLEx (2025, https://arxiv.org/abs/2506.00965) selects by a local reconstruction loss, that of expert pruning (Lu et al.
 2024, https://arxiv.org/abs/2402.14800). Both sides of it are routed experts: shared ones are left out.
 
-Shape suffixes: N tokens, D model width, E experts, K experts per token.
+Shape suffixes: N tokens, D model width, E experts, K experts per token, C sets of experts that survive, S of each set.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +26,7 @@ from client.model import AdaptedModel
 from client.text import TokenSequence, collate
 
 _VALUES_AT_A_TIME = 2**24
-"""Of the experts' outputs and inner values: 64 MiB in float32."""
+"""Of all experts' inner values and outputs, and of their candidates' inputs to the router: 64 MiB in float32."""
 _TIE = 1e-5
 """Losses nearer to each other than this share of the outputs' lengths are told apart by rounding alone."""
 
@@ -86,7 +86,7 @@ class _Seen:
 
     def __init__(self) -> None:
         self.routed_by: list[Tensor] = []
-        """(N, D) the router's inputs: not the experts', where these work in a space of their own."""
+        """(N, D) the router's inputs: the experts' own, but where these work in another space."""
         self.inputs: list[Tensor] = []
         """(N, D) the experts' inputs."""
         self.outputs: list[Tensor] = []
@@ -94,9 +94,9 @@ class _Seen:
 
     def pieces(self, num_tokens: int, device: torch.device) -> Iterator[list[Tensor]]:
         """The three, at most so many tokens at a time."""
-        joined = [torch.cat(part) for part in (self.routed_by, self.inputs, self.outputs)]
-        for first in range(0, len(joined[0]), num_tokens):
-            yield [part[first : first + num_tokens].to(device) for part in joined]
+        for batch in zip(self.routed_by, self.inputs, self.outputs, strict=True):
+            for first in range(0, len(batch[0]), num_tokens):
+                yield [part[first : first + num_tokens].to(device) for part in batch]
 
 
 def _observed(adapted: AdaptedModel, sequences: Sequence[TokenSequence], batch_size: int) -> dict[str, _Seen]:
@@ -127,6 +127,8 @@ def _hooks(adapted: AdaptedModel, seen: Mapping[str, _Seen], keep: Any) -> Itera
 
             def on_experts(_module: nn.Module, inputs: Any, output: Tensor, caught: _Seen = caught) -> None:
                 keep(caught.inputs, inputs[0])
+                if torch.equal(caught.routed_by[-1], caught.inputs[-1]):  # as in most families: kept once
+                    caught.routed_by[-1] = caught.inputs[-1]
                 keep(caught.outputs, output)
 
             stack.callback(routers[layer].register_forward_hook(on_router).remove)
@@ -137,8 +139,10 @@ def _hooks(adapted: AdaptedModel, seen: Mapping[str, _Seen], keep: Any) -> Itera
 def _choose(experts: Any, router: nn.Module, seen: _Seen, num_experts: int) -> LayerChoice:
     chosen: list[int] = []
     spread, is_tie, loss = 1.0, False, math.inf
+    limit = _tokens_at_a_time(experts, seen)
+    kept = list(_pieces(experts, seen, limit)) if sum(map(len, seen.outputs)) <= limit else None
     for _ in range(num_experts):
-        loss_E, rounding = _losses(experts, router, seen, chosen)
+        loss_E, rounding = _losses(router, kept or _pieces(experts, seen, limit), len(experts.down_proj), chosen)
         best, second = loss_E.topk(2, largest=False).values.tolist() if len(loss_E) > 1 else (float(loss_E), math.inf)
         if math.isfinite(second):
             spread = min(spread, (second - best) / second if second > 0 else 0.0)
@@ -148,53 +152,72 @@ def _choose(experts: Any, router: nn.Module, seen: _Seen, num_experts: int) -> L
     return LayerChoice(tuple(chosen), loss, spread, is_tie)
 
 
-def _losses(experts: Any, router: nn.Module, seen: _Seen, chosen: Sequence[int]) -> tuple[Tensor, float]:
-    """(E,) float64 loss of ``chosen`` and one more expert, infinite for those; and a difference that means nothing."""
+def _tokens_at_a_time(experts: Any, seen: _Seen) -> int:
     fused = [experts.gate_up_proj if experts.has_gate else experts.up_proj, experts.down_proj]
-    count, device = len(experts.down_proj), experts.down_proj.device
-    loss_E, length = torch.zeros(count, dtype=torch.float64, device=device), 0.0
-    values_per_token = count * sum(max(weight.shape[1:]) for weight in fused)
-    for routed_by_ND, x_ND, F_ND in seen.pieces(max(1, _VALUES_AT_A_TIME // values_per_token), device):
-        outputs_END = every_expert(experts, x_ND).float()
-        for expert in set(range(count)).difference(chosen):
-            survivors = [*chosen, expert]
-            weights_NS = surviving_weights(router, routed_by_ND, count, survivors)
-            left_ND = (weights_NS.T[:, :, None] * outputs_END[survivors]).sum(dim=0)
-            loss_E[expert] += (F_ND.float() - left_ND).norm(dim=1).sum(dtype=torch.float64)
-        length += float(F_ND.float().norm(dim=1).sum())
-    loss_E[list(chosen)] = math.inf
+    values: int = sum(max(weight.shape[1:]) for weight in fused) + seen.routed_by[0].shape[1]
+    return max(1, _VALUES_AT_A_TIME // (len(experts.down_proj) * values))
+
+
+def _pieces(experts: Any, seen: _Seen, num_tokens: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """The router's inputs (N, D), each expert's outputs (E, N, D) and F (N, D), at most so many tokens at a time."""
+    for routed_by_ND, x_ND, F_ND in seen.pieces(num_tokens, experts.down_proj.device):
+        yield routed_by_ND, every_expert(experts, x_ND).float(), F_ND.float()
+
+
+def _losses(
+    router: nn.Module, pieces: Iterable[tuple[Tensor, Tensor, Tensor]], num_experts: int, chosen: Sequence[int]
+) -> tuple[Tensor, float]:
+    """(E,) float64 loss of ``chosen`` and one more expert, infinite for those; and a difference that means nothing."""
+    candidates = [expert for expert in range(num_experts) if expert not in chosen]
+    survivors_CS = torch.tensor([[*chosen, expert] for expert in candidates])
+    loss_E, length = torch.full((num_experts,), math.inf, dtype=torch.float64), 0.0
+    loss_E[candidates] = 0
+    for routed_by_ND, outputs_END, F_ND in pieces:
+        weights_CNS = surviving_weights(router, routed_by_ND, num_experts, survivors_CS)
+        missing_CND = F_ND.repeat(len(candidates), 1, 1)
+        for place, expert_C in enumerate(survivors_CS.T):
+            missing_CND.addcmul_(weights_CNS[:, :, place, None], outputs_END[expert_C], value=-1)
+        loss_E[candidates] += missing_CND.norm(dim=2).sum(dim=1, dtype=torch.float64).cpu()
+        length += float(F_ND.norm(dim=1).sum())
     return loss_E, _TIE * length
 
 
-def surviving_weights(router: nn.Module, hidden_ND: Tensor, num_experts: int, survivors: Sequence[int]) -> Tensor:
-    """(N, survivors) float32 routing weights if all other experts' logits were minus infinity.
+def surviving_weights(router: nn.Module, hidden_ND: Tensor, num_experts: int, survivors_CS: Tensor) -> Tensor:
+    """(C, N, S) float32 routing weights of each set of experts if all other experts' logits were minus infinity.
 
-    The router itself is asked: families differ in score, normalisation and scale.
+    The router itself is asked, for all sets at once: families differ in score, normalisation and scale.
 
     Args:
         router: Returns logits, (N, K) weights and (N, K) experts; Granite's, up to transformers 5.20, in reverse.
         hidden_ND: Its inputs.
         num_experts: E.
-        survivors: Experts that are left.
+        survivors_CS: int64, the experts that are left of each set.
     """
-    dropped_E = torch.ones(num_experts, dtype=torch.bool, device=hidden_ND.device)
-    dropped_E[list(survivors)] = False
-    with _Dropped(dropped_E):
-        first, weights_NK, last = router(hidden_ND)
-    chosen_NK = first if last.is_floating_point() else last
-    weights_NE = torch.zeros(len(hidden_ND), num_experts, device=hidden_ND.device)
-    return weights_NE.scatter_(1, chosen_NK, weights_NK.float())[:, list(survivors)]
+    survivors_CS = survivors_CS.to(hidden_ND.device)
+    num_sets, num_tokens = len(survivors_CS), len(hidden_ND)
+    dropped_CE = torch.ones(num_sets, num_experts, dtype=torch.bool, device=hidden_ND.device)
+    dropped_CE.scatter_(1, survivors_CS, value=False)
+    with _Dropped(dropped_CE.repeat_interleave(num_tokens, dim=0)):
+        first, weights, last = router(hidden_ND.repeat(num_sets, 1))
+    chosen = first if last.is_floating_point() else last
+    weights_CNE = torch.zeros(num_sets * num_tokens, num_experts, device=hidden_ND.device)
+    weights_CNE = weights_CNE.scatter_(1, chosen, weights.float()).view(num_sets, num_tokens, num_experts)
+    return weights_CNE.gather(2, survivors_CS[:, None].expand(-1, num_tokens, -1))
 
 
 class _Dropped(TorchFunctionMode):
-    """While it lasts, the logits of dropped experts are minus infinity: of the one linear map in a router."""
+    """While it lasts, the logits of dropped experts are minus infinity: of the one linear map in a router.
 
-    def __init__(self, dropped_E: Tensor) -> None:
+    Args:
+        dropped: (rows, E), whether the expert is dropped for that row of the router's inputs.
+    """
+
+    def __init__(self, dropped: Tensor) -> None:
         super().__init__()
-        self._dropped_E = dropped_E
+        self._dropped = dropped
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        return result.masked_fill(self._dropped_E, -math.inf) if func is functional.linear else result
+        return result.masked_fill(self._dropped, -math.inf) if func is functional.linear else result

@@ -39,6 +39,17 @@ _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "head_dim": 8,
         },
     ),
+    # A shared expert beside the routed ones, behind a gate of its own.
+    "qwen2_moe": (
+        "qwen2_moe",
+        {
+            "intermediate_size": 20,
+            "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 20,
+            "num_experts": NUM_EXPERTS,
+            "num_experts_per_tok": TOP_K,
+        },
+    ),
     "mixtral": (
         "mixtral",
         {"intermediate_size": 24, "num_local_experts": NUM_EXPERTS, "num_experts_per_tok": TOP_K, "head_dim": 8},
@@ -112,7 +123,7 @@ _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
-MOE_FAMILIES = ("olmoe", "qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss", "granitemoe")
+MOE_FAMILIES = ("olmoe", "qwen3_moe", "qwen2_moe", "mixtral", "deepseek_v3", "gpt_oss", "granitemoe")
 DENSE_FAMILIES = ("llama",)
 
 

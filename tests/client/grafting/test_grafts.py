@@ -91,6 +91,13 @@ def alone(experts: Any, x_ND: Tensor, expert: int) -> Tensor:
     return experts(x_ND, torch.full((len(x_ND), 1), expert), torch.ones(len(x_ND), 1))
 
 
+def shared_part(block: Any, x_ND: Tensor) -> Tensor:
+    """(N, D) what a layer adds to its routed experts."""
+    if hasattr(block, "shared_expert_gate"):
+        return block.shared_expert_gate(x_ND).sigmoid() * block.shared_expert(x_ND)
+    return block.shared_experts(x_ND) if hasattr(block, "shared_experts") else torch.zeros_like(x_ND)
+
+
 def naive(adapted: AdaptedModel, layer: str, arrays: dict[str, Tensor], x_ND: Tensor, form: str) -> Tensor:
     """(N, D) the base's layer and its graft, by the formula."""
     block: Any = adapted.base.model.get_submodule(layer)
@@ -100,8 +107,7 @@ def naive(adapted: AdaptedModel, layer: str, arrays: dict[str, Tensor], x_ND: Te
     share_NM = gate_NM.exp() / (1 + gate_NM.exp())
     if form == "convex":
         share_NM = gate_NM.exp() / (1 + gate_NM.exp().sum(dim=1, keepdim=True))
-        shared = block.shared_experts(x_ND) if hasattr(block, "shared_experts") else 0
-        output = output - share_NM.sum(dim=1, keepdim=True) * (output - shared)
+        output = output - share_NM.sum(dim=1, keepdim=True) * (output - shared_part(block, x_ND))
     for place, expert in enumerate(arrays["choice"].int().tolist()):
         term = alone(personal_expert(adapted, layer, arrays, place), x_ND, expert)
         if form == "exact":

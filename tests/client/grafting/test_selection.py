@@ -14,14 +14,15 @@ import client.grafting.selection
 from client.grafting.selection import select_experts, surviving_weights
 from client.model import AdaptedModel
 from client.text import TokenSequence
-from tests.client.grafting.test_grafts import grafted_model
-from tests.client.tiny_models import MOE_FAMILIES, NUM_EXPERTS, random_tokens
+from tests.client.grafting.test_grafts import FAMILIES, grafted_model, shared_part
+from tests.client.tiny_models import NUM_EXPERTS, random_tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 
 CASES: list[tuple[str, dict[str, Any]]] = [
-    *((family, {}) for family in (*MOE_FAMILIES, "nemotron_h")),
+    *((family, {}) for family in FAMILIES),
     ("olmoe", {"norm_topk_prob": True}),
+    ("qwen2_moe", {"norm_topk_prob": True}),
     ("deepseek_v3", {"norm_topk_prob": False}),
 ]
 
@@ -48,7 +49,7 @@ def routed(adapted: AdaptedModel, layer: str, x_ND: Tensor) -> Tensor:
     block: Any = adapted.base.model.get_submodule(layer)
     output = block(x_ND[None])
     output = (output[0] if isinstance(output, tuple) else output).reshape(x_ND.shape)
-    return output - block.shared_experts(x_ND) if hasattr(block, "shared_experts") else output
+    return output - shared_part(block, x_ND)
 
 
 def naive_weights(adapted: AdaptedModel, layer: str, x_ND: Tensor, survivors: tuple[int, ...]) -> Tensor:
@@ -119,15 +120,63 @@ def test_with_every_expert_chosen_and_used_nothing_is_left_to_lose() -> None:
         assert choice.loss == pytest.approx(0, abs=1e-4)
 
 
-def test_neither_batches_nor_pieces_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("num_experts", [1, 2])
+def test_neither_batches_nor_pieces_matter(monkeypatch: pytest.MonkeyPatch, num_experts: int) -> None:
     adapted = grafted_model("gpt_oss")
-    whole = select(adapted, 1, batch_size=3)
+    whole = select(adapted, num_experts, batch_size=3)
     monkeypatch.setattr(client.grafting.selection, "_VALUES_AT_A_TIME", 1)
-    apart = select(adapted, 1, batch_size=1)
+    apart = select(adapted, num_experts, batch_size=1)
     assert whole.num_tokens == apart.num_tokens == 20
     for layer, choice in whole.layers.items():
         assert apart.layers[layer].experts == choice.experts
         assert apart.layers[layer].loss == pytest.approx(choice.loss, rel=1e-5)
+
+
+def calls(monkeypatch: pytest.MonkeyPatch, name: str) -> list[torch.Size]:
+    """Filled with the shape of the first result at each call of a function of ``selection``'s."""
+    shapes, function = [], getattr(client.grafting.selection, name)
+
+    def watched(*args: Any) -> Any:
+        result = function(*args)
+        shapes.append(result.shape)
+        return result
+
+    monkeypatch.setattr(client.grafting.selection, name, watched)
+    return shapes
+
+
+def test_all_candidates_are_routed_at_once_and_outputs_that_fit_are_computed_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two batches of 13 and 7 tokens in two layers: for the first expert four candidates, for the second three."""
+    adapted = grafted_model("olmoe")
+    routed, computed = calls(monkeypatch, "surviving_weights"), calls(monkeypatch, "every_expert")
+    select(adapted, 2)
+    assert routed == [(sets, tokens, survivors) for sets, survivors in ((4, 1), (3, 2)) for tokens in (13, 7)] * 2
+    assert computed == [(NUM_EXPERTS, tokens, 16) for tokens in (13, 7)] * 2
+
+
+def test_pieces_keep_to_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By hand: 4 experts, of each 2 * 24 and 24 values a token, and 16 for the router: 352; of 1,800, 5 fit."""
+    adapted = grafted_model("olmoe")
+    monkeypatch.setattr(client.grafting.selection, "_VALUES_AT_A_TIME", 1800)
+    computed = calls(monkeypatch, "every_expert")
+    select(adapted, 1)
+    assert [tokens for _, tokens, _ in computed] == [5, 5, 3, 5, 2] * 2
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides", "is_same"),
+    [*((family, {}, True) for family in FAMILIES), ("nemotron_h", {"moe_latent_size": 8}, False)],
+)
+def test_what_router_and_experts_are_both_given_is_kept_once(
+    family: str, overrides: dict[str, int], is_same: bool
+) -> None:
+    adapted = grafted_model(family, None, **overrides)
+    for layer, seen in client.grafting.selection._observed(adapted, sequences(), 2).items():
+        torch.testing.assert_close(torch.cat(seen.routed_by), block_inputs(adapted, layer))
+        for routed_by, inputs in zip(seen.routed_by, seen.inputs, strict=True):
+            assert (routed_by is inputs) == is_same
 
 
 @pytest.mark.parametrize("num_experts", [1, 2])
@@ -161,8 +210,23 @@ def test_a_router_is_as_it_was_afterwards(family: str) -> None:
     layer, router = next(iter(adapted.routers().items()))
     hidden_ND = torch.randn(5, 16, generator=torch.Generator().manual_seed(0))
     before = [tensor.clone() for tensor in router(hidden_ND)]
-    for survivors in itertools.combinations(range(NUM_EXPERTS), 2):
-        weights_NS = surviving_weights(router, hidden_ND, NUM_EXPERTS, survivors)
+    pairs = list(itertools.combinations(range(NUM_EXPERTS), 2))
+    weights_CNS = surviving_weights(router, hidden_ND, NUM_EXPERTS, torch.tensor(pairs))
+    for weights_NS, survivors in zip(weights_CNS, pairs, strict=True):
         torch.testing.assert_close(weights_NS, naive_weights(adapted, layer, hidden_ND, survivors))
     for tensor, again in zip(before, router(hidden_ND), strict=True):
         torch.testing.assert_close(tensor, again)
+
+
+def test_a_router_may_answer_in_reverse() -> None:
+    """As Granite's does under older versions of transformers: experts, weights, logits."""
+
+    class Reversed(torch.nn.Module):
+        def forward(self, hidden_ND: Tensor) -> tuple[Tensor, ...]:
+            return router(hidden_ND)[::-1]
+
+    router = next(iter(grafted_model("granitemoe").routers().values()))
+    hidden_ND = torch.randn(5, 16, generator=torch.Generator().manual_seed(0))
+    survivors_CS = torch.tensor([[0, 2], [3, 1]])
+    found, expected = (surviving_weights(asked, hidden_ND, NUM_EXPERTS, survivors_CS) for asked in (Reversed(), router))
+    torch.testing.assert_close(found, expected)
