@@ -26,8 +26,8 @@ MAPS = {
     ),
     "scale": (
         "Scale of the step taken",
-        "How far the next global adapter goes along the mean update: 1 is the whole of it. Values far out have the last "
-        "colour.",
+        "How far the next global adapter goes along the mean update: 1 is the whole of it. Values far out have the "
+        "last colour.",
     ),
     "num_tokens": ("Tokens", "Routed to the expert in local training, by all sites together."),
 }
