@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
 
-from client.evaluation.held_out import HeldOutLoss
 from client.text import IGNORED_LABEL, Example, TokenSequence, encode_each
 from conf.schema import DataConfig, Truncation
 
@@ -55,11 +54,10 @@ def encoded(
         # What is cut has lost its end-of-sequence token.
         every = list(itertools.islice(sequences, len(asked.options)))
         options = [option for option in every if option is not None and option.labels[-1] == tokenizer.eos_token_id]
+        tokens = {tuple(label for label in option.labels if label != IGNORED_LABEL) for option in options}
         if len(options) < len(every):
             faults[f"an option without tokens or cut by data.max_length={data.max_length}"] += 1
-        elif len({tuple(label for label in option.labels if label != IGNORED_LABEL) for option in options}) < len(
-            every
-        ):
+        elif len(tokens) < len(every):
             faults["two options of the same tokens"] += 1
         else:
             found.append(Encoded(options, asked.answer))
@@ -69,21 +67,26 @@ def encoded(
     return found
 
 
-def accuracy(loss: Callable[[Sequence[TokenSequence]], HeldOutLoss], questions: Sequence[Encoded]) -> float:
+def accuracy(losses: Callable[[Sequence[TokenSequence]], Sequence[float]], questions: Sequence[Encoded]) -> float:
     """Share of the questions whose right option has the least loss, of several the first.
 
     An option's loss is that of a response: nats per token, its end-of-sequence token included, so long options are
-    not at a disadvantage. One option is scored at a time, since a method's own ``loss`` tells the mean of what it gets.
+    not at a disadvantage.
+
+    Args:
+        losses: Gives the loss of each of the sequences it is given.
+        questions: What is asked.
 
     Raises:
         ValueError: If there is no question.
     """
     if not questions:
         raise ValueError("no questions to answer")
+    found = iter(losses([option for question in questions for option in question.options]))
     right = 0
     for question in questions:
-        losses = [loss([option]).loss for option in question.options]
-        right += losses.index(min(losses)) == question.answer
+        of_options = list(itertools.islice(found, len(question.options)))
+        right += of_options.index(min(of_options)) == question.answer
     return right / len(questions)
 
 

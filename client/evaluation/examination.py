@@ -15,12 +15,12 @@ import numpy as np
 
 from client.evaluation.choices import Question, accuracy, encoded, questions_of
 from client.evaluation.generation import Generator, greedy, rouge_l
-from client.evaluation.held_out import held_out_loss
+from client.evaluation.held_out import held_out_loss, nll_of_each
 from client.evaluation.measured import BASE, GLOBAL, PERSONAL, Measured, RelativeCost, Score, Scored
 from client.evaluation.relative_cost import relative_cost
 from client.methods.base import Evaluator
 from client.model import AdaptedModel
-from client.text import Example, encode, encode_prompts
+from client.text import Example, TokenSequence, encode, encode_prompts
 from conf.schema import Config
 from strategies.adapters import Arrays
 
@@ -45,6 +45,12 @@ class ModelInUse:
     loss: Evaluator
     generator: Callable[[], Generator]
     """Makes what answers; a method may have to fit something first."""
+    each: Callable[[Sequence[TokenSequence]], Sequence[float]] | None = None
+    """Loss of each sequence; None: there is ``loss`` alone, which tells the mean."""
+
+    def losses(self, sequences: Sequence[TokenSequence]) -> Sequence[float]:
+        """Loss of each sequence, if need be one pass for each."""
+        return [self.loss([one]).loss for one in sequences] if self.each is None else self.each(sequences)
 
 
 def held_out_set(examples: Sequence[Example], config: Config) -> EvalSet:
@@ -55,9 +61,15 @@ def held_out_set(examples: Sequence[Example], config: Config) -> EvalSet:
 def one_adapter(adapted: AdaptedModel, adapter: Arrays, config: Config) -> ModelInUse:
     """The base model with this adapter and nothing else."""
     size = config.eval.batch_size
+
+    def each(sequences: Sequence[TokenSequence]) -> list[float]:
+        nll = nll_of_each(adapted, adapter, sequences, size)
+        return [total / sequence.num_targets for total, sequence in zip(nll, sequences, strict=True)]
+
     return ModelInUse(
         partial(held_out_loss, adapted, adapter, batch_size=size),
         lambda: partial(greedy, adapted, adapter, batch_size=size),
+        each,
     )
 
 
@@ -77,7 +89,7 @@ def score(model: ModelInUse, name: str, on: EvalSet, adapted: AdaptedModel, conf
         close, count = answered(model, on.examples, adapted, config)
         found |= {"rouge_l": close, "num_answers": count}
     if questions := encoded(name, on.questions, adapted.tokenizer, config.data):
-        found |= {"accuracy": accuracy(model.loss, questions), "num_questions": len(questions)}
+        found |= {"accuracy": accuracy(model.losses, questions), "num_questions": len(questions)}
     return Score(**found)  # type: ignore[arg-type]
 
 
@@ -123,10 +135,18 @@ def examine(site: Site, received: Arrays, global_adapter: Arrays) -> Measured:
         found += scored(GLOBAL, plain, site.own_sets, adapted, config)
     cost = None
     if _is_another(site, received, everyones):
-        in_use = site.in_use(received)
+        in_use = _in_use(site, received)
         found += scored(PERSONAL, in_use, {**site.own_sets, **site.other_sets}, adapted, config)
         cost = _cost(site, in_use, plain)
     return Measured(scores=tuple(found), cost=cost)
+
+
+def _in_use(site: Site, received: Arrays) -> ModelInUse:
+    """The model in use at the site; of one adapter, all that is scored takes batches."""
+    if not site.method.one_adapter:
+        return site.in_use(received)
+    adapted, adapter, *_ = site.using(received)
+    return one_adapter(adapted, adapter, site.config)
 
 
 def _is_another(site: Site, received: Arrays, everyones: Arrays) -> bool:

@@ -40,18 +40,34 @@ def held_out_loss(
     """
     if not sequences:
         raise ValueError("no held-out sequences to evaluate on")
-    adapted.load_adapter(adapter)
-    adapted.model.eval()
-    by_length = sorted(sequences, key=lambda sequence: len(sequence.input_ids))
-    total, num_tokens = 0.0, 0
-    with torch.no_grad():
-        for first in range(0, len(by_length), batch_size):
-            batch = collate(by_length[first : first + batch_size], adapted.tokenizer.pad_token_id)
-            nll, batch_tokens = response_nll(adapted, batch)
-            total += nll.item()
-            num_tokens += batch_tokens
+    total = sum(nll_of_each(adapted, adapter, sequences, batch_size))
+    num_tokens = sum(sequence.num_targets for sequence in sequences)
     num_examples = sum(len(sequence.lengths) for sequence in sequences)
     return HeldOutLoss(loss=total / num_tokens, num_tokens=num_tokens, num_examples=num_examples)
+
+
+def nll_of_each(
+    adapted: AdaptedModel, adapter: Arrays, sequences: Sequence[TokenSequence], batch_size: int
+) -> list[float]:
+    """Negative log-likelihood of each sequence's response tokens, their sum in nats; as ``held_out_loss`` else.
+
+    Raises:
+        ValueError: If ``adapter`` does not fit the model.
+    """
+    adapted.load_adapter(adapter)
+    adapted.model.eval()
+    by_length = sorted(range(len(sequences)), key=lambda index: len(sequences[index].input_ids))
+    found = [0.0] * len(sequences)
+    with torch.no_grad():
+        for first in range(0, len(by_length), batch_size):
+            chosen = by_length[first : first + batch_size]
+            batch = collate([sequences[index] for index in chosen], adapted.tokenizer.pad_token_id)
+            logits, targets, counted = response_logits(adapted, batch)
+            nll = functional.cross_entropy(logits.float(), targets, reduction="none")
+            sums = [own.sum() for own in torch.split(nll, counted.sum(dim=1).tolist())]
+            for index, value in zip(chosen, torch.stack(sums).tolist(), strict=True):
+                found[index] = value
+    return found
 
 
 def response_nll(adapted: AdaptedModel, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, int]:

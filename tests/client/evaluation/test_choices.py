@@ -1,18 +1,16 @@
 """Multiple choice against transformers' own loss of each option."""
 
-from functools import partial
-
 import pytest
 import torch
 
 from benchmarks.word_base import word_tokenizer
 from client.base_model import load_base
 from client.evaluation.choices import Question, accuracy, encoded, questions_of
-from client.evaluation.held_out import held_out_loss
+from client.evaluation.examination import one_adapter
 from client.model import AdaptedModel
 from client.text import Example
 from conf.model import LoraConfig
-from conf.schema import DataConfig, Template, Truncation
+from conf.schema import Config, DataConfig, EvalConfig, Template, Truncation
 from tests.client.local_training import noisy
 from tests.client.tiny_models import save_tiny_base
 
@@ -53,9 +51,10 @@ def test_accuracy_counts_the_options_of_least_loss_per_token(adapted, adapter, c
     chosen = [naive_choice(adapted, adapter, question) for question in questions]
     wanted = [chosen[0], chosen[1], 1 - chosen[2], (chosen[3] + 1) % 4]
     asked = [Question(f"Ask {n}", "", options, wanted[n]) for n, options in enumerate(OPTIONS)]
-    loss = partial(held_out_loss, adapted, adapter, batch_size=4)
     data = DataConfig(**{"template": Template.plain, "max_length": 40, **change})
-    assert accuracy(loss, encoded("*choices*", asked, adapted.tokenizer, data)) == 0.5
+    config = Config(eval=EvalConfig(batch_size=4))
+    losses = one_adapter(adapted, adapter, config).losses
+    assert accuracy(losses, encoded("*choices*", asked, adapted.tokenizer, data)) == 0.5
 
 
 UNKNOWN = Question("Ask", "", ("zebra", "yak", "red"), 2)
@@ -92,6 +91,6 @@ def test_examples_become_questions_between_the_options_that_there_are():
     assert questions_of(examples, []) == []
 
 
-def test_no_questions_are_an_error(adapted, adapter):
+def test_no_questions_are_an_error():
     with pytest.raises(ValueError, match="no questions to answer"):
-        accuracy(partial(held_out_loss, adapted, adapter, batch_size=4), [])
+        accuracy(lambda sequences: [], [])

@@ -4,11 +4,12 @@ from dataclasses import replace
 
 import pytest
 
-from client.evaluation.choices import Question
-from client.evaluation.examination import EvalSet, examine, held_out_set
+from client.evaluation.choices import Question, accuracy, encoded
+from client.evaluation.examination import EvalSet, _in_use, examine, held_out_set
 from client.evaluation.generation import greedy, rouge_l
 from client.evaluation.held_out import held_out_loss
 from client.evaluation.measured import BASE, GLOBAL, PERSONAL
+from client.model import AdaptedModel
 from client.private import under
 from client.site import POOLED, Site
 from client.text import Example, encode, encode_prompts
@@ -94,6 +95,23 @@ def test_model_of_its_own_is_tested_on_every_set(base_config, tmp_path, method, 
     assert scores[PERSONAL, "here"].loss != pytest.approx(scores[BASE, "here"].loss)
     assert (scores[PERSONAL, "*choices*"].loss, scores[PERSONAL, "*choices*"].num_questions) == (None, 2)
     assert measured.cost is None
+
+
+@pytest.mark.parametrize(("method", "num_loads"), [(LocalOnlyConfig(), 1), (PflMoeConfig(), 2 * 4)])
+def test_options_are_scored_together_where_one_adapter_is_in_use(base_config, tmp_path, monkeypatch, method, num_loads):
+    """Whoever mixes two tells the mean alone, so each of the four options takes both."""
+    site = examined_site(base_config, tmp_path, method)
+    received = noisy(site.train(1, first_global(site)).adapter, seed=0)
+    (score,) = [each for (_, on), each in found(examine(site, received, received)).items() if on == "*choices*"]
+    model = _in_use(site, received)
+    questions = encoded("*choices*", OTHERS["*choices*"].questions, site.adapted.tokenizer, site.config.data)
+    options = [option for question in questions for option in question.options]
+    alone = [site.in_use(received).loss([option]).loss for option in options]
+    loads, load = [], AdaptedModel.load_adapter
+    monkeypatch.setattr(AdaptedModel, "load_adapter", lambda self, adapter: loads.append(load(self, adapter)))
+    assert model.losses(options) == pytest.approx(alone, rel=1e-5)
+    assert len(loads) == num_loads
+    assert score.accuracy == accuracy(lambda _: alone, questions)
 
 
 def test_mixture_is_tested_as_a_personal_model_and_costs_two(base_config, tmp_path):

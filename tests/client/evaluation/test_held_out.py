@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from client.base_model import load_base
-from client.evaluation.held_out import held_out_loss, response_logits
+from client.evaluation.held_out import held_out_loss, nll_of_each, response_logits
 from client.model import AdaptedModel
 from client.text import TokenSequence, collate
 from conf.model import LoraConfig
@@ -85,6 +85,12 @@ def test_order_and_batch_size_change_nothing_but_rounding(adapted, adapter, sequ
     evaluated = held_out_loss(adapted, adapter, shuffled, batch_size)
     assert evaluated.loss == pytest.approx(expected.loss, rel=1e-5)
     assert (evaluated.num_tokens, evaluated.num_examples) == (expected.num_tokens, expected.num_examples)
+
+
+def test_each_sequence_has_its_own_sum_in_the_order_given(adapted, adapter, sequences):
+    found = nll_of_each(adapted, adapter, sequences, batch_size=4)
+    alone = [held_out_loss(adapted, adapter, [sequence], batch_size=1) for sequence in sequences]
+    assert found == pytest.approx([loss.loss * loss.num_tokens for loss in alone], rel=1e-5)
 
 
 def test_the_adapter_given_is_evaluated_and_not_the_one_loaded_before(adapted, adapter, sequences):
