@@ -154,6 +154,46 @@ def test_an_exact_start_changes_no_bit_and_every_expert_weight_has_a_gradient(
             assert parameter.grad.any(), name
 
 
+def added_with_half_weight(model: Any, layer: str, expert: int) -> dict[str, Tensor]:
+    """Weights of a copy of the layer's experts, of which ``model`` adds half of one to the layer from now on.
+
+    Less the same again without gradients, and with none to the layer's input, where copy and original cancel out.
+    """
+    added: Any = copy.deepcopy(model.get_submodule(f"{layer}.experts")).requires_grad_()
+
+    def add(_module: Any, inputs: tuple[Tensor, ...], routed: Tensor) -> Tensor:
+        output = alone(added, inputs[0].detach(), expert)
+        return routed + (output - output.detach()) / 2
+
+    model.get_submodule(f"{layer}.experts").register_forward_hook(add)
+    return dict(added.named_parameters(recurse=False))
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_at_an_exact_start_gradients_are_those_of_an_expert_with_weight_a_half(family: str, rank: int) -> None:
+    """Of the factors by hand from the whole weight's gradient G: scale * G A^T of B, and of A, since B = 0, nothing."""
+    adapted, expert = grafted_model(family, GraftConfig(rank=rank)), 2
+    adapted.load_adapter(fresh(adapted, (expert,)))
+    other = copy.deepcopy(adapted.base.model)
+    added = {layer: added_with_half_weight(other, layer, expert) for layer in adapted.layers}
+    for model in (adapted.model, other):
+        model(TOKENS).logits.logsumexp(dim=-1).sum().backward()
+    graft_of = adapted.parameters_by_name()
+    for layer, weights in added.items():
+        experts: Any = other.get_submodule(f"{layer}.experts")
+        for name, weight in weights.items():
+            own = f"{layer}.graft.{name.replace('gate_up_proj', 'up').replace('_proj', '')}"
+            whole = weight.grad[expert]
+            if not rank:
+                torch.testing.assert_close(graft_of[own].grad[0], whole, atol=1e-5, rtol=1e-4)
+            elif not name.endswith("_bias"):
+                A, B = graft_of[f"{own}_A"], graft_of[f"{own}_B"]
+                by_hand = LORA.alpha / rank * (whole.T if experts.is_transposed else whole) @ A[0].detach().T
+                torch.testing.assert_close(B.grad[0], by_hand, atol=1e-5, rtol=1e-4)
+                assert not A.grad.any()
+
+
 def test_the_papers_start_changes_the_output_and_no_graft_does_not() -> None:
     adapted = grafted_model("olmoe", FORMS["additive"])
     adapted.load_adapter(adapted.initial_adapter(seed=0))

@@ -15,7 +15,7 @@ from client.grafting.grafts import is_graft_array
 from client.methods import method_for
 from client.private import under
 from client.text import Example, encode
-from conf.methods import FlexConfig, GraftConfig, GraftStart, SftConfig
+from conf.methods import FlexConfig, GraftConfig, GraftForm, GraftStart, SftConfig
 from conf.model import ExpertTraining, LoraConfig, ModelConfig
 from conf.schema import OptimizerState
 from tests.client.test_site import HELD_OUT, TRAIN, assert_same, differ, first_global, make_site, noisy, settings_for
@@ -128,10 +128,18 @@ def test_adams_moments_of_the_graft_are_kept_when_asked_for(base_config, tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("start", "rank"), [(GraftStart.exact, 0), (GraftStart.exact, 4), (GraftStart.paper, 0)])
-def test_after_20_steps_the_graft_has_moved_and_helps(base_config, tmp_path, start, rank):
+@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize(
+    ("start", "form"),
+    [
+        (GraftStart.exact, GraftForm.additive),
+        (GraftStart.paper, GraftForm.additive),
+        (GraftStart.paper, GraftForm.convex),
+    ],
+)
+def test_after_20_steps_the_graft_has_moved_and_helps(base_config, tmp_path, start, form, rank):
     """One answer to every question, so that what was learnt holds for questions never seen."""
-    method = FlexConfig(graft=GraftConfig(rank=rank, start=start))
+    method = FlexConfig(graft=GraftConfig(rank=rank, start=start, form=form))
     asked = [Example(f"Name colour {number}.", "", "teal") for number in range(40, 56)]
     held_out = {"here": [Example(f"Name colour {number}.", "", "teal") for number in range(80, 90)]}
     config = settings_for(base_config, method, max_steps=20)
