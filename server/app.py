@@ -6,7 +6,7 @@ import os
 import platform
 import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +18,8 @@ from flwr.serverapp import Grid, ServerApp
 from client.assemble import model_for, pooled_held_out
 from client.base_model import base_model_loads
 from client.data import held_out_file, site_names
+from client.evaluation.examination import EvalSet
+from client.evaluation.general_sets import general_sets
 from client.evaluation.held_out import held_out_loss
 from client.messages import Request
 from client.model import AdaptedModel
@@ -78,13 +80,15 @@ class Run:
     record: RunRecord
     rounds: FederatedRounds | None = None
     adapted: AdaptedModel | None = None
+    general: Mapping[str, EvalSet] | None = None
+    """What the server tests models on after the last round."""
 
     def __post_init__(self) -> None:
         self._started = time.monotonic()
         self._summary: dict[str, Any] = {}
 
     def prepare(self, grid: Grid, overrides: str) -> None:
-        """Load the model, and wait for the sites.
+        """Read the sets that are tested in the end, load the model, and wait for the sites.
 
         Raises:
             ValueError: If settings, data or model do not work out.
@@ -95,6 +99,8 @@ class Run:
             num_sites = len(site_names(self.config))
             check_num_sites(self.config, num_sites, f"the number of sites, {num_sites},")
             check_num_nodes(grid, num_sites, overrides)
+        if self.config.eval.matrix:
+            self.general = general_sets(self.config)
         self.adapted = model_for(self.config)
         request = Request(
             run=self.run_id,
@@ -122,16 +128,12 @@ class Run:
             self.evaluate()
 
     def evaluate(self) -> None:
-        """Put together the evaluation matrix: what the sites told, and what is tested here.
-
-        Raises:
-            ValueError: If a general set cannot be read.
-        """
+        """Put together the evaluation matrix: what the sites told, and what is tested here."""
         rounds, adapted = self.rounds, self.adapted
         assert rounds is not None
         assert adapted is not None
         adapter = None if self.config.method.name == "local_only" else rounds.adapter
-        here = scored_at_server(self.config, adapted, adapter)
+        here = scored_at_server(self.config, adapted, adapter, self.general)
         evaluation = put_together(rounds.measured, here, rounds.expert_tokens)
         self.record.evaluation(evaluation)
         self._summary = evaluation["summary"]

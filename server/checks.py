@@ -14,7 +14,8 @@ from packaging.requirements import Requirement
 from client.alignment.reward_models import named_rewards
 from client.assemble import model_for, site_model
 from client.bases import cache_root
-from client.data import SiteData, label_counts, own_site, simulated_sites
+from client.data import SiteData, held_out_file, label_counts, own_site, simulated_sites
+from client.evaluation.general_sets import general_sets
 from client.memory import amount, choose_micro_batch, free_bytes, training_memory
 from client.methods import method_for
 from client.node import default_private_root
@@ -235,6 +236,18 @@ def own_data(config: Config, name: str, path: Path) -> str:
     """
     data = own_site(config, name, str(path))
     return f"{len(data.train)} training and {len(data.held_out)} held-out examples in {path}"
+
+
+def evaluation_sets(config: Config) -> str:
+    """Sizes of the sets that are the server's own.
+
+    Raises:
+        ValueError: If one cannot be read.
+    """
+    sizes = {} if config.eval.path is None else {"eval.path": len(held_out_file(config, config.eval.path))}
+    sets = general_sets(config) if config.eval.matrix else {}
+    sizes |= {name: len(found.examples) + len(found.questions) for name, found in sets.items()}
+    return ", ".join(f"{name} {size}" for name, size in sizes.items()) or "none at the server"
 
 
 def private_key(path: Path) -> str:

@@ -129,6 +129,9 @@ def _checks(config: Config, overrides: list[str], place: Place) -> Iterator[Chec
         yield from _site_checks(config, place, place.name, place.data)
         return
     yield "disk", lambda: checks.disk(config, checks.run_folders(config))
+    if config.federation.superlink is None or place.certificates is not None:
+        # From elsewhere the files are the SuperLink's, whose start of the run reads them.
+        yield "evaluation sets", lambda: checks.evaluation_sets(config)
     if place.certificates is not None:
         yield "certificates", lambda folder=place.certificates: checks.server_certificates(folder)  # type: ignore[misc]
     if not remote:

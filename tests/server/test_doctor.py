@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from client.assemble import site_model
 from client.data import simulated_sites
+from client.embedded import embedded_rows
 from client.text import encode_prompts
 from conf.compose import load_config
 from server import checks
@@ -35,7 +36,8 @@ def findings(words, place=None):
 def test_healthy_simulation_passes_every_check(settings):
     found = findings(settings)
     assert list(found) == [
-        "settings", "versions", "telemetry", "working directory", "base model", "disk", "data", "memory",
+        "settings", "versions", "telemetry", "working directory", "base model", "disk", "evaluation sets", "data",
+        "memory",
     ]  # fmt: skip
     assert not [finding for finding in found.values() if finding.state == "failed"]
     assert "4 sites, 12 to 12 training examples; label skew 0.75" in found["data"].text
@@ -73,6 +75,20 @@ def test_failure_names_the_setting_to_change(settings, word, check, text):
     finding = findings([*settings, word])[check]
     assert finding.state == "failed"
     assert text in finding.text
+
+
+def test_sets_of_the_server_are_read_where_they_lie(settings, tmp_path):
+    general = tmp_path / "general.jsonl"
+    general.write_text("".join(json.dumps(row) + "\n" for row in embedded_rows(8, seed=9)))
+    words = [*settings, "eval.matrix=true", f"eval.path={general}", f"eval.general_path={general}"]
+    assert findings(words)["evaluation sets"].text == "eval.path 8, *general* 2"
+    words[-1] = "eval.general_path=/nowhere.jsonl"
+    finding = findings(words)["evaluation sets"]
+    assert (finding.state, finding.text) == ("failed", "eval.general_path=/nowhere.jsonl: there is no such file")
+    elsewhere = [*words, "federation=remote", "federation.superlink=127.0.0.1:9"]
+    assert "evaluation sets" not in findings(elsewhere)
+    make_certificates(tmp_path / "c", ["127.0.0.1"], [], valid_seconds=90 * DAY)
+    assert findings(elsewhere, Place(certificates=tmp_path / "c" / "server"))["evaluation sets"].state == "failed"
 
 
 def test_run_that_trains_no_expert_is_pointed_out(settings, tmp_path):

@@ -195,6 +195,12 @@ def test_over_real_sites_a_personal_model_is_tested_at_home_and_numbers_alone_le
     assert copy.evaluation() == result.folder.evaluation()
 
 
+def test_general_set_that_is_missing_is_told_before_any_site_is_asked(real_sites):
+    result = real_sites("eval.general_path=/nowhere.jsonl")
+    assert str(result.error) == "eval.general_path=/nowhere.jsonl: there is no such file"
+    assert (result.summary["rounds"], result.grid.sent) == (0, [])
+
+
 @pytest.mark.slow
 def test_real_site_that_speaks_of_others_data_is_dropped(real_sites):
     def boasts(message, honest):
