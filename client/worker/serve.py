@@ -15,9 +15,12 @@ from io import TextIOWrapper
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 
+from flwr.app import Message
+
 from client import messages
 from client.answer import answer, base_has_changed
 from client.call import Call
+from client.failures import reason_of
 from client.worker.place import code_sha256, open_log
 from client.worker.wire import check_peer, greeting, receive, send
 
@@ -96,8 +99,18 @@ def _serve(connection: socket.socket, hello: bytes, patience: _Patience, listene
         os._exit(0)
     log.info("%s of run %s, round %s", kind, message.metadata.run_id, message.metadata.group_id)
     with _ending_with(connection):
-        reply = messages.to_bytes(answer(message, call))
-    send(connection, reply)
+        reply = answer(message, call)
+    _send_reply(connection, reply, message, call)
+
+
+def _send_reply(connection: socket.socket, reply: Message, message: Message, call: Call) -> None:
+    """Send it; if it is too long, what to set about it: a ClientApp without a reply asks a second worker."""
+    try:
+        send(connection, messages.to_bytes(reply))
+    except ValueError as error:
+        log.warning("the reply was not sent: %s", error)
+        sender = messages.Sender(site=call.site, settings_hash="", process="", base_model_loads=0)
+        send(connection, messages.to_bytes(messages.encode_failure(sender, reason_of(error), message)))
 
 
 def _stay_with(supernode: int, patience: _Patience) -> None:
