@@ -15,8 +15,6 @@ from io import TextIOWrapper
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 
-from flwr.app import Message
-
 from client import messages
 from client.answer import answer, base_has_changed
 from client.call import Call
@@ -100,14 +98,10 @@ def _serve(connection: socket.socket, hello: bytes, patience: _Patience, listene
     log.info("%s of run %s, round %s", kind, message.metadata.run_id, message.metadata.group_id)
     with _ending_with(connection):
         reply = answer(message, call)
-    _send_reply(connection, reply, message, call)
-
-
-def _send_reply(connection: socket.socket, reply: Message, message: Message, call: Call) -> None:
-    """Send it; if it is too long, what to set about it: a ClientApp without a reply asks a second worker."""
     try:
         send(connection, messages.to_bytes(reply))
     except ValueError as error:
+        # It is too long. A ClientApp without a reply would ask a second worker.
         log.warning("the reply was not sent: %s", error)
         sender = messages.Sender(site=call.site, settings_hash="", process="", base_model_loads=0)
         send(connection, messages.to_bytes(messages.encode_failure(sender, reason_of(error), message)))
