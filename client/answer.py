@@ -6,7 +6,6 @@ import logging
 import os
 import platform
 import re
-import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from client.failures import reason_of
 from client.messages import EVALUATE, JOIN, TRAIN, Asked, Joined, Request, Sender
 from client.node import Node, real_node
 from client.site import Site
+from client.throughput import training_began
 from conf.compose import load_config, settings_hash
 from conf.schema import Config, Mode
 from strategies.base import ClientUpdate
@@ -101,13 +101,15 @@ def _train(site: Site, asked: Asked, message: Message, call: Call) -> ClientUpda
     delivery_seconds: from the server's request, by its clock, to the start of Flower's process for it.
     startup_seconds: from there to the first training step.
     """
-    site.prepare()
-    waited: dict[str, float] = {}
-    if call.process_started is not None:
-        waited["delivery_seconds"] = call.process_started - message.metadata.created_at
-        waited["startup_seconds"] = time.time() - call.process_started
     request = asked.request
     update = site.train(request.server_round, asked.adapter, asked.broadcast, evaluate_own=request.evaluate_own)
+    began = training_began()
+    if call.process_started is None or began is None:
+        return update
+    waited = {
+        "delivery_seconds": call.process_started - message.metadata.created_at,
+        "startup_seconds": began - call.process_started,
+    }
     return replace(update, metrics={**update.metrics, **waited})
 
 

@@ -54,8 +54,16 @@ class Lengths:
         )
 
 
+_training_began: float | None = None
+
+
+def training_began() -> float | None:
+    """When the first step of this process's latest training began, Unix time in seconds; None before any."""
+    return _training_began
+
+
 class ThroughputMeter:
-    """Counts what is trained on from its making on."""
+    """Counts what is trained on from its making on, which is where the first step begins."""
 
     def __init__(self, adapted: AdaptedModel) -> None:
         self._adapted = adapted
@@ -65,11 +73,17 @@ class ThroughputMeter:
         )
         _forget_peak_memory(adapted.device)
         self._started = time.perf_counter()
+        global _training_began  # noqa: PLW0603
+        _training_began = time.time()
 
     def add(self, sequences: Iterable[TokenSequence]) -> None:
         """Note sequences that are trained on."""
         for sequence in sequences:
             self._lengths = self._lengths.plus(sequence)
+
+    def seconds(self) -> float:
+        """Wall time since it was made."""
+        return time.perf_counter() - self._started
 
     def result(self, expert_tokens: Arrays) -> Throughput:
         """What was reached.
@@ -78,7 +92,7 @@ class ThroughputMeter:
             expert_tokens: MoE layer -> (num_experts,) tokens routed to each since the meter was made.
         """
         _wait_for(self._adapted.device)
-        seconds = time.perf_counter() - self._started
+        seconds = self.seconds()
         routed = {layer: float(tokens_E.sum()) for layer, tokens_E in expert_tokens.items()}
         flops = training_flops(self._adapted, self._lengths, routed)
         return Throughput(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -49,7 +48,7 @@ class TrainingResult:
     """Mean over those tokens of the loss when they were seen, nats per token unless the method has a loss of its own;
     without the proximal term."""
     seconds: float
-    """Wall time."""
+    """Wall time from the first step on."""
     throughput: Throughput
 
 
@@ -85,7 +84,6 @@ def train(
     """
     if not sequences:
         raise ValueError("no training sequences")
-    began = time.perf_counter()
     rule = rule or LocalRule()
     configure_torch(config)
     # Before memory is measured: a graft that an adapter lacks takes none.
@@ -128,7 +126,7 @@ def train(
         num_steps=num_steps,
         num_tokens=num_tokens,
         loss=total / num_tokens,
-        seconds=time.perf_counter() - began,
+        seconds=meter.seconds(),
         throughput=throughput,
     )
 

@@ -1,14 +1,17 @@
 """The local loop: which steps it takes, on what, and what it gives back."""
 
+import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+import client.training
 from client.base_model import load_base
 from client.evaluation.held_out import held_out_loss
 from client.model import AdaptedModel
+from client.throughput import training_began
 from conf.model import ExpertTraining, LoraConfig, Precision, RouterTraining
 from conf.schema import OptimizerState
 from tests.client.local_training import distance, eight_sequences, gradient, noisy, run
@@ -93,6 +96,21 @@ def test_steps_run_through_whole_reshuffled_epochs(adapted, sequences, start, ma
     num_tokens = epochs * sum(len(sequence.input_ids) for sequence in sequences)
     for tokens_E in result.expert_tokens.values():
         assert tokens_E.sum() == num_tokens * TOP_K
+
+
+def test_seconds_are_those_from_the_first_step_on(adapted, sequences, start, monkeypatch):
+    """Whatever comes before it, here an estimate of memory that takes its time."""
+    ready = []
+
+    def slow(*arguments):
+        time.sleep(1)
+        ready.append(time.time())
+        return 1
+
+    monkeypatch.setattr(client.training, "choose_micro_batch", slow)
+    result = run(adapted, sequences[:1], start, max_steps=1)
+    assert result.seconds < 1
+    assert ready[0] <= training_began() <= time.time() - result.seconds + 0.01
 
 
 def test_fewer_steps_than_an_epoch_see_as_many_batches(adapted, sequences, start):

@@ -23,10 +23,12 @@ import psutil
 import pytest
 from flwr.app import Context, RecordDict
 
+import client.training
 from client.app import _wanted
 from client.assemble import model_for
-from client.call import Call
+from client.call import Call, process_started
 from client.embedded import embedded_rows
+from client.memory import choose_micro_batch
 from client.messages import (
     EVALUATE,
     JOIN,
@@ -151,6 +153,23 @@ def test_it_answers_every_kind_of_message_with_one_load_of_the_base(ward):
     assert {sender.base_model_loads for sender in senders} == {1}
     assert update[1].metrics["startup_seconds"] > 0
     assert np.isfinite(losses[1]["ward"].loss)
+
+
+def test_startup_ends_where_the_first_step_begins(ward, monkeypatch):
+    """After memory was estimated, which comes last before it; a process's start is known to 10 ms."""
+    ready = []
+
+    def slow(*arguments):
+        time.sleep(0.1)
+        chosen = choose_micro_batch(*arguments)
+        ready.append(time.time())
+        return chosen
+
+    monkeypatch.setattr(client.training, "choose_micro_batch", slow)
+    _, update = decode_update(ward.ask(TRAIN, 1, ward.adapter, run="stamped", worker="off"))
+    began = process_started() + update.metrics["startup_seconds"]
+    assert ready[0] - 0.02 <= began
+    assert began + update.metrics["train_seconds"] <= time.time() + 0.02
 
 
 def test_only_the_owner_can_reach_the_worker_or_read_its_log(ward):
