@@ -5,6 +5,7 @@ A run folder is enough: ``config.yaml``, ``summary.json``, ``adapter/``, and in 
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import safetensors.numpy
+from safetensors import safe_open
 
 import client.grafting.grafts
 from client.assemble import real_site, site_model
@@ -20,7 +22,7 @@ from client.model import AdaptedModel
 from client.node import default_private_root
 from client.private import PrivateStore
 from client.site import Site, shared_arrays
-from conf.compose import load_saved
+from conf.compose import NOT_HASHED, load_saved
 from conf.schema import Config, Mode
 from server.record import RunFolder
 from strategies.adapters import Arrays
@@ -33,10 +35,18 @@ _NOT_ONE_ADAPTER = {
     "centralised": "it has one model for all; bouquet merge writes that",
 }
 """Methods and strategies whose personal model is no adapter in the private store -> why."""
+_FIXED = ("method.graft.", "model.", "lora.", "seed.")
+"""Beginnings of settings that decide what the run's adapter and a graft's arrays mean ..."""
+_FREE = (*NOT_HASHED, "method.graft.calibration_examples")
+"""... and those among them that do not."""
+
+log = logging.getLogger("bouquet.personal")
 
 
 def export_personal(run: Path, site: str, folder: Path, private: Path | None = None) -> None:
     """Write the model in use at a site for ``grafts.load_personal``; without a graft stock PEFT loads it too.
+
+    Of a site that joined later the log says after how many rounds it is exported: its join may have been interrupted.
 
     Args:
         run: Folder of a completed run.
@@ -63,6 +73,11 @@ def export_personal(run: Path, site: str, folder: Path, private: Path | None = N
         raise ValueError(
             f"the private state of site {site!r} is not on this machine (looked for {store.path}): export where it is"
         )
+    if site not in summary["sites"]:
+        log.warning(
+            "site %r joined later: this is its model after round %d; if that join was interrupted, repeat it first",
+            site, _rounds_done(store),
+        )  # fmt: skip
     in_use = Site(site, [], {}, adapted=adapted, config=config, store=store).adapter_in_use(shared)
     save_personal(adapted, in_use, folder)
 
@@ -87,43 +102,65 @@ def join_run(
 ) -> Iterator[tuple[int, float]]:
     """Train a personal part for a new site, the run's adapter fixed, and keep it as if the site had taken part.
 
-    Nothing is sent and nothing aggregated: this needs no server.
+    Nothing is sent and nothing aggregated: this needs no server. Repeated, it goes on after the last round it kept.
 
     Args:
         run: Folder of a completed run of a method with a personal part, such as ``method=flex``.
         site: The new site's name.
         data: Its data file.
-        overrides: Settings that are to differ from the run's, such as ``rounds=2``.
+        overrides: Settings that are to differ from the run's, such as ``rounds=2``; not those that its adapter or the
+            graft's formula depends on.
         private: As for ``export_personal``.
 
     Yields:
-        Round and the site's held-out loss after it (nats per response token), beginning with round 0, which is the
-        run's adapter alone.
+        Round and the site's held-out loss after it (nats per response token), beginning with the last round it kept or
+        else with round 0, which is the run's adapter alone.
 
     Raises:
-        ValueError: If the run is not completed, its sites keep nothing of their own, the site took part in it, or
-            its data do not work out.
+        ValueError: If the run is not completed, its sites keep nothing of their own, the site took part in it or has
+            joined it in as many rounds, an override must not be, or its data do not work out.
     """
+    _check_overrides(run, overrides)
     config, summary = _finished(run, overrides)
     folder = _private_folder(config, summary, run, private)
     joined = real_site(config, site, str(data), folder)
     shared = _shared(joined.adapted, config, run)
     if len(shared) == len(joined.adapted.array_names):
         raise ValueError(f"{run} ran method={config.method.name}, whose sites have nothing of their own to train")
-    if site in summary["sites"] or joined.store.path.exists():
+    if site in summary["sites"]:
         raise ValueError(f"site {site!r} has a part in {run} already: choose another name")
-    yield 0, joined.evaluate(shared)[site].loss
-    for server_round in range(1, config.rounds + 1):
+    done = _rounds_done(joined.store)
+    if done >= config.rounds:
+        raise ValueError(f"site {site!r} has joined {run} in {done} rounds already: choose another name or more rounds")
+    yield done, joined.evaluate(shared)[site].loss
+    for server_round in range(done + 1, config.rounds + 1):
         joined.train(server_round, shared, fix_shared=True)
         yield server_round, joined.evaluate(shared)[site].loss
 
 
+def _check_overrides(run: Path, overrides: Sequence[str]) -> None:
+    """Raise ``ValueError`` for one with which the run's adapter or an exported graft would be another model."""
+    for override in overrides:
+        key = override.partition("=")[0].strip()
+        if key == "method" or (f"{key}.".startswith(_FIXED) and key not in _FREE):
+            raise ValueError(f"{override}: {key} must stay what it is in {run}, whose adapter and grafts depend on it")
+
+
+def _rounds_done(store: PrivateStore) -> int:
+    """The round after which the private state was saved; 0 if there is none."""
+    if not store.load():
+        return 0
+    with safe_open(store.path, framework="numpy") as file:
+        return int(file.metadata()["server_round"])
+
+
 def _finished(run: Path, overrides: Sequence[str] = ()) -> tuple[Config, dict[str, Any]]:
-    """Settings, with ``overrides``, and summary of a completed run."""
+    """Settings, with ``overrides``, and summary of a completed run; on the device there is here, and all of it."""
     summary = RunFolder(run).summary()
     if summary is None or summary["status"] != "completed":
         raise ValueError(f"{run} holds no completed run")
-    return load_saved((run / "config.yaml").read_text(), overrides), summary
+    here = ("device=auto", "federation.gpus_per_site=null", *overrides)
+    return load_saved((run / "config.yaml").read_text(), here), summary
 
 
 def _shared(adapted: AdaptedModel, config: Config, run: Path) -> Arrays:

@@ -8,11 +8,14 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import client.assemble
 from client.assemble import simulated_site
 from client.embedded import embedded_rows
 from client.grafting.grafts import load_personal
@@ -178,6 +181,74 @@ def replace_data(config, run: Path):
     site = simulated_site(config, "bank", run / "private")
     site.name, site.store = "mill", replace(site.store, site="mill")
     return site
+
+
+def stored(run: Path):
+    """The newcomer's arrays."""
+    with safe_open(run / "private/mill.safetensors", framework="numpy") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def test_an_interrupted_join_goes_on_where_it_stopped(flex, newcomer, tmp_path, caplog):
+    runs = [copied(flex, tmp_path / name) for name in ("whole", "interrupted")]
+    whole = list(join_run(runs[0], "mill", newcomer, ["rounds=3"]))
+    first = join_run(runs[1], "mill", newcomer, ["rounds=3"])
+    assert [next(first), next(first)] == whole[:2]
+    first.close()
+    export_personal(runs[1], "mill", tmp_path / "too early")
+    assert "site 'mill' joined later: this is its model after round 1; if that join was interrupted" in caplog.text
+    assert list(join_run(runs[1], "mill", newcomer, ["rounds=3"])) == whole[1:]
+    found, expected = map(stored, runs[::-1])
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        np.testing.assert_array_equal(found[name], array)
+    export_personal(runs[1], "mill", tmp_path / "mill")
+    assert "its model after round 3" in caplog.text
+    with pytest.raises(ValueError, match="site 'mill' has joined .* in 3 rounds already: .* or more rounds"):
+        next(join_run(runs[1], "mill", newcomer, ["rounds=3"]))
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["method.graft.rank=2", "method.graft.start=paper", "method=sft", "model=smollm2_moe", "model.experts=lora",
+     "lora.alpha=4", "seed=1"],
+)  # fmt: skip
+def test_what_the_adapter_depends_on_cannot_be_overridden(flex, newcomer, override):
+    key = override.partition("=")[0]
+    with pytest.raises(ValueError, match=f"{override}: {key} must stay what it is in .*, whose adapter and grafts"):
+        next(join_run(flex, "mill", newcomer, [override]))
+
+
+def test_other_settings_can(flex, newcomer, tmp_path):
+    words = "train.max_steps=2 rounds=1 data.max_length=96 eval.max_examples=3 device=cpu worker=off"
+    run = copied(flex, tmp_path / "run")
+    steps = [*words.split(), "method.graft.calibration_examples=4", "model.wheel_dir=/wheels"]
+    assert [server_round for server_round, _ in join_run(run, "mill", newcomer, steps)] == [0, 1]
+
+
+@pytest.mark.parametrize("sees_cuda", [False, True])
+def test_a_run_of_a_gpu_is_exported_and_joined_with_what_is_here(flex, newcomer, tmp_path, monkeypatch, sees_cuda):
+    """Where there is a GPU these commands have all of it; here it computes on the CPU."""
+    run = copied(flex, tmp_path / "run")
+    saved = (flex / "config.yaml").read_text()
+    assert saved.count("device: cpu") == saved.count("gpus_per_site: null") == 1
+    (run / "config.yaml").unlink()
+    (run / "config.yaml").write_text(
+        saved.replace("device: cpu", "device: cuda").replace("gpus_per_site: null", "gpus_per_site: 0.25")
+    )
+    devices, shares, made = set(), [], client.assemble.adapted_model
+
+    def on_cpu(model, lora, device, graft):
+        devices.add(device.type)
+        return made(model, lora, torch.device("cpu"), graft)
+
+    monkeypatch.setattr(client.assemble, "adapted_model", on_cpu)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: sees_cuda)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", shares.append)
+    list(join_run(run, "mill", newcomer, ["rounds=1"]))
+    export_personal(run, "mill", tmp_path / "mill")
+    assert devices == {"cuda" if sees_cuda else "cpu"}
+    assert shares == []
 
 
 def test_who_cannot_join_is_refused(honest, flex, newcomer, tmp_path):
