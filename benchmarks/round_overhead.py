@@ -84,7 +84,7 @@ def add(samples: dict[str, Any], folder: Path) -> None:
             waited = [site["delivery_seconds"] + site["startup_seconds"] for site in sites]
             samples["since_request_seconds"].append(max(waited))
     loads = summary(folder)["base_model_loads"]
-    samples["loads"].append(sum(count for process, count in loads.items() if "server" not in process) / SITES)
+    samples["loads"].append(sum(count for process, count in loads.items() if not process.endswith("(server)")) / SITES)
 
 
 def plain_rounds(address: str, rounds: int) -> list[float]:
