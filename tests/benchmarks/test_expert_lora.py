@@ -35,7 +35,7 @@ def test_every_variant_is_measured_in_all_turns(results):
 
 
 def test_ratios_by_hand():
-    """PEFT's step over ours is 2, 3 and 2, ours over the floor's 2, 1 and 1.5: a turn that is slow for all counts once."""
+    """PEFT's step over ours is 2, 3 and 2, ours over the floor's 2, 1 and 1.5: a turn slow for all counts once."""
     samples = {"peft": [2.0, 3.0, 30.0], "ours": [1.0, 1.0, 15.0], "floor": [0.5, 1.0, 10.0]}
     memory = {"peft": 8, "ours": 4, "floor": 2}
     found = _ratios({name: {"samples": samples[name], "peak_memory_bytes": memory[name]} for name in VARIANTS})
