@@ -19,9 +19,8 @@ def configure_torch(config: TrainConfig) -> None:
     With ``deterministic``, an operation that has no deterministic algorithm raises ``RuntimeError`` where it is used.
     """
     torch.set_num_threads(config.num_threads)
-    if config.deterministic:
-        # Read when the first matrix product on a GPU runs.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", _CUBLAS_WORKSPACE)
+    # Read when the first matrix product on a GPU runs, so a later deterministic run of this process depends on it.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", _CUBLAS_WORKSPACE)
     torch.use_deterministic_algorithms(config.deterministic)
     torch.backends.cudnn.deterministic = config.deterministic
     # Trying several algorithms and keeping the fastest is a choice by the clock.

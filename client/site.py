@@ -85,10 +85,6 @@ class Site:
         """Training examples the site holds."""
         return len(self._train_examples)
 
-    def prepare(self) -> None:
-        """Encode the training texts now, not in the first round."""
-        _ = self._train_sequences
-
     def train(
         self,
         server_round: int,

@@ -7,6 +7,7 @@ import shutil
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
+from pathlib import Path
 
 from conf.schema import Config, Device
 
@@ -30,17 +31,22 @@ def choose_gpus_per_site(config: Config) -> float:
     """``federation.gpus_per_site``, or without it the share that training was measured to need; 0 without a GPU.
 
     Raises:
-        ValueError: If one site's training does not fit on the GPU.
+        ValueError: If one site's training does not fit on the GPU, or device=cuda and there is none.
     """
     given = config.federation.gpus_per_site
     if given is not None:
         return given
-    if config.device is Device.cpu or shutil.which("nvidia-smi") is None:
+    if config.device is Device.cpu or (config.device is Device.auto and not _may_have_gpu()):
         return 0.0
     # In a process of its own: the launcher imports no torch and holds no memory of the GPU.
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         need = pool.submit(_measure, config).result()
     return 0.0 if need is None else gpu_share(need)
+
+
+def _may_have_gpu() -> bool:
+    """Whether it is worth the seconds that torch takes to know for sure; containers often lack ``nvidia-smi``."""
+    return shutil.which("nvidia-smi") is not None or any(Path("/dev").glob("nvidia[0-9]*"))
 
 
 def gpu_share(need: Need) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -40,3 +41,11 @@ def test_what_does_not_fit_on_a_gpu_is_refused_with_numbers():
 )
 def test_a_share_that_is_set_and_a_run_on_cpus_need_no_measurement(words, share):
     assert choose_gpus_per_site(load_config(words)) == share
+
+
+@pytest.mark.slow
+def test_a_gpu_that_was_asked_for_and_is_not_there_is_told_before_anything_starts():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(ValueError, match="device=cuda, but torch sees no CUDA device here"):
+        choose_gpus_per_site(load_config("device=cuda"))
