@@ -38,6 +38,7 @@ SETTINGS = (
 MODES = {
     "on": ("on", True),
     "on, Flower's own start of processes": ("on", False),
+    "off": ("off", True),
     "off, Flower's own start of processes": ("off", False),
 }
 """Mode -> ``worker=`` and whether the SuperNodes start their ClientApps fast (``server.clientapps``)."""
