@@ -27,7 +27,7 @@ from server.certificates import (
     make_certificates,
 )
 from server.clientapps import fast_clientapps
-from server.flower import MARK, Connection, binary, end_marked, environment, free_port, remote_superlink
+from server.flower import MARK, Connection, end_marked, environment, free_port, remote_superlink
 from server.probe import UnreachableError, check_clock, look_at, split_address
 from server.register import SITES_FILE, Register
 
@@ -112,7 +112,7 @@ def site_up(  # noqa: PLR0917 - its options
     """Run the site until stopped; it waits for the server and comes back after any interruption."""
     folder = _neutral(home or DATA_ROOT / "sites" / name)
     security = _site_security(superlink, root_certificates, key, insecure=insecure)
-    words = [str(binary("flower-supernode")), *security, "--superlink", superlink, "--host", "127.0.0.1"]
+    words = [sys.executable, "-P", "-m", "server.supernode", *security, "--superlink", superlink, "--host", "127.0.0.1"]
     words += ["--node-config", node_config(name, data, folder, settings or [])]
     with _until_stopped(), fast_clientapps(environment(folder / "flwr", 1)) as variables:
         _keep_up(_Link(superlink, None if insecure else root_certificates, key), name, folder, words, variables)

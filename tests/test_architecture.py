@@ -33,6 +33,7 @@ ONLY_IN = {
         "server/gate.py",
         "server/roster.py",
         "server/rounds.py",
+        "server/supernode.py",
     },
     "flwr_datasets": {"client/data.py", "client/partitions.py"},
     "datasets": {"client/data.py", "client/partitions.py"},

@@ -97,15 +97,13 @@ def superlink(home: Path) -> Iterator[str]:
 
 @contextlib.contextmanager
 def supernode(home: Path, address: str, node_config: str, fast: bool = True) -> Iterator[subprocess.Popen[bytes]]:
-    """A SuperNode, as the README starts it, by default with fast ClientApps; yields its process."""
+    """A SuperNode, by default as ``bouquet site up`` runs it, else as Flower does; yields its process."""
     home.mkdir(parents=True, exist_ok=True)
     mark = uuid.uuid4().hex
     environment = _environment(home, mark)
     start = fast_clientapps(environment) if fast else contextlib.nullcontext({})
-    words = [
-        "flower-supernode", "--insecure", "--superlink", address, "--port", str(free_port()),
-        "--node-config", node_config,
-    ]  # fmt: skip
+    words = ["python", "-P", "-m", "server.supernode"] if fast else ["flower-supernode"]
+    words += ["--insecure", "--superlink", address, "--port", str(free_port()), "--node-config", node_config]
     with start as changes, _started(words, home, {**environment, **changes}) as process, _ended(mark):
         yield process
 
