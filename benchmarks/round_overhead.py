@@ -4,7 +4,7 @@
     python -m benchmarks.round_overhead --json benchmarks/results/round_overhead.json --name smollm2_moe \
         model=smollm2_moe model.wheel_dir=/tmp/wheels
 
-The runs take turns: worker on and off, with ClientApps started fast and by Flower itself. The first round of a run is
+The runs take turns: worker on and off, under the SuperNodes of ``bouquet site up`` and under Flower's own. The first round of a run is
 left out: it loads the base and encodes the data in all. Besides, a plain Flower app whose clients import transformers
 and peft and do nothing else. Results are added to the file under ``--name``.
 """
@@ -37,11 +37,11 @@ SETTINGS = (
 )  # fmt: skip
 MODES = {
     "on": ("on", True),
-    "on, Flower's own start of processes": ("on", False),
+    "on, Flower's own SuperNode": ("on", False),
     "off": ("off", True),
-    "off, Flower's own start of processes": ("off", False),
+    "off, Flower's own SuperNode": ("off", False),
 }
-"""Mode -> ``worker=`` and whether the SuperNodes start their ClientApps fast (``server.clientapps``)."""
+"""Mode -> ``worker=`` and whether the SuperNodes are those of ``bouquet site up``."""
 VALUES = ("overhead_seconds", "startup_seconds", "since_request_seconds")
 
 
