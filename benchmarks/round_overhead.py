@@ -4,9 +4,9 @@
     python -m benchmarks.round_overhead --json benchmarks/results/round_overhead.json --name smollm2_moe \
         model=smollm2_moe model.wheel_dir=/tmp/wheels
 
-The runs take turns: worker on and off, under the SuperNodes of ``bouquet site up`` and under Flower's own. The first round of a run is
-left out: it loads the base and encodes the data in all. Besides, a plain Flower app whose clients import transformers
-and peft and do nothing else. Results are added to the file under ``--name``.
+The runs take turns: worker on and off, under the SuperNodes of ``bouquet site up`` and under Flower's own. The first
+round of a run is left out: it loads the base and encodes the data in all. Besides, a plain Flower app whose clients
+import transformers and peft and do nothing else. Results are added to the file under ``--name``.
 """
 
 from __future__ import annotations
