@@ -49,7 +49,7 @@ def _quality(
     tested: Mapping[str, Outcome], done: Mapping[str, Mapping[int, Row]], sites: Sequence[str], seeds: Sequence[int]
 ) -> str:
     per_site = sites if len(sites) <= 4 else ()
-    columns = ["method", "ROUGE-L", "minus FedAvg", *per_site, "worst site", "std", "loss", "tuned"]
+    columns = ["method", "ROUGE-L", "minus FedAvg", *per_site, "worst site", "std", "loss", "minus FedAvg", "tuned"]
     lines = [columns, ["---"] * len(columns)]
     base = next((rows for rows in done.values() if rows), {})
     lines.append(["base model", *_of_model(base, BASE, per_site), ""])
@@ -61,7 +61,8 @@ def _quality(
         )
         if rows:
             cells = _of_model(rows, None, per_site)
-            cells[1] = "" if name == BASELINE else _minus_baseline(rows, done[BASELINE])
+            if name != BASELINE:
+                cells[1], cells[-1] = (_minus_baseline(rows, done[BASELINE], metric) for metric in ("rouge_l", "loss"))
         else:
             cells = ["diverged" if outcome.rows else "missing", *[""] * (len(columns) - 3)]
         lines.append([title, *cells, _tuned(outcome) if rows else ""])
@@ -69,7 +70,7 @@ def _quality(
 
 
 def _of_model(rows: Mapping[int, Row], model: str | None, sites: Sequence[str]) -> list[str]:
-    """Cells of a model (None: of that in use): ROUGE-L, an empty one, each site, worst site, std, loss."""
+    """Cells of a model (None: of that in use): ROUGE-L, an empty one, each site, worst site, std, loss, an empty."""
 
     def summary(row: Row, metric: str) -> Mapping[str, Any]:
         found: Mapping[str, Any] = row["evaluation"]["summary"][model or in_use(row)].get(metric, {})
@@ -82,16 +83,16 @@ def _of_model(rows: Mapping[int, Row], model: str | None, sites: Sequence[str]) 
         return _over_seeds(rows, lambda row: own_scores(row, "rouge_l").get(site)) if model is None else ""
 
     return [mean("rouge_l", "mean"), "", *map(at, sites), *(mean("rouge_l", key) for key in ("worst", "std")),
-            mean("loss", "mean")]  # fmt: skip
+            mean("loss", "mean"), ""]  # fmt: skip
 
 
-def _minus_baseline(rows: Mapping[int, Row], baseline: Mapping[int, Row]) -> str:
-    """Difference in ROUGE-L paired by seed."""
+def _minus_baseline(rows: Mapping[int, Row], baseline: Mapping[int, Row], metric: str) -> str:
+    """Difference of the sites' means, paired by seed."""
 
-    def rouge(row: Row) -> float:
-        return statistics.fmean(own_scores(row, "rouge_l").values())
+    def mean(row: Row) -> float:
+        return statistics.fmean(own_scores(row, metric).values())
 
-    differences = [rouge(row) - rouge(baseline[seed]) for seed, row in rows.items() if seed in baseline]
+    differences = [mean(row) - mean(baseline[seed]) for seed, row in rows.items() if seed in baseline]
     return with_interval(differences, 4, sign="+") if differences else ""
 
 
