@@ -97,13 +97,18 @@ def summary(title: str, tested: Mapping[str, Outcome]) -> str:
 
 
 def ablation(tested: Mapping[str, Outcome]) -> str:
-    """The paper's Table II: here and as printed, global / on the sites' own data; empty if nothing was left out."""
+    """The paper's Table II: here and as printed, global / on the sites' own data; empty if nothing was left out.
+
+    Over the seeds that all variants have been run with, of those that have been run at all.
+    """
     compared = [name for name in ABLATION if name in tested]
     if not any(name.startswith("fc_moe_no_") for name in compared):
         return ""
     lines = []
+    done = [set(_good(tested[name].rows)) for name in compared if _good(tested[name].rows)]
+    common = set.intersection(*done) if done else set()
     for name in compared:
-        rows = _good(tested[name].rows)
+        rows = {seed: row for seed, row in _good(tested[name].rows).items() if seed in common}
         ours = "missing"
         if rows and all(row["accuracy"] for row in rows.values()):
             test = np.mean([last_rounds(row["accuracy"]) for row in rows.values()])

@@ -89,6 +89,8 @@ def test_ablation_shows_the_variants_that_are_compared():
     assert cells_of(table, "- local retention")[1] == "missing"
     assert "projection" not in table
     assert ablation({"fc_moe": tested["fc_moe"]}) == ""
+    on_one_seed = tested | {"fc_moe_no_retention": Outcome((), {0: row(0, 0.2)})}
+    assert cells_of(ablation(on_one_seed), "full")[1] == "0.6000 / 0.4500"
 
 
 def test_printed_accuracy_has_a_column_and_those_not_compared_here_a_line():
