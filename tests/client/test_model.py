@@ -167,7 +167,7 @@ def test_saved_adapter_gives_the_same_logits_in_stock_peft(
     torch.testing.assert_close(logits(adapted.model), logits(tiny_model(family)), msg="saving changed the adapter")
     adapted.load_adapter(adapter)
     stock = peft.PeftModel.from_pretrained(tiny_model(family), tmp_path)
-    torch.testing.assert_close(logits(stock), logits(adapted.model), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(logits(stock), logits(adapted.model), atol=1e-5, rtol=1e-5)
     assert (logits(stock) - logits(tiny_model(family))).abs().max() > 0.1
     assert stock.peft_config["default"].base_model_name_or_path == "/bases/tiny"
 
@@ -179,7 +179,7 @@ def test_saved_dense_adapter_gives_the_same_logits_in_stock_peft(family: str, tm
     adapted.load_adapter(adapter)
     adapted.save_peft(adapter, tmp_path)
     stock = peft.PeftModel.from_pretrained(tiny_model(family), tmp_path)
-    torch.testing.assert_close(logits(stock), logits(adapted.model), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(logits(stock), logits(adapted.model), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("training", TRAININGS)
