@@ -43,6 +43,8 @@ class Contender:
     """Name of the contender whose tuned values it takes: an ablation changes nothing else."""
     instead: Mapping[str, float | str] = field(default_factory=dict)
     """Values in place of those tuned, of knobs or any other setting: how flat the leader is around its own."""
+    of_factors: bool = False
+    """Whether it is about LoRA's factors: there is nothing to compare where experts are trained in full."""
 
 
 _STEP = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0)
@@ -89,7 +91,12 @@ CONTENDERS: dict[str, Contender] = {
         "- importance weighting", ("strategy=fc_moe", "strategy.importance=uniform"), follows="fc_moe"
     ),
     **{
-        f"fc_moe_{name}": Contender(f"FC-MoE, {title}", ("strategy=fc_moe", setting), follows="fc_moe")
+        f"fc_moe_{name}": Contender(
+            f"FC-MoE, {title}",
+            ("strategy=fc_moe", setting),
+            follows="fc_moe",
+            of_factors=name in {"product", "component"},
+        )
         for name, title, setting in (
             ("product", "conflicts in products B A", "strategy.conflict.space=product"),
             ("matrix", "conflicts of matrices", "strategy.conflict.granularity=matrix"),
@@ -138,7 +145,11 @@ CONTENDERS: dict[str, Contender] = {
         for value in values
     },
     "fc_moe_plus_factors": Contender(
-        "space factors", ("strategy=fc_moe_plus",), follows="fc_moe_plus", instead={"strategy.space": "factors"}
+        "space factors",
+        ("strategy=fc_moe_plus",),
+        follows="fc_moe_plus",
+        instead={"strategy.space": "factors"},
+        of_factors=True,
     ),
 }
 

@@ -108,10 +108,16 @@ def study_of(workload: str, experts: str, seeds: Sequence[int], tuning_seeds: Se
     )
 
 
+def compared(workload: str, experts: str) -> list[str]:
+    """Names of those who are compared on a workload with experts trained so."""
+    names = WORKLOADS[workload].contenders or tuple(CONTENDERS)
+    return [name for name in names if experts == "lora" or not CONTENDERS[name].of_factors]
+
+
 def report(study: Study[Cell], name: str, experts: str) -> dict[str, Any]:
     """The results file: settings of a workload's study, how its experts were trained, and its tables as Markdown."""
     workload = WORKLOADS[name]
-    tested = {contender: study.tested(contender) for contender in workload.contenders or CONTENDERS}
+    tested = {contender: study.tested(contender) for contender in compared(name, experts)}
     seeds = study.all_seeds()
     title = f"{workload.title}, {'experts by LoRA' if experts == 'lora' else 'experts in full'}"
     return {
@@ -144,7 +150,8 @@ def main() -> None:
     deadline = time.monotonic() + 60 * given.budget_minutes
     run = partial(run_cell, data=given.data, device=given.device)
     for workload, experts in itertools.product(given.workload, given.experts):
-        names = given.strategies or WORKLOADS[workload].contenders or tuple(CONTENDERS)
+        everyone = compared(workload, experts)
+        names = [name for name in given.strategies or everyone if name in everyone]
         results = HERE / "results" / f"fc_moe_{workload}_{experts}.json"
         study = study_of(workload, experts, given.seeds, given.tuning_seeds)
         reported = partial(report, study, workload, experts)

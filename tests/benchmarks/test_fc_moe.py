@@ -11,7 +11,7 @@ import pytest
 from benchmarks import fc_moe
 from benchmarks.cells import Outcome
 from benchmarks.contenders import CONTENDERS
-from benchmarks.fc_moe import Cell, report, run_cell, study_of
+from benchmarks.fc_moe import Cell, compared, report, run_cell, study_of
 from benchmarks.fc_moe_averaging import MEASURES
 from benchmarks.fc_moe_tables import ablation, averaging, comparison, one_knob_changed, rounds_to, summary
 from benchmarks.workloads import WORKLOADS, Workload
@@ -53,6 +53,12 @@ def test_table_pairs_by_seed_and_says_what_is_missing():
     assert ours[6:9] == ["1.0", "2.0", "x 1.50"]
     assert cells_of(table, "FedProx")[1] == "diverged"
     assert cells_of(table, "FedAdam")[1] == "missing"
+
+
+def test_rules_on_factors_are_compared_by_lora_alone():
+    by_lora, in_full = set(compared("clinc", "lora")), set(compared("clinc", "full"))
+    assert by_lora - in_full == {"fc_moe_product", "fc_moe_component", "fc_moe_plus_factors"}
+    assert in_full < by_lora == CONTENDERS.keys()
 
 
 def test_norms_of_factors_are_not_shown():
