@@ -27,6 +27,7 @@ from benchmarks.federation import Federation, simulated
 from benchmarks.flex_tables import markdown, own_scores
 from benchmarks.render import HERE
 from client.evaluation.examination import examine
+from client.evaluation.general_sets import general_sets
 from client.site import POOLED
 from conf.compose import load_config
 from server.evaluation import put_together, scored_at_server
@@ -110,7 +111,7 @@ def evaluation(federation: Federation, updates: Sequence[ClientUpdate]) -> dict[
     measured = {
         name: examine(site, federation.received(name), federation.adapter) for name, site in federation.sites.items()
     }
-    here = scored_at_server(federation.config, federation.adapted, adapter)
+    here = scored_at_server(federation.config, federation.adapted, adapter, general_sets(federation.config))
     return {"evaluation": put_together(measured, here, {update.site: update.expert_tokens for update in updates})}
 
 

@@ -7,7 +7,7 @@ import platform
 import shlex
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,7 @@ class Run:
     record: RunRecord
     rounds: FederatedRounds | None = None
     adapted: AdaptedModel | None = None
-    general: Mapping[str, EvalSet] | None = None
+    general: Mapping[str, EvalSet] = field(default_factory=dict)
     """What the server tests models on after the last round."""
 
     def __post_init__(self) -> None:

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from client.evaluation.examination import EvalSet, one_adapter, scored
-from client.evaluation.general_sets import general_sets
 from client.evaluation.measured import (
     BASE,
     GLOBAL,
@@ -37,20 +36,9 @@ Row = Mapping[str, Any]
 
 
 def scored_at_server(
-    config: Config, adapted: AdaptedModel, adapter: Arrays | None, sets: Mapping[str, EvalSet] | None = None
+    config: Config, adapted: AdaptedModel, adapter: Arrays | None, sets: Mapping[str, EvalSet]
 ) -> list[Scored]:
-    """Base and global model on general sets.
-
-    Args:
-        config: The run's settings.
-        adapted: The model.
-        adapter: The global one; None if nobody has a global model.
-        sets: By name; None: those of the settings, read now.
-
-    Raises:
-        ValueError: If a set cannot be read.
-    """
-    sets = general_sets(config) if sets is None else sets
+    """Base and global model on general sets; ``adapter`` is the global one, None if nobody has a global model."""
     initial = adapted.initial_adapter(config.seed)
     found = [*scored(BASE, one_adapter(adapted, initial, config), sets, adapted, config)]
     if adapter is not None:
