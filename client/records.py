@@ -28,7 +28,7 @@ def to_record(arrays: Arrays) -> ArrayRecord:
         return ArrayRecord()
     layout = json.dumps([(name, array.dtype.name, array.shape) for name, array in arrays.items()]).encode()
     layout += b" " * (-(_LENGTH_BYTES + len(layout)) % _ALIGNMENT)
-    values = (array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes() for array in arrays.values())
+    values = (np.ascontiguousarray(array, array.dtype.newbyteorder("<")).data for array in arrays.values())
     content = b"".join([len(layout).to_bytes(_LENGTH_BYTES, "big"), layout, *values])
     return ArrayRecord({_PACKED: Array(dtype="uint8", shape=(len(content),), stype=_PACKED, data=content)})
 

@@ -44,11 +44,6 @@ class Side:
         basis_EMM = inverse_EM[:, :, None] * turned_EMM * stretch_EM[:, None, :]
         return Coordinates(side=self, weights=weights_CE, basis=basis_EMM, vectors=products_EVM @ basis_EMM)
 
-    def by_site(self, rank: int) -> NDArray[np.float32]:
-        """(E, 1 + C, R, 1 + C, R) inner products; block 0 is what was received."""
-        blocks = (self.gram.shape[-1] // rank, rank)
-        return self.gram.reshape(-1, *blocks, *blocks)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Coordinates:
@@ -87,7 +82,9 @@ def side_of(received_ERN: NDArray[np.floating], trained: Sequence[NDArray[np.flo
     vectors = np.empty((num_experts, (1 + len(trained)) * rank, width), np.float32)
     vectors[:, :rank] = received_ERN
     for site, after_ERN in enumerate(trained, start=1):
-        np.subtract(after_ERN, received_ERN, out=vectors[:, site * rank : (site + 1) * rank])
+        change = vectors[:, site * rank : (site + 1) * rank]
+        change[...] = after_ERN  # first, since those of B lie across
+        change -= vectors[:, :rank]
     return Side(vectors=vectors, gram=vectors @ np.swapaxes(vectors, -1, -2))
 
 
@@ -102,12 +99,14 @@ class Changes:
 
     def gram(self) -> NDArray[np.float64]:
         """(E, C, C) inner products of the sites' changes: four terms, each a sum of R x R blocks, multiplied."""
-        A, B = (side.by_site(self.rank) for side in (self.of_A, self.of_B))
-        a, b = A[:, 1:, :, 1:], B[:, 1:, :, 1:]
-        after_a = a + A[:, :1, :, 1:]
-        after_after = after_a + A[:, 1:, :, :1] + A[:, :1, :, :1]
-        mixed = np.einsum("ecrq,ecrdq->ecd", B[:, 1:, :, 0], after_a)
-        found = np.einsum("ecrdq,ecrdq->ecd", b, after_after) + np.einsum("erq,ecrdq->ecd", B[:, 0, :, 0], a)
+        A, B, R = self.of_A.gram, self.of_B.gram, self.rank
+        # Repeats an R x R block for every site, by products: numpy is slow where so few values follow each other.
+        spread: NDArray[np.float32] = np.tile(np.eye(R, dtype=np.float32), A.shape[-1] // R - 1)
+        a, b = A[:, R:, R:], B[:, R:, R:]
+        after_a = a + spread.T @ A[:, :R, R:]
+        after_after = after_a + (A[:, R:, :R] + spread.T @ A[:, :R, :R]) @ spread
+        mixed = _block_sums((B[:, R:, :R] @ spread) * after_a, R)
+        found = _block_sums(b * after_after + (spread.T @ B[:, :R, :R] @ spread) * a, R)
         return np.asarray(found + mixed + np.swapaxes(mixed, -1, -2), np.float64)
 
     def weighted_sum(self, weights_CE: NDArray[np.float64]) -> WeightedSum:
@@ -124,6 +123,12 @@ class Changes:
         after = a + (weights_EV.reshape(*by_site[:2], self.rank, 1) * A[:, None]).reshape(a.shape)
         summed = np.swapaxes(b, -1, -2) @ after + np.swapaxes(B, -1, -2) @ a.reshape(by_site).sum(axis=1)
         return WeightedSum(rows=rows, columns=columns, received_A=A, received_B=np.swapaxes(B, -1, -2), change=summed)
+
+
+def _block_sums(matrices_EVV: NDArray[np.floating], rank: int) -> NDArray[np.floating]:
+    """(E, C, C) sums of the R x R blocks of (E, C R, C R) matrices."""
+    ones = np.repeat(np.eye(matrices_EVV.shape[-1] // rank, dtype=np.float32), rank, axis=1)
+    return np.asarray(ones @ matrices_EVV @ ones.T)
 
 
 @dataclass(frozen=True, kw_only=True)

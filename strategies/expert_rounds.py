@@ -6,8 +6,9 @@ Shapes: C sites, E experts of one range of a layer's experts.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -88,17 +89,26 @@ def aggregate_experts(
     stepping = {"experts": received.layers()}
     if attention is Attention.as_experts and (projections := received.projections()):
         stepping["attention"] = projections
-    stepped: dict[str, NDArray[np.float32]] = {}
-    report: dict[str, Any] = {kind: {} for kind in stepping}
-    for kind, ranges in stepping.items():
-        for path, whole in ranges.items():
-            arrays, findings = _step_layer(whole, step)
-            stepped |= {name: array.reshape(adapter[name].shape) for name, array in arrays.items()}
-            report[kind][path] = {"sites": [update.site for update in updates]} | findings
-    beside = [name for name in adapter if name not in stepped]
-    dense = [{name: update.adapter[name] for name in beside} for update in updates]
-    stepped |= weighted_mean(dense, [float(update.num_examples) for update in updates])
-    return {name: stepped[name] for name in adapter}, report
+    stepped = {
+        name: np.empty(array.shape, np.float32)
+        for ranges in stepping.values()
+        for whole in ranges.values()
+        for name, array in whole.received.items()
+    }
+    dense = [{name: array for name, array in update.adapter.items() if name not in stepped} for update in updates]
+    with _threads() as pool:
+        pending = {
+            kind: {path: _begin(pool, whole, step, stepped) for path, whole in ranges.items()}
+            for kind, ranges in stepping.items()
+        }
+        averaged = weighted_mean(dense, [float(update.num_examples) for update in updates])
+        sites = [update.site for update in updates]
+        report = {
+            kind: {path: {"sites": sites} | findings() for path, findings in ranges.items()}
+            for kind, ranges in pending.items()
+        }
+    stepped |= averaged
+    return {name: stepped[name].reshape(array.shape) for name, array in adapter.items()}, report
 
 
 @dataclass(frozen=True)
@@ -149,11 +159,20 @@ def check_expert_tokens(adapter: Arrays, update: ClientUpdate) -> None:
             raise ValueError(f"expert_tokens[{layer}] must have the shape {expected}, got {counted}")
 
 
-def _step_layer(whole: ExpertRange, step: Step) -> tuple[dict[str, NDArray[np.float32]], dict[str, Any]]:
-    """The layer's next arrays and its diagnostics, over ranges of experts that take little memory, in parallel."""
+@contextmanager
+def _threads() -> Iterator[ThreadPoolExecutor]:
+    """Threads for ranges of experts, of which BLAS starts none."""
     from threadpoolctl import threadpool_limits  # noqa: PLC0415 - sites, which read names here, do without
 
-    stepped = {name: np.empty(array.shape, np.float32) for name, array in whole.received.items()}
+    # Threads of BLAS within these would only wait for each other, and their number may change last bits.
+    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(_THREADS) as pool:
+        yield pool
+
+
+def _begin(
+    pool: ThreadPoolExecutor, whole: ExpertRange, step: Step, stepped: Mapping[str, NDArray[np.float32]]
+) -> Callable[[], dict[str, Any]]:
+    """Step the layer, over ranges of experts that take little memory, into ``stepped``; waits for its diagnostics."""
 
     def step_range(chosen: slice) -> Findings:
         after, found = step(whole.part(chosen))
@@ -162,11 +181,14 @@ def _step_layer(whole: ExpertRange, step: Step) -> tuple[dict[str, NDArray[np.fl
         return found
 
     ranges = experts.expert_slices(whole.received, len(whole.trained), _VALUES_AT_A_TIME)
-    # Threads of BLAS within these would only wait for each other, and their number may change last bits.
-    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(_THREADS) as pool:
-        findings = list(pool.map(step_range, ranges))
-    joined = {key: np.concatenate([found[key] for found in findings], axis=-1) for key in findings[0]}
-    return stepped, {key: _json(values) for key, values in ({"tokens": whole.tokens_CE} | joined).items()}
+    pending = [pool.submit(step_range, chosen) for chosen in ranges]
+
+    def findings() -> dict[str, Any]:
+        found = [part.result() for part in pending]
+        joined = {key: np.concatenate([part[key] for part in found], axis=-1) for key in found[0]}
+        return {key: _json(values) for key, values in ({"tokens": whole.tokens_CE} | joined).items()}
+
+    return findings
 
 
 def _json(values: NDArray[np.floating]) -> list[Any]:
