@@ -64,14 +64,13 @@ def run_cell(cell: Cell, data: Path) -> Row:
     row: dict[str, Any] = asdict(cell)
     with tempfile.TemporaryDirectory() as private:
         federation = simulated(config, Path(private))
-        updates: list[ClientUpdate] = []
         spread: dict[str, float] = {}
         try:
             for updates in federation.rounds():
                 spread |= graft_spread(updates)
         except ValueError as error:
             return row | {"failed": f"round {federation.server_round + 1}: {error}"}
-        found = losses(federation) if cell.split == "validation" else evaluation(federation, updates)
+        found = losses(federation) if cell.split == "validation" else evaluation(federation)
     return row | found | {
         "graft_spread": spread,
         "bytes_up": federation.bytes_up / len(federation.sites) / config.rounds,
@@ -105,14 +104,14 @@ def losses(federation: Federation) -> dict[str, Any]:
     return {"losses": found}
 
 
-def evaluation(federation: Federation, updates: Sequence[ClientUpdate]) -> dict[str, Any]:
+def evaluation(federation: Federation) -> dict[str, Any]:
     """The evaluation matrix of the federation as it is, as a run folder has it."""
     adapter = None if federation.config.method.name == "local_only" else federation.adapter
     measured = {
         name: examine(site, federation.received(name), federation.adapter) for name, site in federation.sites.items()
     }
     here = scored_at_server(federation.config, federation.adapted, adapter, general_sets(federation.config))
-    return {"evaluation": put_together(measured, here, {update.site: update.expert_tokens for update in updates})}
+    return {"evaluation": put_together(measured, here)}
 
 
 def score(row: Row) -> float:

@@ -134,7 +134,7 @@ class Run:
         assert adapted is not None
         adapter = None if self.config.method.name == "local_only" else rounds.adapter
         here = scored_at_server(self.config, adapted, adapter, self.general)
-        evaluation = put_together(rounds.measured, here, rounds.expert_tokens)
+        evaluation = put_together(rounds.measured, here)
         self.record.evaluation(evaluation)
         self._summary = evaluation["summary"]
 

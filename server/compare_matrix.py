@@ -102,7 +102,7 @@ def _table(metric: str, groups: Sequence[Seeds]) -> Table:
 
 def _usage_table(groups: Sequence[Seeds]) -> Table:
     table = Table(
-        title="routing in the last round; operations and time of a token over those of one adapter",
+        title="routing of held-out tokens; operations and time of a token over those of one adapter",
         title_justify="left",
     )
     table.add_column("run")

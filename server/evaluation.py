@@ -13,8 +13,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
-
 from client.evaluation.examination import EvalSet, one_adapter, scored
 from client.evaluation.measured import (
     BASE,
@@ -28,7 +26,6 @@ from client.evaluation.measured import (
     is_general,
 )
 from client.model import AdaptedModel
-from client.routing import routing_entropy
 from conf.schema import Config
 from strategies.adapters import Arrays
 
@@ -46,15 +43,12 @@ def scored_at_server(
     return found
 
 
-def put_together(
-    measured: Mapping[str, Measured], here: Sequence[Scored], expert_tokens: Mapping[str, Arrays]
-) -> dict[str, Any]:
+def put_together(measured: Mapping[str, Measured], here: Sequence[Scored]) -> dict[str, Any]:
     """The matrix as JSON values: ``summary``, ``cost``, ``routing`` and the rows, ``scores``.
 
     Args:
         measured: Site -> what it told.
         here: What the server scored.
-        expert_tokens: Site -> layer -> (E,) tokens routed in the last round's training.
     """
     rows = [_row(each, None) for each in here]
     for site, part in sorted(measured.items()):
@@ -64,7 +58,7 @@ def put_together(
     return {
         "summary": summarised(rows),
         "cost": {site: asdict(part.cost) for site, part in sorted(measured.items()) if part.cost is not None},
-        "routing": routing(expert_tokens),
+        "routing": routing(measured),
         "scores": rows,
     }
 
@@ -83,24 +77,20 @@ def summarised(rows: Sequence[Row]) -> dict[str, dict[str, dict[str, Any]]]:
     return found
 
 
-def routing(expert_tokens: Mapping[str, Arrays]) -> dict[str, dict[str, Any]]:
-    """Layer -> how training tokens of the last round were spread over its experts, at each site and in all.
+def routing(measured: Mapping[str, Measured]) -> dict[str, dict[str, Any]]:
+    """Layer -> how the sites' models in use spread the tokens of their own held-out data over its experts.
 
-    ``entropy`` is over that of equal use, 0 to 1 (``client.routing.routing_entropy``); ``largest_share`` is the busiest
-    expert's share of all tokens. A site that shares nothing tells no counts and is left out.
+    ``entropy`` is the mean over the sites, ``largest_share`` that of the busiest expert of any; ``sites`` has both of
+    each (``client.evaluation.measured.ExpertUse``).
     """
-    layers = sorted({layer for counts in expert_tokens.values() for layer in counts})
     found = {}
-    for layer in layers:
-        counts = {site: tokens[layer] for site, tokens in expert_tokens.items() if layer in tokens}
-        used = {site: tokens_E for site, tokens_E in counts.items() if tokens_E.sum() > 0}
-        if used and len({len(tokens_E) for tokens_E in used.values()}) == 1:
-            total_E = np.sum(list(used.values()), axis=0)
-            found[layer] = {
-                "entropy": routing_entropy(total_E),
-                "largest_share": float(total_E.max() / total_E.sum()),
-                "entropy_of_sites": {site: routing_entropy(tokens_E) for site, tokens_E in sorted(used.items())},
-            }
+    for layer in dict.fromkeys(layer for part in measured.values() for layer in part.routing):
+        uses = {site: part.routing[layer] for site, part in sorted(measured.items()) if layer in part.routing}
+        found[layer] = {
+            "entropy": statistics.fmean(use.entropy for use in uses.values()),
+            "largest_share": max(use.largest_share for use in uses.values()),
+            "sites": {site: asdict(use) for site, use in uses.items()},
+        }
     return found
 
 

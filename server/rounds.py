@@ -43,7 +43,7 @@ class FederatedRounds(FlowerStrategy):
 
     After ``start``: ``adapter`` is the global adapter, ``losses`` each site's held-out loss of the last evaluation,
     ``last_global_loss`` that of the global model, ``rounds_done`` the rounds completed, ``measured`` what the sites
-    tell for the evaluation matrix, ``expert_tokens`` the last round's tokens by layer and site.
+    tell for the evaluation matrix.
     """
 
     def __init__(
@@ -70,7 +70,6 @@ class FederatedRounds(FlowerStrategy):
         self.last_global_loss: float | None = None
         self.bytes_up = self.bytes_down = self.rounds_done = 0
         self.measured: dict[str, Measured] = {}
-        self.expert_tokens: dict[str, Arrays] = {}
         self._round = RoundRecord(0)
         self._exchange: Exchange | None = None
 
@@ -213,7 +212,6 @@ class FederatedRounds(FlowerStrategy):
         self.record.diagnostics({"round": self._round.server_round, "aggregation_gap": gap, **own, **found})
         self.adapter, self.state = aggregation.adapter, aggregation.state
         self.personal = {**self.personal, **aggregation.personal}
-        self.expert_tokens = {update.site: update.expert_tokens for update in updates}
         self._round.aggregation_gap = gap
         if any(key.startswith("reward/") for update in updates for key in update.metrics):
             self._round.drift = spread([update.adapter for update in updates])

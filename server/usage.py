@@ -14,8 +14,8 @@ USAGES = {
 }
 """Number -> what it is called.
 
-Of the last round's training tokens: entropy over that of equal use, mean over layers, and the largest share of a
-layer's tokens that one expert got. Of a personal model: operations and time a token over those of one adapter, means
+Of held-out tokens at the sites: entropy over that of equal use, mean over sites and layers, and the largest share of
+a layer's tokens that one expert got. Of a personal model: operations and time a token over those of one adapter, means
 over the sites.
 """
 
@@ -23,7 +23,7 @@ over the sites.
 def usage_of(evaluation: Mapping[str, Any]) -> dict[str, float]:
     """Those of ``USAGES`` that ``evaluation.json`` tells.
 
-    Sites that share nothing tell no tokens, and one adapter has no cost beside itself.
+    A dense model routes nothing, and one adapter has no cost beside itself.
     """
     found: dict[str, float] = {}
     if layers := evaluation["routing"].values():

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from client.evaluation.choices import Question, accuracy, encoded, questions_of
+from client.evaluation.expert_use import expert_use
 from client.evaluation.generation import Generator, greedy, rouge_l
 from client.evaluation.held_out import held_out_loss, nll_of_each
 from client.evaluation.measured import BASE, GLOBAL, PERSONAL, Measured, RelativeCost, Score, Scored
@@ -115,8 +116,8 @@ def scored(
 def examine(site: Site, received: Arrays, global_adapter: Arrays) -> Measured:
     """The base and the global model on the sets that are the site's own, and the model in use on all that it has.
 
-    The latter only where it is another than the global one. All sets are more than the site's own in simulation alone,
-    where the other sites' data lie on the same machine.
+    The latter only where it is another than the global one; how it uses its experts is told anyway. All sets are more
+    than the site's own in simulation alone, where the other sites' data lie on the same machine.
 
     Args:
         site: The site, after its last round.
@@ -138,7 +139,9 @@ def examine(site: Site, received: Arrays, global_adapter: Arrays) -> Measured:
         in_use = _in_use(site, received)
         found += scored(PERSONAL, in_use, {**site.own_sets, **site.other_sets}, adapted, config)
         cost = _cost(site, in_use, plain)
-    return Measured(scores=tuple(found), cost=cost)
+    adapted, adapter, *_ = site.using(received)
+    routing = expert_use(adapted, adapter, _own_sequences(site), config.eval.batch_size)
+    return Measured(scores=tuple(found), cost=cost, routing=routing)
 
 
 def _in_use(site: Site, received: Arrays) -> ModelInUse:
@@ -159,6 +162,9 @@ def _is_another(site: Site, received: Arrays, everyones: Arrays) -> bool:
 
 def _cost(site: Site, in_use: ModelInUse, plain: ModelInUse) -> RelativeCost | None:
     """Over a batch of the site's own held-out examples."""
+    return relative_cost(in_use.loss, plain.loss, _own_sequences(site)[: site.config.eval.batch_size])
+
+
+def _own_sequences(site: Site) -> Sequence[TokenSequence]:
     own = next(own for own in site.own_sets.values() if own.examples)
-    sequences = encode(own.examples, site.adapted.tokenizer, site.config.data)[: site.config.eval.batch_size]
-    return relative_cost(in_use.loss, plain.loss, sequences)
+    return encode(own.examples, site.adapted.tokenizer, site.config.data)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 BASE, GLOBAL, PERSONAL = "base", "global", "personal"
@@ -14,6 +14,7 @@ MODELS = (BASE, GLOBAL, PERSONAL)
 METRICS = {"loss": "held-out loss", "rouge_l": "ROUGE-L", "accuracy": "accuracy"}
 """Numbers of a test that are compared -> their titles."""
 LOWER_IS_BETTER = {"loss"}
+_ROUNDING = 1e-9
 
 
 def is_general(name: str) -> bool:
@@ -74,12 +75,29 @@ class RelativeCost:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExpertUse:
+    """How the tokens of a site's own held-out data are spread over one layer's experts by the model in use there."""
+
+    entropy: float
+    """Over that of equal use: 1 if all experts are used alike, 0 if one is."""
+    largest_share: float
+    """Of all choices, those of the busiest expert."""
+
+    def __post_init__(self) -> None:
+        for name in ("entropy", "largest_share"):
+            if not 0 <= getattr(self, name) <= 1 + _ROUNDING:
+                raise ValueError(f"{name} of expert use must lie between 0 and 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Measured:
     """One site's part of the evaluation matrix."""
 
     scores: tuple[Scored, ...]
     cost: RelativeCost | None = None
     """None where the model in use takes what the global one does."""
+    routing: Mapping[str, ExpertUse] = field(default_factory=dict)
+    """By MoE layer; empty for a dense model."""
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values."""
@@ -98,6 +116,10 @@ class Measured:
         return Measured(
             scores=tuple(_scored(each) for each in values["scores"]),
             cost=None if cost is None else RelativeCost(flops=float(cost["flops"]), seconds=float(cost["seconds"])),
+            routing={
+                str(layer): ExpertUse(entropy=float(use["entropy"]), largest_share=float(use["largest_share"]))
+                for layer, use in values["routing"].items()
+            },
         )
 
 
@@ -105,8 +127,8 @@ def _scored(values: Mapping[str, Any]) -> Scored:
     if values["model"] not in {BASE, GLOBAL, PERSONAL}:
         raise ValueError(f"model must be {BASE}, {GLOBAL} or {PERSONAL}, got {values['model']!r}")
     score: dict[str, Any] = {}
-    for field in fields(Score):
-        value = values["score"][field.name]
-        kind = int if field.name.startswith("num_") else float
-        score[field.name] = None if value is None and kind is float else kind(value)
+    for name in (each.name for each in fields(Score)):
+        value = values["score"][name]
+        kind = int if name.startswith("num_") else float
+        score[name] = None if value is None and kind is float else kind(value)
     return Scored(model=str(values["model"]), on=str(values["on"]), score=Score(**score))

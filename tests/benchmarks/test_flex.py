@@ -16,7 +16,7 @@ from benchmarks.contenders import PERSONAL
 from benchmarks.dolly_tasks import PARTITIONS, SIZES, TASKS, Size
 from benchmarks.flex import Cell, graft_spread, report, run_cell, score, study_of
 from benchmarks.flex_tables import markdown
-from client.evaluation.measured import Measured, RelativeCost, Score, Scored
+from client.evaluation.measured import ExpertUse, Measured, RelativeCost, Score, Scored
 from server.evaluation import put_together
 from strategies.base import ClientUpdate
 
@@ -98,7 +98,11 @@ def row_of(seed, losses, model="global"):
 
     cost = RelativeCost(flops=1.5, seconds=2.0) if model == "personal" else None
     measured = {
-        site: Measured(scores=(scored("base", site, 5.0), scored(model, site, loss)), cost=cost)
+        site: Measured(
+            scores=(scored("base", site, 5.0), scored(model, site, loss)),
+            cost=cost,
+            routing={"mlp": ExpertUse(entropy=1.0, largest_share=0.5)},
+        )
         for site, loss in losses.items()
     }
     here = [Scored(model=name, on="*piqa*", score=Score(accuracy=share, num_questions=4))
@@ -106,7 +110,7 @@ def row_of(seed, losses, model="global"):
     if model == "personal":
         measured["a"] = replace(measured["a"], scores=(*measured["a"].scores, here.pop()))
     return {"seed": seed, "bytes_up": 3000.0, "bytes_down": 4000.0, "graft_spread": {"a": 0.1} if cost else {},
-            "evaluation": put_together(measured, here, {"a": {"mlp": np.array([1.0, 1.0])}})}  # fmt: skip
+            "evaluation": put_together(measured, here)}  # fmt: skip
 
 
 def report_of(rows):

@@ -5,25 +5,23 @@ from __future__ import annotations
 import io
 import math
 
-import numpy as np
 from rich.console import Console
 
-from client.evaluation.measured import Measured, RelativeCost, Score, Scored
+from client.evaluation.measured import ExpertUse, Measured, RelativeCost, Score, Scored
 from server.compare_matrix import by_seeds, matrix_tables
 from server.evaluation import put_together
 from server.record import RunFolder, evaluation_json
 
 
-def write_run(path, seed, losses, general=2.0, rank=8, tokens=None, flops=None):
+def write_run(path, seed, losses, general=2.0, rank=8, use=None, flops=None):
     folder = RunFolder(path)
     folder.create()
     folder.write_text("config.yaml", f"lora:\n  rank: {rank}\nseed: {seed}\noutput: {path}\n")
     rows = [_test("global", site, loss) for site, loss in losses.items()]
     rows += [_test("base", site, 5.0) for site in losses] + [_test("global", "*general*", general)]
     cost = None if flops is None else RelativeCost(flops=flops, seconds=2 * flops)
-    measured = {"a": Measured(scores=(), cost=cost)}
-    counts = {} if tokens is None else {"a": {"layer": np.array(tokens, float)}}
-    folder.write_text("evaluation.json", evaluation_json(put_together(measured, rows, counts)))
+    measured = {"a": Measured(scores=(), cost=cost, routing={} if use is None else {"layer": use})}
+    folder.write_text("evaluation.json", evaluation_json(put_together(measured, rows)))
     return path
 
 
@@ -66,14 +64,14 @@ def test_base_that_all_runs_agree_on_stands_once(tmp_path):
 def test_use_of_experts_and_cost_stand_with_an_interval_where_they_are_known(tmp_path):
     """Shares 0.5 and 0.75 of two seeds: t(1) = 12.706, so 0.625 +- 12.706 * 0.25 / 2 = 1.588; time is twice 1.25."""
     folders = [
-        write_run(tmp_path / f"flex,seed={seed}", seed, {"a": 1.0}, tokens=tokens, flops=1.25)
-        for seed, tokens in enumerate(([2, 2], [3, 1]))
+        write_run(tmp_path / f"flex,seed={seed}", seed, {"a": 1.0}, use=use, flops=1.25)
+        for seed, use in enumerate(
+            (ExpertUse(entropy=1, largest_share=0.5), ExpertUse(entropy=0.8, largest_share=0.75))
+        )
     ]
     table = shown([*folders, write_run(tmp_path / "local", 0, {"a": 1.0}, rank=4)])
-    entropy = -(0.75 * math.log2(0.75) + 0.25 * math.log2(0.25))
     row = cells(table[table.index("busiest") :], "flex (2 seeds)")
-    mean, half = (1 + entropy) / 2, 12.706 * (1 - entropy) / 2
-    assert row[1:] == [f"{mean:.3f} ± {half:.3f}", "0.625 ± 1.588", "1.250 ± 0.000", "2.500 ± 0.000"]
+    assert row[1:] == ["0.900 ± 1.271", "0.625 ± 1.588", "1.250 ± 0.000", "2.500 ± 0.000"]
     assert "local" not in table[table.index("busiest") :]
     assert "busiest" not in shown([tmp_path / "local"])
 

@@ -11,7 +11,7 @@ import torch
 from client.assemble import held_out_sets
 from client.embedded import embedded_rows
 from client.evaluation.held_out import held_out_loss
-from client.evaluation.measured import Measured, RelativeCost, Score, Scored
+from client.evaluation.measured import ExpertUse, Measured, RelativeCost, Score, Scored
 from client.messages import EVALUATE, decode_measured, encode_losses, payload_bytes
 from client.messages import decode_losses as losses_of
 from client.model import adapted_model
@@ -38,7 +38,7 @@ def test_put_together_says_who_was_tested_where_and_what_the_sites_have_of_it():
         "a": Measured(scores=(loss_on("global", "a", 2.0), loss_on("personal", "a", 1.0), loss_on("personal", "b", 8.0),
                               loss_on("personal", "*general*", 2.0))),
     }  # fmt: skip
-    whole = put_together(measured, [loss_on("base", "*general*", 0.5)], {})
+    whole = put_together(measured, [loss_on("base", "*general*", 0.5)])
     order = [(row["model"], row["of"], row["on"]) for row in whole["scores"]]
     assert order == [
         ("base", None, "*general*"), ("global", None, "a"), ("global", None, "b"),
@@ -60,13 +60,13 @@ def test_worst_accuracy_is_the_lowest():
     assert (found["accuracy"]["worst"], found["accuracy"]["worst_site"]) == (0.25, "b")
 
 
-def test_routing_is_that_of_all_sites_and_of_each():
-    """2 + 2 and 4 + 0 tokens are 6 and 2 in all: the busiest expert has 3/4, a site of one expert no entropy."""
-    found = routing({"a": {"mlp": np.array([2.0, 2.0])}, "b": {"mlp": np.array([4.0, 0.0])}, "c": {}})
-    share = np.array([0.75, 0.25])
-    assert found["mlp"]["largest_share"] == 0.75
-    assert found["mlp"]["entropy"] == pytest.approx(-(share * np.log2(share)).sum())
-    assert found["mlp"]["entropy_of_sites"] == {"a": pytest.approx(1), "b": 0}
+def test_routing_is_that_of_each_site_and_its_mean():
+    uses = {"b": ExpertUse(entropy=0.25, largest_share=0.875), "a": ExpertUse(entropy=1.0, largest_share=0.5)}
+    measured = {site: Measured(scores=(), routing={"mlp": use}) for site, use in uses.items()}
+    found = routing(measured | {"dense": Measured(scores=())})["mlp"]
+    assert (found["entropy"], found["largest_share"]) == (0.625, 0.875)
+    assert found["sites"]["b"] == {"entropy": 0.25, "largest_share": 0.875}
+    assert list(found["sites"]) == ["a", "b"]
 
 
 def matrix_of(result):
@@ -100,7 +100,8 @@ def test_fedavg_has_a_base_and_a_global_model_on_everyones_data(honest, tmp_path
     assert result.summary["evaluation"]["global"]["loss"]["mean"] == pytest.approx(
         np.mean(list(result.summary["site_loss"].values()))
     )
-    assert result.folder.evaluation()["routing"].keys() == {"model.layers.0.mlp"}
+    routed = result.folder.evaluation()["routing"]["model.layers.0.mlp"]
+    assert routed["sites"].keys() == set(SITES)
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import pytest
 
 from client.evaluation.choices import Question, accuracy, encoded
 from client.evaluation.examination import EvalSet, _in_use, examine, held_out_set
+from client.evaluation.expert_use import expert_use
 from client.evaluation.generation import greedy, rouge_l
 from client.evaluation.held_out import held_out_loss
 from client.evaluation.measured import BASE, GLOBAL, PERSONAL
@@ -94,6 +95,9 @@ def test_model_of_its_own_is_tested_on_every_set(base_config, tmp_path, method, 
     assert scores[PERSONAL, "there"].loss == pytest.approx(loss_of(site, own, ELSEWHERE))
     assert scores[PERSONAL, "here"].loss != pytest.approx(scores[BASE, "here"].loss)
     assert (scores[PERSONAL, "*choices*"].loss, scores[PERSONAL, "*choices*"].num_questions) == (None, 2)
+    assert measured.routing == expert_use(
+        site.adapted, own, encode(HELD_OUT, site.adapted.tokenizer, site.config.data), 16
+    )
     assert measured.cost is None
 
 

@@ -36,8 +36,8 @@ def evaluated(folder, shift=0.0):
         ),
         NASTY: Measured(scores=(scored("global", NASTY, 3.0), scored("personal", NASTY, 1.5)), cost=cost),
     }  # fmt: skip
-    whole = put_together(measured, [scored("base", "*general*", 2.5)], {})
-    whole["routing"] = {"model.layers.0.mlp": {"entropy": 0.8, "largest_share": 0.75, "entropy_of_sites": {}}}
+    whole = put_together(measured, [scored("base", "*general*", 2.5)])
+    whole["routing"] = {"model.layers.0.mlp": {"entropy": 0.8, "largest_share": 0.75, "sites": {}}}
     (folder / "evaluation.json").write_text(evaluation_json(whole))
     return folder
 
