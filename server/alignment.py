@@ -1,7 +1,7 @@
 """What a run with several objectives did: rewards, the sites' weights, disagreement, KL; and fronts over runs.
 
 Sites name their numbers ``reward/OBJECTIVE``, ``lambda/OBJECTIVE`` and ``kl`` (of their own samples while training) and
-``held_out_reward/OBJECTIVE`` and ``held_out_kl`` (of the global model).
+``held_out_reward/OBJECTIVE`` and ``held_out_kl`` (of the global model); under DPO ``held_out_accuracy/OBJECTIVE``.
 """
 
 from __future__ import annotations
@@ -22,6 +22,25 @@ from server.pareto import hypervolume
 Series = Mapping[int, float]
 """Round -> value."""
 
+
+@dataclass(frozen=True)
+class Gauge:
+    """What says how well an objective is met; higher is better."""
+
+    title: str
+    told: str
+    """What is shown, as the beginning of a sentence."""
+    kl: str | None
+    """The sites' name for the KL measured beside it."""
+
+
+GAUGES = {
+    "held_out_reward": Gauge("Reward", "Rewards and KL of the global model on held-out prompts", "held_out_kl"),
+    "reward": Gauge("Reward", "Rewards and KL of the sites' own samples while they train", "kl"),
+    "held_out_accuracy": Gauge("Ranked right", "Share of held-out pairs that the global model ranks right", None),
+}
+"""The sites' name for it; the first that a run has counts."""
+
 _MARGIN = 0.1
 """How far below the worst reward the reference of hypervolumes lies, in parts of the range."""
 
@@ -33,8 +52,7 @@ class Alignment:
     objectives: tuple[str, ...]
     preference: tuple[float, ...] | None
     """Of the run; None: equal."""
-    held_out: bool
-    """Whether rewards and KL are those of the global model on held-out prompts; else of the sites' training samples."""
+    gauge: Gauge
     rewards: Mapping[str, Series]
     """Objective -> mean over the sites."""
     kl: Series
@@ -53,25 +71,28 @@ class Alignment:
 
 
 def alignment_of(rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> Alignment | None:
-    """From a run's rows of metrics and its settings; None if its sites told no rewards."""
+    """From a run's rows of metrics and its settings; None if its sites told of no objective."""
     sites = [row for row in rows if row.get("type") == "site"]
-    names = list(dict.fromkeys(key for row in sites for key in row if "reward/" in key))
-    held_out = any(name.startswith("held_out_") for name in names)
-    prefix = "held_out_" if held_out else ""
-    objectives = tuple(name.partition("/")[2] for name in names if name.startswith(f"{prefix}reward/"))
-    if not objectives:
+    keys = list(dict.fromkeys(key for row in sites for key in row))
+    name = next((name for name in GAUGES if any(key.startswith(f"{name}/") for key in keys)), None)
+    if name is None:
         return None
+    gauge = GAUGES[name]
+    told = [key.partition("/")[2] for key in keys if key.startswith(f"{name}/")]
+    method = settings.get("method", {})
+    named = [each.partition(":")[0] for each in method.get("rewards") or method.get("objectives") or ()]
+    objectives = tuple(one for one in dict.fromkeys([*named, *told]) if one in told)  # as preferences are given
     weights = {
         site: {one: _of_site(sites, site, f"lambda/{one}") for one in objectives}
         for site in sorted({str(row["site"]) for row in sites if f"lambda/{objectives[0]}" in row})
     }
-    preference = settings.get("method", {}).get("preference")
+    preference = method.get("preference")
     return Alignment(
         objectives=objectives,
         preference=tuple(preference) if preference else None,
-        held_out=held_out,
-        rewards={one: _mean_over_sites(sites, f"{prefix}reward/{one}") for one in objectives},
-        kl=_mean_over_sites(sites, f"{prefix}kl"),
+        gauge=gauge,
+        rewards={one: _mean_over_sites(sites, f"{name}/{one}") for one in objectives},
+        kl=_mean_over_sites(sites, gauge.kl) if gauge.kl else {},
         weights=weights,
         disagreement=_disagreement(weights),
         drift={row["round"]: row["drift"] for row in rows if row.get("drift") is not None},
@@ -130,7 +151,7 @@ class Front:
 
 def fronts(runs: Sequence[tuple[Mapping[str, Any], Alignment | None]]) -> list[Front]:
     """Fronts of runs (settings, alignment) with the first aligned run's objectives, measured like its own."""
-    measured = [(found.objectives, found.held_out) if found else None for _, found in runs]
+    measured = [(found.objectives, found.gauge) if found else None for _, found in runs]
     first = next(filter(None, measured), None)
     chosen = {index: found for index, (_, found) in enumerate(runs) if found and measured[index] == first}
     if not chosen:

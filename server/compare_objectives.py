@@ -24,7 +24,7 @@ def objective_tables(folders: Sequence[Path]) -> list[Table]:
     first = found[min(front_of)]
     assert first is not None
     table = Table(
-        title="rewards of the last round; hypervolume of a seed's runs with such settings, mean over seeds",
+        title=f"{first.gauge.told}, last round; hypervolume of a seed's runs with such settings, mean over seeds",
         title_justify="left",
     )
     table.add_column("run")

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from server.alignment import Alignment, Front, Series, alignment_of, fronts, settings_of
+from server.alignment import Alignment, Front, Gauge, Series, alignment_of, fronts, settings_of
 from server.pareto import non_dominated
 from server.report.charts import PANEL, Axis, Chart, Size, line_chart, nice_ticks, spread
 from server.report.runs import Run
@@ -72,7 +72,7 @@ class ObjectivesView:
     """What the page shows."""
 
     names: tuple[str, ...]
-    held_out: bool
+    gauge: Gauge
     rewards: list[Chart]
     measures: list[Chart]
     """KL, disagreement and drift, as far as they were measured."""
@@ -104,7 +104,7 @@ def objectives_view(runs: Sequence[Run]) -> ObjectivesView | None:
     styles = [f"run-{index}" for index in range(len(runs))]
     return ObjectivesView(
         names=first.objectives,
-        held_out=first.held_out,
+        gauge=first.gauge,
         rewards=_charts(
             runs, found, {f"reward-{i}": (name, _reward_of(name)) for i, name in enumerate(first.objectives)}
         ),
@@ -132,7 +132,7 @@ def fronts_view(runs: Sequence[Run], num_colours: int) -> ObjectivesView | None:
     styles = {index: colour for front, colour in zip(made, colours, strict=True) for index in front.runs}
     return ObjectivesView(
         names=first.objectives,
-        held_out=first.held_out,
+        gauge=first.gauge,
         rewards=[],
         measures=[],
         weights=[],
@@ -144,11 +144,11 @@ def fronts_view(runs: Sequence[Run], num_colours: int) -> ObjectivesView | None:
 
 
 def _aligned(runs: Sequence[Run]) -> tuple[list[Mapping[str, Any]], list[Alignment | None]]:
-    """Settings and objectives of each run; None if it has none, or others than the first that has any."""
+    """Settings and objectives of each run; None if it has none, or is told otherwise than the first that has any."""
     settings = [settings_of(run.config_yaml) for run in runs]
     found = [alignment_of(run.rows, of_run) for run, of_run in zip(runs, settings, strict=True)]
-    names = next((one.objectives for one in found if one), ())
-    return settings, [one if one and one.objectives == names else None for one in found]
+    first = next(((one.objectives, one.gauge) for one in found if one), None)
+    return settings, [one if one and (one.objectives, one.gauge) == first else None for one in found]
 
 
 _Of = Callable[[Alignment], Series]

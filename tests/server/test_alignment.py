@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from server.alignment import alignment_of, fronts, settings_of
+from server.alignment import GAUGES, alignment_of, fronts, settings_of
 
 
 def site(name, number, **values):
@@ -34,13 +34,30 @@ def test_numbers_by_hand():
     assert found.disagreement == pytest.approx({1: 0.08, 2: 0.0})
     assert found.drift == {1: 0.5}
     assert found.ends == (2.0, 0.5)
-    assert not found.held_out
+    assert found.gauge is GAUGES["reward"]
 
 
 def test_what_was_measured_on_held_out_prompts_counts_more():
     rows = [*ROWS, site("a", 2, held_out_reward__x=7.0, held_out_reward__y=8.0, held_out_kl=9.0)]
     found = alignment_of(rows, {})
-    assert (found.ends, found.kl, found.held_out, found.preference) == ((7.0, 8.0), {2: 9.0}, True, None)
+    assert (found.ends, found.kl, found.preference) == ((7.0, 8.0), {2: 9.0}, None)
+    assert found.gauge is GAUGES["held_out_reward"]
+
+
+def test_under_dpo_an_objective_is_met_as_far_as_its_pairs_are_ranked_right():
+    pairs = [
+        site(name, 1, held_out_accuracy__x=share, held_out_margin__x=4.0) for name, share in (("a", 1), ("b", 0.5))
+    ]
+    found = alignment_of(pairs, {"method": {"preference": [1.0]}})
+    assert (found.objectives, found.ends, found.kl) == (("x",), (0.75,), {})
+    assert fronts([({}, found), ({}, alignment_of([site("a", 1, reward__x=9.0)], {}))])[0].runs == (0,)
+
+
+@pytest.mark.parametrize("method", [{"objectives": ["y", "x"]}, {"rewards": ["y:folder", "x"]}])
+def test_objectives_stand_in_the_order_of_their_preferences(method):
+    rows = [site("a", 1, held_out_accuracy__x=0.5, held_out_accuracy__y=0.75)]
+    found = alignment_of(rows, {"method": method | {"preference": [0.9, 0.1]}})
+    assert (found.objectives, found.ends) == (("y", "x"), (0.75, 0.5))
 
 
 def test_run_without_rewards_has_no_objectives():
