@@ -247,9 +247,9 @@ def test_rounds_and_sites_draw_different_orders(config, tmp_path):
 
 
 def test_virtual_clients_of_a_process_share_one_base_and_leave_no_tensor_behind(config, tmp_path):
-    """Twenty sites, each a round with its moments kept: after each, the process holds the tensors it held after one."""
+    """Fifty sites, each a round with its moments kept: after each, the process holds the tensors it held after one."""
     settings = replace(config, train=replace(config.train, max_steps=1, optimizer_state=OptimizerState.keep))
-    sites = [make_site(settings, tmp_path, name=f"site-{number:02}") for number in range(20)]
+    sites = [make_site(settings, tmp_path, name=f"site-{number:02}") for number in range(50)]
     received, loads = first_global(sites[0]), base_model_loads()
     assert len({id(site.adapted) for site in sites}) == 1
     held = []
