@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -71,14 +71,17 @@ def select_experts(
         batch_size: Sequences of a forward pass.
 
     Raises:
-        ValueError: If a router is not recognised.
+        ValueError: If a router is not recognised, or a layer's answer is not finite.
     """
     started = time.perf_counter()
     seen = _observed(adapted, sequences, batch_size)
-    experts, routers = adapted.experts(), adapted.routers()
-    layers = {layer: _choose(experts[layer], routers[layer], seen[layer], num_experts) for layer in seen}
+    layers = {layer: _choose(layer, module, seen[layer], num_experts) for layer, module in adapted.experts().items()}
     num_tokens = sum(len(sequence.input_ids) for sequence in sequences)
     return Selection(layers, num_tokens, time.perf_counter() - started)
+
+
+Router = Callable[[Tensor], Any]
+"""From (N, D) inputs to logits, (N, K) weights and (N, K) experts; Granite's, up to transformers 5.20, in reverse."""
 
 
 class _Seen:
@@ -91,6 +94,8 @@ class _Seen:
         """(N, D) the experts' inputs."""
         self.outputs: list[Tensor] = []
         """(N, D) F, what the experts made of them."""
+        self.router: Router
+        """The layer's, with whatever it is given beside its inputs, such as a bias that its layer holds."""
 
     def pieces(self, num_tokens: int, device: torch.device) -> Iterator[list[Tensor]]:
         """The three, at most so many tokens at a time."""
@@ -122,8 +127,9 @@ def _hooks(adapted: AdaptedModel, seen: Mapping[str, _Seen], keep: Any) -> Itera
     with ExitStack() as stack:
         for layer, caught in seen.items():
 
-            def on_router(_module: nn.Module, inputs: Any, _output: Any, caught: _Seen = caught) -> None:
+            def on_router(module: nn.Module, inputs: Any, named: Any, _output: Any, caught: _Seen = caught) -> None:
                 keep(caught.routed_by, inputs[0])
+                caught.router = lambda hidden_ND: module(hidden_ND, *inputs[1:], **named)
 
             def on_experts(_module: nn.Module, inputs: Any, output: Tensor, caught: _Seen = caught) -> None:
                 keep(caught.inputs, inputs[0])
@@ -131,18 +137,20 @@ def _hooks(adapted: AdaptedModel, seen: Mapping[str, _Seen], keep: Any) -> Itera
                     caught.routed_by[-1] = caught.inputs[-1]
                 keep(caught.outputs, output)
 
-            stack.callback(routers[layer].register_forward_hook(on_router).remove)
+            stack.callback(routers[layer].register_forward_hook(on_router, with_kwargs=True).remove)
             stack.callback(experts[layer].register_forward_hook(on_experts).remove)
         yield
 
 
-def _choose(experts: Any, router: nn.Module, seen: _Seen, num_experts: int) -> LayerChoice:
+def _choose(layer: str, experts: Any, seen: _Seen, num_experts: int) -> LayerChoice:
     chosen: list[int] = []
     spread, is_tie, loss = 1.0, False, math.inf
     limit = _tokens_at_a_time(experts, seen)
     kept = list(_pieces(experts, seen, limit)) if sum(map(len, seen.outputs)) <= limit else None
     for _ in range(num_experts):
-        loss_E, rounding = _losses(router, kept or _pieces(experts, seen, limit), len(experts.down_proj), chosen)
+        loss_E, rounding = _losses(seen.router, kept or _pieces(experts, seen, limit), len(experts.down_proj), chosen)
+        if loss_E.isnan().any():
+            raise ValueError(f"{layer}: what its experts or its router answer is not finite, so none can be chosen")
         best, second = loss_E.topk(2, largest=False).values.tolist() if len(loss_E) > 1 else (float(loss_E), math.inf)
         if math.isfinite(second):
             spread = min(spread, (second - best) / second if second > 0 else 0.0)
@@ -165,7 +173,7 @@ def _pieces(experts: Any, seen: _Seen, num_tokens: int) -> Iterator[tuple[Tensor
 
 
 def _losses(
-    router: nn.Module, pieces: Iterable[tuple[Tensor, Tensor, Tensor]], num_experts: int, chosen: Sequence[int]
+    router: Router, pieces: Iterable[tuple[Tensor, Tensor, Tensor]], num_experts: int, chosen: Sequence[int]
 ) -> tuple[Tensor, float]:
     """(E,) float64 loss of ``chosen`` and one more expert, infinite for those; and a difference that means nothing."""
     candidates = [expert for expert in range(num_experts) if expert not in chosen]
@@ -182,13 +190,13 @@ def _losses(
     return loss_E, _TIE * length
 
 
-def surviving_weights(router: nn.Module, hidden_ND: Tensor, num_experts: int, survivors_CS: Tensor) -> Tensor:
+def surviving_weights(router: Router, hidden_ND: Tensor, num_experts: int, survivors_CS: Tensor) -> Tensor:
     """(C, N, S) float32 routing weights of each set of experts if all other experts' logits were minus infinity.
 
     The router itself is asked, for all sets at once: families differ in score, normalisation and scale.
 
     Args:
-        router: Returns logits, (N, K) weights and (N, K) experts; Granite's, up to transformers 5.20, in reverse.
+        router: The layer's.
         hidden_ND: Its inputs.
         num_experts: E.
         survivors_CS: int64, the experts that are left of each set.
@@ -201,7 +209,9 @@ def surviving_weights(router: nn.Module, hidden_ND: Tensor, num_experts: int, su
         first, weights, last = router(hidden_ND.repeat(num_sets, 1))
     chosen = first if last.is_floating_point() else last
     weights_CNE = torch.zeros(num_sets * num_tokens, num_experts, device=hidden_ND.device)
-    weights_CNE = weights_CNE.scatter_(1, chosen, weights.float()).view(num_sets, num_tokens, num_experts)
+    # With fewer survivors than K the rest of the choice is of nothing, to which Phi's gives no number.
+    weights_CNE.scatter_add_(1, chosen, weights.float().nan_to_num(0.0))
+    weights_CNE = weights_CNE.view(num_sets, num_tokens, num_experts)
     return weights_CNE.gather(2, survivors_CS[:, None].expand(-1, num_tokens, -1))
 
 

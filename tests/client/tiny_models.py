@@ -104,6 +104,16 @@ _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "head_dim": 8,
         },
     ),
+    # Its router draws one expert after the other: with one left, the second is drawn from nothing.
+    "phimoe": (
+        "phimoe",
+        {"intermediate_size": 24, "num_local_experts": NUM_EXPERTS, "num_experts_per_tok": TOP_K},
+    ),
+    # Its layer hands the router a bias.
+    "minimax_m2": (
+        "minimax_m2",
+        {"intermediate_size": 24, "num_local_experts": NUM_EXPERTS, "num_experts_per_tok": TOP_K, "head_dim": 8},
+    ),
     # The experts' weights are joined into plain matrices.
     "dbrx": (
         "dbrx",

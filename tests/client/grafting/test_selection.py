@@ -102,6 +102,28 @@ def test_losses_are_those_of_the_layer_without_all_others(family: str, overrides
         assert not single.is_tie
 
 
+@pytest.mark.parametrize("family", ["phimoe", "minimax_m2"])
+def test_one_expert_alone_counts_whole_under_routers_that_need_more_than_logits(family: str) -> None:
+    adapted = grafted_model(family)
+    for layer, choice in select(adapted, 1).layers.items():
+        x_ND, experts = block_inputs(adapted, layer), adapted.base.model.get_submodule(f"{layer}.experts")
+        F_ND, one = routed(adapted, layer, x_ND), torch.ones(len(x_ND), 1)
+        alone = [
+            float((F_ND - experts(x_ND, torch.full_like(one, expert, dtype=torch.int64), one)).norm(dim=1).sum())
+            for expert in range(NUM_EXPERTS)
+        ]
+        assert choice.experts == (int(np.argmin(alone)),)
+        assert choice.loss == pytest.approx(min(alone), rel=1e-4)
+
+
+def test_a_layer_without_finite_answers_is_named() -> None:
+    adapted = grafted_model("olmoe")
+    with torch.no_grad():
+        adapted.experts()["model.layers.1.mlp"].down_proj[2] = torch.nan
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp: .* is not finite"):
+        select(adapted, 1)
+
+
 def test_the_third_is_the_best_beside_the_first_two() -> None:
     adapted = grafted_model("olmoe", num_experts_per_tok=3)
     two, three = select(adapted, 2), select(adapted, 3)
