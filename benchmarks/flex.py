@@ -20,6 +20,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.cells import Row, Study, add_arguments, carry_out
 from benchmarks.contenders import PERSONAL, Settings
 from benchmarks.dolly_tasks import PARTITIONS, SIZES, overrides, version_of
@@ -151,11 +153,12 @@ def report(study: Study[Cell], model: str, partition: str) -> dict[str, Any]:
 def main() -> None:
     """Run what is missing, as long as there is time; write cells and tables."""
     parser = argparse.ArgumentParser(description="FLEx and its rivals")
-    parser.add_argument("--model", choices=list(SIZES), default="words")
+    parser.add_argument("--model", choices=list(SIZES), help="default: smollm2_moe if there is a GPU, else words")
     parser.add_argument("--partition", choices=list(PARTITIONS), default="pathological")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add_arguments(parser, PERSONAL, tuning_seeds=[100])
     given = parser.parse_args()
+    given.model = given.model or ("smollm2_moe" if torch.cuda.is_available() else "words")
     results = HERE / "results" / f"flex_{given.model}_{given.partition}.json"
     study = study_of(given.model, given.partition, given.seeds, given.tuning_seeds)
     run, reported = partial(run_cell, data=given.data), partial(report, study, given.model, given.partition)

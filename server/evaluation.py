@@ -13,6 +13,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from client.evaluation.examination import EvalSet, one_adapter, scored
 from client.evaluation.measured import (
     BASE,
@@ -26,6 +29,7 @@ from client.evaluation.measured import (
     is_general,
 )
 from client.model import AdaptedModel
+from client.routing import routing_entropy
 from conf.schema import Config
 from strategies.adapters import Arrays
 
@@ -80,18 +84,28 @@ def summarised(rows: Sequence[Row]) -> dict[str, dict[str, dict[str, Any]]]:
 def routing(measured: Mapping[str, Measured]) -> dict[str, dict[str, Any]]:
     """Layer -> how the sites' models in use spread the tokens of their own held-out data over its experts.
 
-    ``entropy`` is the mean over the sites, ``largest_share`` that of the busiest expert of any; ``sites`` has both of
-    each (``client.evaluation.measured.ExpertUse``).
+    ``entropy``, over that of equal use (``client.routing.routing_entropy``), and ``load``, each expert's share, are
+    means over the sites, ``largest_share`` is that of the busiest expert of any; ``sites`` has the three of each.
     """
     found = {}
     for layer in dict.fromkeys(layer for part in measured.values() for layer in part.routing):
         uses = {site: part.routing[layer] for site, part in sorted(measured.items()) if layer in part.routing}
+        sites = {site: _use(np.array(use.shares)) for site, use in uses.items()}
         found[layer] = {
-            "entropy": statistics.fmean(use.entropy for use in uses.values()),
-            "largest_share": max(use.largest_share for use in uses.values()),
-            "sites": {site: asdict(use) for site, use in uses.items()},
+            "entropy": statistics.fmean(use["entropy"] for use in sites.values()),
+            "largest_share": max(use["largest_share"] for use in sites.values()),
+            "load": np.mean([use["load"] for use in sites.values()], axis=0).tolist(),
+            "sites": sites,
         }
     return found
+
+
+def _use(shares_E: NDArray[np.float64]) -> dict[str, Any]:
+    return {
+        "entropy": routing_entropy(shares_E),
+        "largest_share": float(shares_E.max()),
+        "load": [round(share, 6) for share in shares_E.tolist()],
+    }
 
 
 def _row(each: Scored, site: str | None) -> dict[str, Any]:

@@ -9,7 +9,6 @@ import torch
 from client.evaluation.held_out import response_logits
 from client.evaluation.measured import ExpertUse
 from client.model import AdaptedModel
-from client.routing import routing_entropy
 from client.text import TokenSequence, collate
 from strategies.adapters import Arrays
 
@@ -33,6 +32,5 @@ def expert_use(
             counter.set_mask(batch["token_mask"])
             response_logits(adapted, batch)
     return {
-        layer: ExpertUse(entropy=routing_entropy(tokens_E), largest_share=float(tokens_E.max() / tokens_E.sum()))
-        for layer, tokens_E in counter.totals().items()
+        layer: ExpertUse(tuple((tokens_E / tokens_E.sum()).tolist())) for layer, tokens_E in counter.totals().items()
     }

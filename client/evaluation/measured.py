@@ -14,7 +14,7 @@ MODELS = (BASE, GLOBAL, PERSONAL)
 METRICS = {"loss": "held-out loss", "rouge_l": "ROUGE-L", "accuracy": "accuracy"}
 """Numbers of a test that are compared -> their titles."""
 LOWER_IS_BETTER = {"loss"}
-_ROUNDING = 1e-9
+_ROUNDING = 1e-6
 
 
 def is_general(name: str) -> bool:
@@ -74,19 +74,16 @@ class RelativeCost:
                 raise ValueError(f"relative cost in {name} must be positive, got {getattr(self, name)}")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class ExpertUse:
     """How the tokens of a site's own held-out data are spread over one layer's experts by the model in use there."""
 
-    entropy: float
-    """Over that of equal use: 1 if all experts are used alike, 0 if one is."""
-    largest_share: float
-    """Of all choices, those of the busiest expert."""
+    shares: tuple[float, ...]
+    """Of all choices, those of each expert; together 1."""
 
     def __post_init__(self) -> None:
-        for name in ("entropy", "largest_share"):
-            if not 0 <= getattr(self, name) <= 1 + _ROUNDING:
-                raise ValueError(f"{name} of expert use must lie between 0 and 1, got {getattr(self, name)}")
+        if not all(0 <= share <= 1 for share in self.shares) or abs(sum(self.shares) - 1) > _ROUNDING:
+            raise ValueError(f"shares of experts must lie between 0 and 1 and sum to 1, got {list(self.shares)[:8]}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +114,7 @@ class Measured:
             scores=tuple(_scored(each) for each in values["scores"]),
             cost=None if cost is None else RelativeCost(flops=float(cost["flops"]), seconds=float(cost["seconds"])),
             routing={
-                str(layer): ExpertUse(entropy=float(use["entropy"]), largest_share=float(use["largest_share"]))
+                str(layer): ExpertUse(tuple(float(share) for share in use["shares"]))
                 for layer, use in values["routing"].items()
             },
         )

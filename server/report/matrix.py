@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from client.evaluation.measured import LOWER_IS_BETTER, METRICS, PERSONAL, is_general
-from server.report.heat import Cell, Heat, Scale, Value, round_up
+from server.report.heat import Cell, Heat, Scale, Value, cells, round_up
 from server.report.runs import Run
 from server.usage import usage_of
 
@@ -23,7 +23,7 @@ class MatrixView:
     summary: list[dict[str, str]]
     """A line for each model and measure."""
     heats: list[Heat]
-    """One for each measure."""
+    """One for each measure, and the experts' load."""
     notes: list[str]
 
 
@@ -41,7 +41,7 @@ def _view(run: Run, index: int, rows: Sequence[Row], scales: Mapping[str, Scale 
         run,
         index,
         summary=list(_summary(run.evaluation["summary"])),
-        heats=[heat for heat in heats if heat.rows],
+        heats=[heat for heat in [*heats, *_load(run.evaluation["routing"])] if heat.rows],
         notes=list(_notes(run.evaluation)),
     )
 
@@ -76,6 +76,18 @@ def _heat(metric: str, rows: Sequence[Row], scale: Scale) -> Heat:
     )
 
 
+def _load(routing: Mapping[str, Mapping[str, Any]]) -> Iterable[Heat]:
+    """Layer x expert; none of a dense model."""
+    loads = {layer: found["load"] for layer, found in routing.items()}
+    if not loads:
+        return
+    scale = Scale("s", 0.0, round_up(max(share for load in loads.values() for share in load)), "percent")
+    count = max(map(len, loads.values()))
+    rows = [(layer, cells([*load, *[None] * (count - len(load))], scale)) for layer, load in loads.items()]
+    note = "Share of held-out tokens that each expert gets from the model in use, mean over the sites."
+    yield Heat("held_out_load", "Expert load", note, scale, "layer", rows, [str(expert) for expert in range(count)])
+
+
 def _name(row: Row) -> str:
     return f"of {row['of']}" if row["model"] == PERSONAL else str(row["model"])
 
@@ -102,6 +114,6 @@ def _notes(evaluation: Mapping[str, Any]) -> Iterable[str]:
         )
     if "entropy" in found:
         yield (
-            f"Routing in the last round: entropy {found['entropy']:.2f} of that of equal use (mean over layers), "
-            f"busiest expert {100 * found['largest_share']:.0f} % of a layer's tokens."
+            f"Routing of held-out tokens: entropy {found['entropy']:.2f} of that of equal use (mean over sites and "
+            f"layers), busiest expert {100 * found['largest_share']:.0f} % of a site's tokens in a layer."
         )

@@ -12,6 +12,9 @@ from strategies.adapters import weighted_mean
 from tests.client.tiny_models import save_tiny_base
 from tests.server.commands import SMALL, bouquet, run_folder, summary
 
+HEADER_BYTES = 8192
+"""Most that a message holds beside arrays."""
+
 
 def settings(folder, *words):
     base = save_tiny_base(folder / "base", "olmoe")
@@ -89,4 +92,9 @@ def test_it_ends_with_the_adapter_of_a_run_in_flower(tmp_path, words):
     assert run.returncode == 0, run.stdout + run.stderr
     federation = simulated(load_config(words), tmp_path / "private")
     assert list(federation.rounds())
-    assert adapter_sha256(federation.whole_adapter()) == summary(run_folder(run.stdout))["adapter_sha256"]
+    found = summary(run_folder(run.stdout))
+    assert adapter_sha256(federation.whole_adapter()) == found["adapter_sha256"]
+    # Messages have headers, and a run sends the adapter once more to be evaluated.
+    replies = 2 * len(federation.sites) * federation.config.rounds
+    assert federation.bytes_up < found["bytes_up"] < federation.bytes_up + replies * HEADER_BYTES
+    assert federation.bytes_down < found["bytes_down"]

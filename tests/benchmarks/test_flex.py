@@ -101,7 +101,7 @@ def row_of(seed, losses, model="global"):
         site: Measured(
             scores=(scored("base", site, 5.0), scored(model, site, loss)),
             cost=cost,
-            routing={"mlp": ExpertUse(entropy=1.0, largest_share=0.5)},
+            routing={"mlp": ExpertUse((0.5, 0.5))},
         )
         for site, loss in losses.items()
     }

@@ -65,13 +65,13 @@ def test_use_of_experts_and_cost_stand_with_an_interval_where_they_are_known(tmp
     """Shares 0.5 and 0.75 of two seeds: t(1) = 12.706, so 0.625 +- 12.706 * 0.25 / 2 = 1.588; time is twice 1.25."""
     folders = [
         write_run(tmp_path / f"flex,seed={seed}", seed, {"a": 1.0}, use=use, flops=1.25)
-        for seed, use in enumerate(
-            (ExpertUse(entropy=1, largest_share=0.5), ExpertUse(entropy=0.8, largest_share=0.75))
-        )
+        for seed, use in enumerate((ExpertUse((0.5, 0.5)), ExpertUse((0.75, 0.25))))
     ]
     table = shown([*folders, write_run(tmp_path / "local", 0, {"a": 1.0}, rank=4)])
     row = cells(table[table.index("busiest") :], "flex (2 seeds)")
-    assert row[1:] == ["0.900 ± 1.271", "0.625 ± 1.588", "1.250 ± 0.000", "2.500 ± 0.000"]
+    entropy = -(0.75 * math.log2(0.75) + 0.25 * math.log2(0.25))
+    mean, half = (1 + entropy) / 2, 12.706 * (1 - entropy) / 2
+    assert row[1:] == [f"{mean:.3f} ± {half:.3f}", "0.625 ± 1.588", "1.250 ± 0.000", "2.500 ± 0.000"]
     assert "local" not in table[table.index("busiest") :]
     assert "busiest" not in shown([tmp_path / "local"])
 

@@ -61,11 +61,12 @@ def test_worst_accuracy_is_the_lowest():
 
 
 def test_routing_is_that_of_each_site_and_its_mean():
-    uses = {"b": ExpertUse(entropy=0.25, largest_share=0.875), "a": ExpertUse(entropy=1.0, largest_share=0.5)}
+    """All to one expert is no entropy, equal use is 1."""
+    uses = {"b": ExpertUse((0.0, 1.0)), "a": ExpertUse((0.5, 0.5))}
     measured = {site: Measured(scores=(), routing={"mlp": use}) for site, use in uses.items()}
     found = routing(measured | {"dense": Measured(scores=())})["mlp"]
-    assert (found["entropy"], found["largest_share"]) == (0.625, 0.875)
-    assert found["sites"]["b"] == {"entropy": 0.25, "largest_share": 0.875}
+    assert (found["entropy"], found["largest_share"], found["load"]) == (pytest.approx(0.5), 1.0, [0.25, 0.75])
+    assert found["sites"]["b"] == {"entropy": 0, "largest_share": 1.0, "load": [0.0, 1.0]}
     assert list(found["sites"]) == ["a", "b"]
 
 

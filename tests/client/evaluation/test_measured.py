@@ -11,7 +11,7 @@ SCORE = Score(loss=1.5, num_tokens=9, num_examples=3, rouge_l=0.25, num_answers=
 WHOLE = Measured(
     scores=(Scored(model="base", on="bank", score=SCORE), Scored(model="personal", on="*general*", score=Score())),
     cost=RelativeCost(flops=1.25, seconds=1.5),
-    routing={"model.layers.0.mlp": ExpertUse(entropy=0.5, largest_share=0.75)},
+    routing={"model.layers.0.mlp": ExpertUse((0.75, 0.25))},
 )
 
 
@@ -46,6 +46,6 @@ def test_unknown_models_and_costs_are_refused():
     with pytest.raises(ValueError, match="relative cost in seconds must be positive, got 0"):
         RelativeCost(flops=1.0, seconds=0.0)
     values = WHOLE.to_json()
-    values["routing"]["model.layers.0.mlp"] = {"entropy": 1.5, "largest_share": 0.5}
-    with pytest.raises(ValueError, match="entropy of expert use must lie between 0 and 1, got 1.5"):
+    values["routing"]["model.layers.0.mlp"] = {"shares": [0.75, 0.5]}
+    with pytest.raises(ValueError, match="shares of experts must lie between 0 and 1 and sum to 1"):
         Measured.from_json(values)

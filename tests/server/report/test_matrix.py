@@ -37,7 +37,9 @@ def evaluated(folder, shift=0.0):
         NASTY: Measured(scores=(scored("global", NASTY, 3.0), scored("personal", NASTY, 1.5)), cost=cost),
     }  # fmt: skip
     whole = put_together(measured, [scored("base", "*general*", 2.5)])
-    whole["routing"] = {"model.layers.0.mlp": {"entropy": 0.8, "largest_share": 0.75, "sites": {}}}
+    whole["routing"] = {
+        "model.layers.0.mlp": {"entropy": 0.8, "largest_share": 0.75, "load": [0.25, 0.75], "sites": {}}
+    }
     (folder / "evaluation.json").write_text(evaluation_json(whole))
     return folder
 
@@ -54,7 +56,10 @@ def runs(tmp_path_factory):
 def test_each_test_stands_in_its_cell(runs):
     flex, fedavg = matrix_views(runs)
     assert (flex.index, fedavg.index) == (0, 2)
-    loss, rouge = flex.heats
+    loss, rouge, load = flex.heats
+    assert [(label, [cell.text for cell in row]) for label, row in load.rows] == [
+        ("model.layers.0.mlp", ["25%", "75%"])
+    ]
     assert loss.columns == [NASTY, "bank", "*general*"]
     shown = {label: [cell.text for cell in row] for label, row in loss.rows}
     assert shown == {
@@ -85,7 +90,7 @@ def test_page_has_the_matrix_its_summary_and_what_a_personal_model_costs(runs):
     assert "personal held-out loss 1.250 1.500" in text
     assert "0.250 0.500" in text
     fixed = [attributes for attributes in read.named("table") if "fixed" in attributes.get("class", "")]
-    assert len(fixed) == 4
+    assert len(fixed) == 6
     assert not [attributes for attributes in fixed if "data-sort" in attributes]
 
 
