@@ -49,7 +49,7 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="Settings, key=value
 
 def main() -> None:
     """Entry point: exit code 0 only if everything asked for was done."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ended as by Ctrl-C
+    _end_in_order()
     try:
         cli()
     except ValueError as error:
@@ -58,6 +58,22 @@ def main() -> None:
     except RuntimeError as error:
         errors.print(f"[red]error:[/] {escape(str(error))}")
         sys.exit(FAILED)
+
+
+def _end_in_order() -> None:
+    """Ctrl-C, SIGTERM and a closed terminal end what runs; what is cleaned up then, no further one cuts off."""
+    ending = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+    def interrupt(_number: int, _frame: object) -> None:
+        for each in ending:
+            signal.signal(each, signal.SIG_IGN)
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            os.write(2, b"\nstopping; this takes some seconds\n")
+        raise KeyboardInterrupt
+
+    for each in ending:
+        if signal.getsignal(each) is not signal.SIG_IGN:  # as nohup has it
+            signal.signal(each, interrupt)
 
 
 @cli.command()

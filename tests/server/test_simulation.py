@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -105,22 +108,29 @@ def test_failing_run_says_why_and_exits_1(tmp_path):
 
 def heed_interrupts():
     """What a shell started in the background ignores, its children do too."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
-def test_ctrl_c_stops_everything(tmp_path):
+@pytest.mark.parametrize(("number", "times"), [(signal.SIGINT, 20), (signal.SIGHUP, 1)], ids=["Ctrl-C", "hang-up"])
+def test_interrupted_run_leaves_nothing_behind_however_often_it_is_interrupted(tmp_path, number, times):
+    scratch = Path(tempfile.mkdtemp(prefix="b"))  # Ray's sockets need a short path
     process = subprocess.Popen(
-        [str(BIN / "bouquet"), "run", "rounds=500", "output=long"],
+        [str(BIN / "bouquet"), "run", "rounds=500", "output=long"], env=os.environ | {"TMPDIR": str(scratch)},
         cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=heed_interrupts,  # noqa: PLW1509
     )  # fmt: skip
     deadline = time.monotonic() + 200
     while not (tmp_path / "long" / "metrics.jsonl").exists() and time.monotonic() < deadline:
         time.sleep(0.5)
-    process.send_signal(signal.SIGINT)
+    for _ in range(times):
+        process.send_signal(number)
+        time.sleep(0.3)
     output, _ = process.communicate(timeout=180)
     assert process.returncode == 130, output
     assert "interrupted" in output
     assert leftovers() == []
+    assert list(scratch.glob("bouquet-*")) == []
+    shutil.rmtree(scratch)
 
 
 def test_flwr_run_needs_as_many_nodes_as_sites_and_then_works(tmp_path):
