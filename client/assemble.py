@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from client.data import CENTRALISED, SiteData, own_site, simulated_sites
 from client.evaluation.examination import EvalSet, held_out_set
 from client.evaluation.general_sets import general_sets
+from client.memory import divide_among
 from client.methods import method_for
 from client.model import AdaptedModel, adapted_model
 from client.private import PrivateStore
@@ -104,6 +106,13 @@ def site_model(config: Config) -> AdaptedModel:
     return _model(config, method_for(config.method).graft)
 
 
+def training_processes(config: Config, device: torch.device) -> int:
+    """Processes of a simulation that train at a time on one machine; a GPU's shares follow from its memory."""
+    if config.federation.mode is not Mode.simulation or device.type == "cuda":
+        return 1
+    return max(1, (os.cpu_count() or 1) // config.federation.cpus_per_site)
+
+
 def _model(config: Config, graft: GraftConfig | None) -> AdaptedModel:
     configure_torch(config.train)
     device = resolve_device(config.device)
@@ -111,6 +120,7 @@ def _model(config: Config, graft: GraftConfig | None) -> AdaptedModel:
     if device.type == "cuda" and share is not None and 0 < share <= 0.5:
         # Each process keeps to its part, the server's included: "auto" would else take what the others need.
         torch.cuda.set_per_process_memory_fraction(share / (1 + share))
+    divide_among(training_processes(config, device))
     adapted = adapted_model(config.model, config.lora, device, graft)
     if config.data.packing:
         check_packing(adapted.base.model)

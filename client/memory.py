@@ -20,6 +20,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
+from client.cgroups import free_of_cgroups
 from client.checkpointing import checkpointed_layers
 from client.evaluation.held_out import response_nll
 from client.model import AdaptedModel
@@ -29,6 +30,9 @@ from conf.schema import TrainConfig
 AUTO = "auto"
 """``train.micro_batch``: as many sequences at a time as fit."""
 
+_processes = 1
+"""How many take from this machine's memory alike: see ``divide_among``."""
+_SMALLER = "train.gradient_checkpointing=true, a smaller data.max_length or model.dtype=bfloat16"
 _CUDA_HEADROOM = 1.1
 """What is counted is taken this many times: for the kernels' own buffers and gaps between tensors."""
 _CPU_HEADROOM = 2.2
@@ -122,12 +126,26 @@ class TrainingMemory:
 
     @cached_property
     def _one(self) -> int:
-        return self._measured(1)
+        try:
+            return self._measured(1)
+        except torch.OutOfMemoryError:
+            # Raised anew: a library's words may quote data, and its tensors end with its traceback.
+            pass
+        adapted = self._adapted()
+        assert adapted is not None
+        present = f"base model ({amount(self.base_bytes)}) and adapter ({amount(self.adapter_bytes)})"
+        raise ValueError(
+            f"not even 1 x {self._shape.num_tokens} tokens can be trained on beside {present}: "
+            f"{amount(free_bytes(adapted.device))} are free on {adapted.device}: set {_SMALLER}"
+        )
 
     @cached_property
     def _another(self) -> int:
-        """What each further sequence adds."""
-        return max(0, self._measured(2) - self._one)
+        """What each further sequence adds; as much as the first, which is the most, where there is no room to tell."""
+        try:
+            return max(0, self._measured(2) - self._one)
+        except torch.OutOfMemoryError:
+            return self._one
 
     def _measured(self, num_sequences: int) -> int:
         adapted = self._adapted()
@@ -178,16 +196,12 @@ def choose_micro_batch(adapted: AdaptedModel, passes: Passes, config: TrainConfi
     fitting = memory.largest_fit(wanted, free)
     if fitting and config.micro_batch == AUTO:
         return fitting
-    advice = (
-        f"train.micro_batch={fitting} (or auto)"
-        if fitting
-        else "train.gradient_checkpointing=true, a smaller data.max_length or model.dtype=bfloat16"
-    )
+    advice = f"train.micro_batch={fitting} (or auto)" if fitting else _SMALLER
     raise ValueError(f"{memory.describe(wanted)}; {amount(free)} are free on {adapted.device}: set {advice}")
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that this process can still take: of the machine, or of the GPU and the process's share of it."""
+    """Memory that this process can still take: of the machine or container, or of the GPU and the process's share."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         held, used = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
@@ -196,7 +210,13 @@ def free_bytes(device: torch.device) -> int:
     if sys.platform == "linux":
         # What earlier rounds freed is still this process's; glibc gives it back when asked.
         ctypes.CDLL(None).malloc_trim(0)
-    return int(psutil.virtual_memory().available)
+    return int(min(psutil.virtual_memory().available, free_of_cgroups())) // _processes
+
+
+def divide_among(processes: int) -> None:
+    """From now on this process may take one part of so many of the machine's free memory; a GPU's is torch's affair."""
+    global _processes  # noqa: PLW0603 - of the whole process, as the memory is
+    _processes = processes
 
 
 def amount(num_bytes: float) -> str:

@@ -27,6 +27,17 @@ def configure_torch(config: TrainConfig) -> None:
     torch.backends.cudnn.benchmark = False
 
 
+def gpu_is_lost() -> bool:
+    """Whether an error has left this process's GPU context unusable for good, as a failed kernel does."""
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
 def resolve_device(device: Device) -> torch.device:
     """The device to compute on.
 

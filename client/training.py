@@ -80,7 +80,8 @@ def train(
 
     Raises:
         ValueError: If there is no sequence, ``start`` does not fit the model, a pass of ``train.micro_batch``
-            sequences would not fit into memory, or the loss or a gradient is not finite.
+            sequences would not fit into memory, there is less than was found free, or the loss or a gradient is not
+            finite.
     """
     if not sequences:
         raise ValueError("no training sequences")
@@ -115,6 +116,12 @@ def train(
                 meter.add(found.sequences)
                 total += found.total
                 num_tokens += found.num_tokens
+    except torch.OutOfMemoryError:
+        # In words of ours, which may leave the site: other processes took what was free when the round began.
+        raise ValueError(
+            f"{adapted.device} ran out of memory in training step {num_steps}, {micro_batch} sequence(s) at a time: "
+            "set a smaller train.micro_batch, or see what else computes there"
+        ) from None
     finally:
         loop.adamw.zero_grad()  # the next site of this process needs the memory
     throughput = meter.result(counter.totals())

@@ -12,7 +12,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 from client.alignment.reward_models import named_rewards
-from client.assemble import model_for, site_model
+from client.assemble import model_for, site_model, training_processes
 from client.bases import cache_root
 from client.data import SiteData, held_out_file, label_counts, own_site, simulated_sites
 from client.evaluation.general_sets import general_sets
@@ -23,7 +23,7 @@ from client.site import shared_arrays
 from conf.alignment import FirmConfig
 from conf.check import check_num_sites
 from conf.model import ExpertTraining
-from conf.schema import Config, Mode
+from conf.schema import Config
 from server.certificates import check_private_key, check_server_certificate, public_fingerprint
 from server.flower import environment
 from server.probe import check_clock, look_at
@@ -128,11 +128,13 @@ def memory(config: Config, load: Callable[[], Iterable[SiteData]]) -> str:
     method = method_for(config.method)
     passes = method.passes_over(method.encode(examples, adapted.tokenizer, config.data))
     needed = training_memory(adapted, passes.sequences, config.train)
-    together = _processes(config, adapted.device.type)
+    together = training_processes(config, adapted.device)
     # Every further process loads the base model once more.
-    share = (free - (together - 1) * needed.base_bytes) // together
+    share = free - (together - 1) * needed.base_bytes // together
     num_sequences = choose_micro_batch(adapted, passes, config.train, share)
-    return f"{needed.describe(num_sequences)}; {amount(free)} free for {together} process(es) that train at a time"
+    return (
+        f"{needed.describe(num_sequences)}; {amount(free)} free for each of {together} process(es) that train at a time"
+    )
 
 
 def rewards(config: Config, *, at_site: bool) -> str:
@@ -152,13 +154,6 @@ def rewards(config: Config, *, at_site: bool) -> str:
         raise ValueError(str(error)) from None
     return ", ".join(f"{name} {low:.2g} to {high:.2g}" for name, low, high in zip(
         found.names, scores.min(axis=0), scores.max(axis=0), strict=True))  # fmt: skip
-
-
-def _processes(config: Config, device: str) -> int:
-    """Processes of a simulation that train at a time on one processor; a GPU's shares follow from its memory."""
-    if config.federation.mode is not Mode.simulation or device == "cuda":
-        return 1
-    return max(1, (os.cpu_count() or 1) // config.federation.cpus_per_site)
 
 
 def disk(config: Config, folders: Mapping[str, Path]) -> str:

@@ -29,6 +29,8 @@ MARK = "BOUQUET_LAUNCH"
 """Environment variable that all processes of one launch inherit, so that none is left behind."""
 _STARTED = re.compile(r"Successfully started run (\d+)")
 _START_SECONDS = 60
+_LONGEST_TMPDIR = 20
+"""Characters: of the 107 of a socket's path, Ray's names and ours take some 85."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ def local_superlink(num_threads: int) -> Iterator[Connection]:
     Raises:
         RuntimeError: If it does not come up.
     """
-    home = Path(tempfile.mkdtemp(prefix="bouquet-"))
+    home = _temporary_home()
     mark, port = uuid.uuid4().hex, free_port()
     variables = environment(home, num_threads) | {MARK: mark, "RAY_TMPDIR": str(home / "ray")}
     # An empty folder: a package named `client` or `server` where the SuperLink starts would shadow ours in Ray.
@@ -117,6 +119,12 @@ def local_superlink(num_threads: int) -> Iterator[Connection]:
     finally:
         end_marked(mark)
         shutil.rmtree(home, ignore_errors=True)
+
+
+def _temporary_home() -> Path:
+    """A new folder; in /tmp where the name of the user's temporary folder is too long for Ray's sockets."""
+    usual = tempfile.gettempdir()
+    return Path(tempfile.mkdtemp(prefix="bouquet-", dir=usual if len(usual) <= _LONGEST_TMPDIR else "/tmp"))  # noqa: S108
 
 
 @contextlib.contextmanager

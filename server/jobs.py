@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from conf.alignment import FirmConfig
 from conf.check import check_num_sites
 from conf.compose import expand_sweep, load_config, quoted, swept_keys
-from conf.model import ModelSource
+from conf.model import ModelSource, Quantization
 from conf.partitions import Files
 from conf.schema import Config, Mode
 from server.record import default_name
@@ -52,13 +53,28 @@ def _job(name: str, config: Config, overrides: Sequence[str], output: Path) -> J
     if (output / "config.yaml").exists() or (output / "summary.json").exists():
         raise ValueError(f"output={output} already holds a run: choose another folder, or remove it")
     words = [word for word in overrides if not word.startswith("output=")]
-    sites = _count_sites(config) if config.federation.mode is Mode.simulation else None
+    sites = None
+    if config.federation.mode is Mode.simulation:
+        _check_installed(config)
+        sites = _count_sites(config)
     if sites is not None:
         # The run's processes start elsewhere: relative paths are made absolute here, where the user wrote them.
         words += [f"{key}={quoted(path)}" for key, path in _local_paths(config).items()]
         words += _with_absolute_sources(config)
         words += [f"output={quoted(str(output))}"]
     return Job(name or config.strategy.name, config, tuple(words), output, sites)
+
+
+def _check_installed(config: Config) -> None:
+    """Raise ``ValueError`` if a library is missing that only some settings need: simulated sites run here."""
+    sentiment = isinstance(config.method, FirmConfig) and "sentiment" in config.method.rewards
+    needed = {
+        "torchao": (config.model.quantization is Quantization.int8, "model.quantization=int8", "int8"),
+        "vaderSentiment": (sentiment, "method.rewards=[sentiment]", "rewards"),
+    }
+    for library, (is_needed, setting, extra) in needed.items():
+        if is_needed and find_spec(library) is None:
+            raise ValueError(f"{setting} needs the package {library}: pip install 'bouquet-fl[{extra}]'")
 
 
 def _local_paths(config: Config) -> dict[str, str]:

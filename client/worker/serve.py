@@ -19,6 +19,7 @@ from client import messages
 from client.answer import answer, base_has_changed
 from client.call import Call
 from client.failures import reason_of
+from client.runtime import gpu_is_lost
 from client.worker.place import code_sha256, open_log
 from client.worker.wire import check_peer, greeting, receive, send
 
@@ -98,6 +99,10 @@ def _serve(connection: socket.socket, hello: bytes, patience: _Patience, listene
     log.info("%s of run %s, round %s", kind, message.metadata.run_id, message.metadata.group_id)
     with _ending_with(connection):
         reply = answer(message, call)
+    lost = gpu_is_lost()
+    if lost:
+        log.warning("ending after this reply: the GPU answers this process no more; a new worker will start afresh")
+        Path(listener.getsockname()).unlink(missing_ok=True)
     try:
         send(connection, messages.to_bytes(reply))
     except ValueError as error:
@@ -105,6 +110,8 @@ def _serve(connection: socket.socket, hello: bytes, patience: _Patience, listene
         log.warning("the reply was not sent: %s", error)
         sender = messages.Sender(site=call.site, settings_hash="", process="", base_model_loads=0)
         send(connection, messages.to_bytes(messages.encode_failure(sender, reason_of(error), message)))
+    if lost:
+        os._exit(1)
 
 
 def _stay_with(supernode: int, patience: _Patience) -> None:

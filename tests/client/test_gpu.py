@@ -1,5 +1,7 @@
 """The training core on a CUDA device; needs no more than torch, transformers, peft, numpy, safetensors and pytest."""
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +12,7 @@ from client.base_model import load_base
 from client.grafting.selection import select_experts
 from client.memory import Passes, Shape, TrainingMemory, choose_micro_batch, free_bytes, step_peak_bytes
 from client.model import AdaptedModel
-from client.runtime import configure_torch, resolve_device
+from client.runtime import configure_torch, gpu_is_lost, resolve_device
 from conf.methods import GraftConfig
 from conf.model import ExpertTraining, LoraConfig, Precision
 from conf.schema import Device, OptimizerState, TrainConfig
@@ -27,6 +29,18 @@ SIZES = {
     "num_key_value_heads": 4,
     "num_experts": 8,
 }
+
+
+LOST = """
+import torch
+from client.runtime import gpu_is_lost
+values = torch.zeros(2, device="cuda")
+assert not gpu_is_lost()
+try:
+    values[torch.tensor([5], device="cuda")].cpu()
+except RuntimeError:
+    print(gpu_is_lost())
+"""
 
 
 @pytest.fixture(scope="module")
@@ -168,3 +182,10 @@ def test_a_graft_is_selected_as_on_the_cpu_and_starts_exactly(base_config, dtype
         without = adapted.model(input_ids=tokens).logits
         adapted.load_adapter({**initial, **adapted.grafted(choices, np.random.default_rng(0))})
         assert torch.equal(adapted.model(input_ids=tokens).logits, without)
+
+
+def test_a_failed_kernel_loses_the_gpu_for_its_process_alone():
+    found = subprocess.run([sys.executable, "-c", LOST], capture_output=True, text=True, check=False, timeout=120)
+    assert found.stdout.strip() == "True", found.stderr
+    torch.zeros(2, device="cuda")
+    assert not gpu_is_lost()

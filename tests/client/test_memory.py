@@ -2,12 +2,14 @@
 
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+import client.memory
 from client.base_model import load_base
 from client.memory import Passes, Shape, TrainingMemory, _LiveBytes, choose_micro_batch, step_peak_bytes
 from client.model import AdaptedModel
@@ -168,6 +170,42 @@ def test_what_does_not_fit_is_refused_with_numbers_and_a_way_out(adapted):
     assert choose_micro_batch(adapted, Passes(sequences), replace(whole, micro_batch=3), free) == 3
     with pytest.raises(ValueError, match=r"activations of 6 x .* set train\.gradient_checkpointing=true"):
         choose_micro_batch(adapted, Passes(sequences), replace(whole, micro_batch="auto"), 0)
+
+
+@pytest.mark.parametrize("room", [1, 2])
+def test_where_measuring_itself_finds_no_room_a_second_sequence_counts_as_much_as_the_first(adapted, monkeypatch, room):
+    """What four need is less than four times what one does, but nothing is known of that without room for two."""
+    sequences = eight_sequences()
+    whole = TrainingMemory(adapted, Shape.of(sequences), gradient_checkpointing=False)
+    free = whole.optimizer_bytes + whole.activation_bytes(4)
+    assert whole.activation_bytes(4) < 4 * whole.activation_bytes(1)
+    monkeypatch.setattr(client.memory, "step_peak_bytes", out_of_memory_above(room))
+    monkeypatch.setattr(client.memory, "_measured", weakref.WeakKeyDictionary())
+    config = TrainConfig(batch_size=4, micro_batch="auto")
+    taken = choose_micro_batch(adapted, Passes(sequences), config, free)
+    assert (taken == 4) == (room == 2)
+
+
+def test_a_single_sequence_without_room_is_refused_with_numbers(adapted, monkeypatch):
+    monkeypatch.setattr(client.memory, "step_peak_bytes", out_of_memory_above(0))
+    monkeypatch.setattr(client.memory, "_measured", weakref.WeakKeyDictionary())
+    with pytest.raises(
+        ValueError,
+        match=r"not even 1 x 15 tokens can be trained on beside base model \([\d.]+ MiB\) and adapter .* free on cpu: "
+        r"set train\.gradient_checkpointing=true",
+    ):
+        choose_micro_batch(adapted, Passes(eight_sequences()), TrainConfig(batch_size=4), 1 << 40)
+
+
+def out_of_memory_above(count):
+    """``step_peak_bytes`` of a device with room for so many sequences."""
+
+    def measured(adapted, sequences, **settings):
+        if len(sequences) > count:
+            raise torch.OutOfMemoryError
+        return step_peak_bytes(adapted, sequences, **settings)
+
+    return measured
 
 
 MEASURED = """

@@ -10,6 +10,8 @@ import torch
 import client.training
 from client.base_model import load_base
 from client.evaluation.held_out import held_out_loss
+from client.failures import reason_of
+from client.local_rule import LocalRule
 from client.model import AdaptedModel
 from client.throughput import training_began
 from conf.model import ExpertTraining, LoraConfig, Precision, RouterTraining
@@ -111,6 +113,18 @@ def test_seconds_are_those_from_the_first_step_on(adapted, sequences, start, mon
     result = run(adapted, sequences[:1], start, max_steps=1)
     assert result.seconds < 1
     assert ready[0] <= training_began() <= time.time() - result.seconds + 0.01
+
+
+def test_memory_that_others_took_meanwhile_is_told_in_words_that_may_leave_the_site(adapted, sequences, start):
+    class Greedy(LocalRule):
+        def accumulate(self, step):
+            raise torch.OutOfMemoryError
+
+    with pytest.raises(
+        ValueError, match=r"cpu ran out of memory in training step 1, 2 sequence\(s\) at a time"
+    ) as caught:
+        run(adapted, sequences, start, rule=Greedy(), micro_batch=2)
+    assert reason_of(caught.value) == str(caught.value)
 
 
 def test_fewer_steps_than_an_epoch_see_as_many_batches(adapted, sequences, start):

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+import server.jobs
 from conf.compose import load_config
 from server.jobs import plan
 from server.record import RunFolder
@@ -44,6 +45,22 @@ def test_sweep_makes_one_folder_a_run_named_after_what_is_swept(tmp_path, monkey
 def test_sweep_with_one_wrong_value_starts_nothing():
     with pytest.raises(ValueError, match=r"rounds must be >= 1, got 0"):
         plan(["rounds=1,0"], multirun=True)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["model.quantization=int8"], r"quantization=int8 needs the package torchao: pip install 'bouquet-fl\[int8\]'"),
+        (
+            ["strategy=firm", "method.rewards=[length,sentiment]"],
+            r"method\.rewards=\[sentiment\] needs the package vader",
+        ),
+    ],
+)
+def test_library_that_only_some_settings_need_is_missed_before_anything_starts(monkeypatch, words, message):
+    monkeypatch.setattr(server.jobs, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=message):
+        plan(words, multirun=False)
 
 
 def test_too_few_sites_are_refused_before_anything_starts():
