@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,3 +78,8 @@ def _weights(node_config: Mapping[str, Any]) -> tuple[float, ...]:
 def default_private_root() -> Path:
     """Where a real site keeps its private state unless its node config says otherwise."""
     return Path(os.environ.get("BOUQUET_PRIVATE", "~/.local/share/bouquet/private")).expanduser()
+
+
+def may_have_gpu() -> bool:
+    """Whether it is worth the seconds that torch takes to know for sure; containers often lack ``nvidia-smi``."""
+    return shutil.which("nvidia-smi") is not None or any(Path("/dev").glob("nvidia[0-9]*"))

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import shutil
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
-from pathlib import Path
 
+from client.node import may_have_gpu
 from conf.schema import Config, Device
 
 _CONTEXT_BYTES = 1 << 30
@@ -36,17 +35,12 @@ def choose_gpus_per_site(config: Config) -> float:
     given = config.federation.gpus_per_site
     if given is not None:
         return given
-    if config.device is Device.cpu or (config.device is Device.auto and not _may_have_gpu()):
+    if config.device is Device.cpu or (config.device is Device.auto and not may_have_gpu()):
         return 0.0
     # In a process of its own: the launcher imports no torch and holds no memory of the GPU.
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         need = pool.submit(_measure, config).result()
     return 0.0 if need is None else gpu_share(need)
-
-
-def _may_have_gpu() -> bool:
-    """Whether it is worth the seconds that torch takes to know for sure; containers often lack ``nvidia-smi``."""
-    return shutil.which("nvidia-smi") is not None or any(Path("/dev").glob("nvidia[0-9]*"))
 
 
 def gpu_share(need: Need) -> float:

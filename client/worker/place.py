@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 from urllib.parse import quote
 
-from client.node import Node
+from client.node import Node, may_have_gpu
 from conf.model import ModelConfig
 from conf.schema import Device
 
@@ -65,6 +65,8 @@ def place_of(node: Node, base: str) -> Place:
 
 def base_key(model: ModelConfig, device: Device) -> str:
     """SHA-256 (hex) of the settings that decide what a worker keeps loaded: the frozen base, and where."""
+    if device is Device.auto:
+        device = Device.cuda if may_have_gpu() else Device.cpu
     frozen = dataclasses.replace(model, experts=ModelConfig.experts, router=ModelConfig.router)
     return hashlib.sha256(f"{frozen!r} {device.name}".encode()).hexdigest()
 

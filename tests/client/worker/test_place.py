@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import client.worker.place
 from client.node import real_node
 from client.worker.place import CODE_ROOT, base_key, place_of, runtime_folder
 from conf.model import ExpertTraining, ModelConfig, Precision
@@ -29,10 +30,13 @@ def test_sites_do_not_share_a_worker(other):
     assert place_of(real_node(NODE), "base").key != place_of(real_node(NODE | other), "base").key
 
 
-def test_worker_is_found_again_under_every_setting_but_base_and_device():
+def test_worker_is_found_again_under_every_setting_but_base_and_device(monkeypatch):
     model = ModelConfig()
     assert base_key(model, Device.cpu) == base_key(replace(model, experts=ExpertTraining.full), Device.cpu)
-    assert base_key(model, Device.cpu) != base_key(model, Device.auto)
+    for has_gpu, device in ((False, Device.cpu), (True, Device.cuda)):
+        monkeypatch.setattr(client.worker.place, "may_have_gpu", lambda has_gpu=has_gpu: has_gpu)
+        assert base_key(model, Device.auto) == base_key(model, device)
+    assert base_key(model, Device.cpu) != base_key(model, Device.cuda)
     assert base_key(model, Device.cpu) != base_key(replace(model, dtype=Precision.bfloat16), Device.cpu)
     assert base_key(model, Device.cpu) != base_key(replace(model, name="other"), Device.cpu)
 
