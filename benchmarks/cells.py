@@ -108,7 +108,7 @@ def carry_out(
     results: Path,
     given: argparse.Namespace,
 ) -> None:
-    """Run what is missing as long as there is time; append cells to ``.jsonl``, write the report after each contender.
+    """Run what is missing as long as there is time; append cells to ``.jsonl``, write the report after each.
 
     Args:
         study: What is to be known; its rows are read from the file first.
@@ -121,8 +121,8 @@ def carry_out(
     deadline = time.monotonic() + 60 * given.budget_minutes
     cells = results.with_suffix(".jsonl")
     cells.parent.mkdir(exist_ok=True)
-    for line in cells.read_text().splitlines() if cells.exists() else ():
-        study.add(json.loads(line))
+    for row in stored_rows(cells):
+        study.add(row)
     for name in names:
         while (needed := study.needed(name)) and time.monotonic() < deadline:
             for row in finished(needed, run, given.jobs, deadline):
@@ -137,7 +137,18 @@ def carry_out(
                     row.get("seconds"),
                     flush=True,
                 )
-        write_results(results, report())
+                write_results(results, report())
+    write_results(results, report())
+
+
+def stored_rows(path: Path) -> list[Row]:
+    """The cells of a ``.jsonl``; a last one that a kill left half-written is cut off, and so computed again."""
+    if not path.exists():
+        return []
+    whole, _, cut = path.read_text().rpartition("\n")
+    if cut:
+        path.write_text(f"{whole}\n" if whole else "")
+    return [json.loads(line) for line in whole.splitlines()]
 
 
 def add_arguments(parser: argparse.ArgumentParser, names: Iterable[str], tuning_seeds: Sequence[int]) -> None:

@@ -6,7 +6,7 @@ A new method is a new entry: any settings of ``conf``, and the knobs that are it
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -47,6 +47,7 @@ class Contender:
     """Whether it is about LoRA's factors: there is nothing to compare where experts are trained in full."""
 
 
+_SERVER_RATE = Knob("strategy.learning_rate", (2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2, 8e-2, 0.16), 1e-2)
 _STEP = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0)
 _MOMENTUM = (0.0, 0.3, 0.5, 0.7)
 _PLUS_SWEEPS = {
@@ -118,9 +119,7 @@ CONTENDERS: dict[str, Contender] = {
         instead={"method.retention.strength": 0.5},
     ),
     "fedprox": Contender("FedProx", ("strategy=fedprox",), (Knob("train.proximal_mu", (1e-3, 1e-2, 1e-1, 1.0), 1e-2),)),
-    "fedadam": Contender(
-        "FedAdam", ("strategy=fedadam",), (Knob("strategy.learning_rate", (2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2), 1e-2),)
-    ),
+    "fedadam": Contender("FedAdam", ("strategy=fedadam",), (_SERVER_RATE,)),
     "fedavg_uniform": Contender("FedAvg, sites alike", ("strategy=fedavg", "strategy.weights=uniform")),
     "fedavg_tokens": Contender("FedAvg, experts by tokens", ("strategy=fedavg", "strategy.weights=tokens")),
     "fedmoe": Contender("FedMoE (sites that used the expert)", ("strategy=fedmoe",)),
@@ -128,7 +127,7 @@ CONTENDERS: dict[str, Contender] = {
         "FedAlign-MoE (routers trained, local)",
         ("strategy=fedalign_moe",),
         (
-            Knob("method.strength", (0.01, 0.1, 1.0), 0.1),
+            Knob("method.strength", (0.01, 0.1, 1.0, 10.0), 0.1),
             Knob("method.overlap", (0.0, 0.1, 0.3), 0.1, unsaid=0.1),
         ),
     ),
@@ -154,7 +153,6 @@ CONTENDERS: dict[str, Contender] = {
 }
 
 
-_SERVER_RATE = Knob("strategy.learning_rate", (2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2), 1e-2)
 _FLEX = ("method=flex", "model.experts=frozen")
 
 PERSONAL: dict[str, Contender] = {
@@ -168,9 +166,10 @@ PERSONAL: dict[str, Contender] = {
     "fedprox": CONTENDERS["fedprox"],
     "scaffold": CONTENDERS["scaffold"],
     "fedavgm": Contender("FedAvgM", ("strategy=fedavgm",), (Knob("strategy.learning_rate", (0.25, 0.5, 1.0), 0.5),)),
-    "fedadagrad": Contender("FedAdagrad", ("strategy=fedadagrad",), (_SERVER_RATE,)),
-    "fedyogi": Contender("FedYogi", ("strategy=fedyogi",), (_SERVER_RATE,)),
-    "fedadam": CONTENDERS["fedadam"],
+    **{
+        name: Contender(title, (f"strategy={name}",), (replace(_SERVER_RATE, values=_SERVER_RATE.values[:5]),))
+        for name, title in (("fedadagrad", "FedAdagrad"), ("fedyogi", "FedYogi"), ("fedadam", "FedAdam"))
+    },
     "fc_moe": CONTENDERS["fc_moe"],
     "pfl_moe": Contender("PFL-MoE", ("strategy=pfl_moe",)),
     "local_only": CONTENDERS["local_only"],

@@ -15,6 +15,7 @@ from server.intervals import with_interval
 LAST = 5
 """Rounds at the end whose mean is what counts."""
 BASELINE = "fedavg"
+OURS = "fc_moe_plus"
 SUMMARISED = ("fedavg", "fedavg_step", "fedavgm", "fedalign_moe", "fc_moe", "fc_moe_plus", "local_only", "centralised")
 
 _DIGITS = {
@@ -61,15 +62,16 @@ def comparison(
     by_accuracy = _by_accuracy(tested)
     answered = any(row.get("rouge_l") for row in _done(tested))
     columns = [
-        "method", _measure(tested), "minus FedAvg", "last round", *(["ROUGE-L"] if answered else ["loss"]),
-        "on sites' own data: mean / worst / spread", "rounds to FedAvg's end", "MB", "expert norm", "tuned",
+        "method", _measure(tested), "minus FedAvg", "FC-MoE plus minus it", "last round",
+        *(["ROUGE-L"] if answered else ["loss"]), "on sites' own data: mean / worst / spread",
+        "rounds to FedAvg's end", "MB", "expert norm", "tuned",
     ]  # fmt: skip
     blank = [""] * (len(columns) - 2)
     lines = {}
-    baseline = tested[BASELINE].rows
+    baseline, ours = tested[BASELINE].rows, tested[OURS].rows if OURS in tested else {}
     compared = {name: result for name, result in tested.items() if not CONTENDERS[name].instead}
     for name, result in compared.items():
-        cells = _cells(result, baseline, by_accuracy) if result.rows else ["missing", *blank]
+        cells = _cells(result, baseline, ours, by_accuracy) if result.rows else ["missing", *blank]
         count = f" ({len(result.rows)} of {len(seeds)} seeds)" if 0 < len(result.rows) < len(seeds) else ""
         lines[name] = [CONTENDERS[name].title + count, *cells]
     if printed:
@@ -89,7 +91,7 @@ def summary(title: str, tested: Mapping[str, Outcome]) -> str:
     columns = ["method", _measure(compared), "minus FedAvg", "sites: mean / worst / spread", "rounds to FedAvg's end"]
     lines = []
     for name, result in compared.items():
-        mean, difference, _, _, on_sites, rounds, *_ = _cells(result, compared[BASELINE].rows, by_accuracy)
+        mean, difference, _, _, _, on_sites, rounds, *_ = _cells(result, compared[BASELINE].rows, {}, by_accuracy)
         lines.append([CONTENDERS[name].title, mean, difference, on_sites, rounds])
     counts = sorted({len(result.rows) for result in compared.values()})
     seeds = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
@@ -111,11 +113,11 @@ def ablation(tested: Mapping[str, Outcome]) -> str:
         rows = {seed: row for seed, row in _good(tested[name].rows).items() if seed in common}
         ours = "missing"
         if rows and all(row["accuracy"] for row in rows.values()):
-            test = np.mean([last_rounds(row["accuracy"]) for row in rows.values()])
-            local = np.mean([np.mean(list(row["sites"].values())) for row in rows.values()])
-            ours = f"{test:.4f} / {local:.4f}"
+            test = [last_rounds(row["accuracy"]) for row in rows.values()]
+            local = [float(np.mean(list(row["sites"].values()))) for row in rows.values()]
+            ours = f"{with_interval(test, 4)} / {with_interval(local, 4)}"
         lines.append([_TITLES.get(name, CONTENDERS[name].title), ours, *ABLATION[name]])
-    return _table(["variant", "here: test / local", "printed, AG News", "printed, MMLU"], lines)
+    return _table(["variant", f"here: test / local, {len(common)} seeds", "printed, AG News", "printed, MMLU"], lines)
 
 
 def one_knob_changed(tested: Mapping[str, Outcome]) -> str:
@@ -191,19 +193,19 @@ def _table(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [columns, ["---"] * len(columns), *lines])
 
 
-def _cells(result: Outcome, baseline: Mapping[int, Row], by_accuracy: bool) -> list[str]:
+def _cells(result: Outcome, baseline: Mapping[int, Row], ours: Mapping[int, Row], by_accuracy: bool) -> list[str]:
     rows = _good(result.rows)
     if not rows:
-        return ["diverged"] + [""] * 7 + [_tuned(result.settings)]
+        return ["diverged"] + [""] * 8 + [_tuned(result.settings)]
     curve = "accuracy" if by_accuracy else "loss"
     scale, digits = (100, 1) if by_accuracy else (1, 3)
-    values, base = _values(rows, by_accuracy), _values(baseline, by_accuracy)
-    differences = [value - base[seed] for seed, value in values.items() if seed in base]
+    values = _values(rows, by_accuracy)
     final = np.mean([scale * row[curve][-1] for row in rows.values()])
     failed = len(result.rows) - len(rows)
     return [
         _summary(list(values.values()), digits, failed),
-        with_interval(differences, digits, sign="+") if differences and result.rows is not baseline else "",
+        _difference(values, _values(baseline, by_accuracy), digits) if result.rows is not baseline else "",
+        _difference(_values(ours, by_accuracy), values, digits) if result.rows is not ours else "",
         f"{final:.{digits}f}",
         _rouge(rows) if any(row.get("rouge_l") for row in rows.values()) else _loss(rows),
         _on_sites(rows, by_accuracy, scale, digits),
@@ -212,6 +214,12 @@ def _cells(result: Outcome, baseline: Mapping[int, Row], by_accuracy: bool) -> l
         _norm_growth(rows),
         _tuned(result.settings),
     ]
+
+
+def _difference(values: Mapping[int, float], others: Mapping[int, float], digits: int) -> str:
+    """Of the one to the other, paired by seed."""
+    differences = [value - others[seed] for seed, value in values.items() if seed in others]
+    return with_interval(differences, digits, sign="+") if differences else ""
 
 
 def _norm_growth(rows: Mapping[int, Row]) -> str:

@@ -1,7 +1,7 @@
 """FIRM and its rivals on a language model: rewards, hypervolume over preferences, drift, bytes.
 
     python -m benchmarks.firm --workload tiny --budget-minutes 60 --jobs 2
-    bouquet reward train heads/helpful model=smollm2_moe data.path=... ; the same for heads/harmless; then
+    bouquet reward train heads/helpful --objective helpful model=smollm2_moe data.path=...; so heads/harmless; then
     python -m benchmarks.firm --workload smollm2 --rewards helpful:heads/helpful harmless:heads/harmless --device cuda
 
 Every run is a cell; finished cells are appended to ``results/firm_WORKLOAD.jsonl``, and a restart computes what is
@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.cells import finished
+from benchmarks.cells import finished, stored_rows
 from benchmarks.federation import Federation, simulated
 from benchmarks.firm_contenders import CONTENDERS, DPO, FSMGDA, WORKLOADS, Cell, cells, contenders_of
 from benchmarks.firm_tables import LEADER, markdown
@@ -182,8 +182,7 @@ def main() -> None:
     stored.parent.mkdir(exist_ok=True)
     rewards = given.rewards or WORKLOADS[given.workload].rewards
     names = given.methods or contenders_of(given.workload)
-    lines = stored.read_text().splitlines() if stored.exists() else ()
-    rows = {Cell.of(row): row for row in map(json.loads, lines)}
+    rows = {Cell.of(row): row for row in stored_rows(stored)}
     wanted = cells(names, given.workload, rewards, given.seeds, given.device)
     missing = [cell for cell in wanted if cell not in rows]
 

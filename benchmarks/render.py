@@ -23,7 +23,9 @@ def write_results(path: Path, results: Mapping[str, Any]) -> None:
     innermost = re.compile(r"(?<=[\[{])\n\s*([^\[\]{}]*?)\n\s*(?=[\]}])")
     text = innermost.sub(lambda match: re.sub(r"\n\s*", " ", match[1]), json.dumps(results, indent=1))
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text + "\n")
+    scratch = path.with_name(f".{path.name}")
+    scratch.write_text(text + "\n")
+    scratch.replace(path)
 
 
 def choices(left_open: Mapping[str, str]) -> list[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from client.data import CENTRALISED, SiteData, own_site, simulated_sites
+from client.data import CENTRALISED, SiteData, own_site, simulated_sites, site_names
 from client.evaluation.examination import EvalSet, held_out_set
 from client.evaluation.general_sets import general_sets
 from client.memory import divide_among
@@ -34,6 +34,7 @@ def simulated_site(config: Config, name: str, private_folder: Path) -> Site:
         ValueError: If data or model settings do not work out; the message names the setting.
     """
     everyone = simulated_sites(config)
+    divide_among(training_processes(config, resolve_device(config.device)))
     config = simulated_settings(config, name)
     if config.strategy.name == CENTRALISED:
         pooled = [example for data in everyone.values() for example in data.train]
@@ -110,7 +111,7 @@ def training_processes(config: Config, device: torch.device) -> int:
     """Processes of a simulation that train at a time on one machine; a GPU's shares follow from its memory."""
     if config.federation.mode is not Mode.simulation or device.type == "cuda":
         return 1
-    return max(1, (os.cpu_count() or 1) // config.federation.cpus_per_site)
+    return max(1, min(len(site_names(config)), (os.cpu_count() or 1) // config.federation.cpus_per_site))
 
 
 def _model(config: Config, graft: GraftConfig | None) -> AdaptedModel:
@@ -120,7 +121,6 @@ def _model(config: Config, graft: GraftConfig | None) -> AdaptedModel:
     if device.type == "cuda" and share is not None and 0 < share <= 0.5:
         # Each process keeps to its part, the server's included: "auto" would else take what the others need.
         torch.cuda.set_per_process_memory_fraction(share / (1 + share))
-    divide_among(training_processes(config, device))
     adapted = adapted_model(config.model, config.lora, device, graft)
     if config.data.packing:
         check_packing(adapted.base.model)

@@ -32,7 +32,8 @@ AUTO = "auto"
 
 _processes = 1
 """How many take from this machine's memory alike: see ``divide_among``."""
-_SMALLER = "train.gradient_checkpointing=true, a smaller data.max_length or model.dtype=bfloat16"
+SMALLER = "train.gradient_checkpointing=true, a smaller data.max_length or model.dtype=bfloat16"
+"""What makes a step take less."""
 _CUDA_HEADROOM = 1.1
 """What is counted is taken this many times: for the kernels' own buffers and gaps between tensors."""
 _CPU_HEADROOM = 2.2
@@ -136,7 +137,7 @@ class TrainingMemory:
         present = f"base model ({amount(self.base_bytes)}) and adapter ({amount(self.adapter_bytes)})"
         raise ValueError(
             f"not even 1 x {self._shape.num_tokens} tokens can be trained on beside {present}: "
-            f"{amount(free_bytes(adapted.device))} are free on {adapted.device}: set {_SMALLER}"
+            f"{amount(free_bytes(adapted.device))} are free on {adapted.device}: set {SMALLER}"
         )
 
     @cached_property
@@ -196,7 +197,7 @@ def choose_micro_batch(adapted: AdaptedModel, passes: Passes, config: TrainConfi
     fitting = memory.largest_fit(wanted, free)
     if fitting and config.micro_batch == AUTO:
         return fitting
-    advice = f"train.micro_batch={fitting} (or auto)" if fitting else _SMALLER
+    advice = f"train.micro_batch={fitting} (or auto)" if fitting else SMALLER
     raise ValueError(f"{memory.describe(wanted)}; {amount(free)} are free on {adapted.device}: set {advice}")
 
 
@@ -210,11 +211,15 @@ def free_bytes(device: torch.device) -> int:
     if sys.platform == "linux":
         # What earlier rounds freed is still this process's; glibc gives it back when asked.
         ctypes.CDLL(None).malloc_trim(0)
-    return int(min(psutil.virtual_memory().available, free_of_cgroups())) // _processes
+    machine = psutil.virtual_memory()
+    free = min(machine.available, free_of_cgroups())
+    if _processes > 1:
+        free = min(free, machine.total / _processes - psutil.Process().memory_info().rss)
+    return max(0, int(free))
 
 
 def divide_among(processes: int) -> None:
-    """From now on this process may take one part of so many of the machine's free memory; a GPU's is torch's affair."""
+    """From now on this process keeps to one part of so many of the machine's memory; a GPU's is torch's affair."""
     global _processes  # noqa: PLW0603 - of the whole process, as the memory is
     _processes = processes
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from client.checkpointing import checkpointed_layers
 from client.local_rule import LocalRule, Step, StepLoss
-from client.memory import Passes, choose_micro_batch, free_bytes
+from client.memory import SMALLER, Passes, choose_micro_batch, free_bytes
 from client.model import AdaptedModel
 from client.routing import ExpertTokenCounter
 from client.runtime import configure_torch
@@ -102,7 +102,7 @@ def train(
         micro_batch=micro_batch,
         loss_scale=_FLOAT16_LOSS_SCALE if adapted.base.model.dtype is torch.float16 else 1.0,
     )
-    total, num_steps, num_tokens = 0.0, 0, 0
+    total, num_steps, num_tokens, ran_out = 0.0, 0, 0, False
     meter = ThroughputMeter(adapted)
     try:
         with (
@@ -117,13 +117,14 @@ def train(
                 total += found.total
                 num_tokens += found.num_tokens
     except torch.OutOfMemoryError:
-        # In words of ours, which may leave the site: other processes took what was free when the round began.
-        raise ValueError(
-            f"{adapted.device} ran out of memory in training step {num_steps}, {micro_batch} sequence(s) at a time: "
-            "set a smaller train.micro_batch, or see what else computes there"
-        ) from None
+        ran_out = True
     finally:
         loop.adamw.zero_grad()  # the next site of this process needs the memory
+    if ran_out:  # raised here: with the first error its tensors would stay
+        raise ValueError(
+            f"{adapted.device} ran out of memory in training step {num_steps}, {micro_batch} sequence(s) at a time, "
+            f"though there was enough when the round began: see what else computes there, or set {SMALLER}"
+        )
     throughput = meter.result(counter.totals())
     return TrainingResult(
         adapter=adapted.read_adapter(),

@@ -111,7 +111,9 @@ class Run:
         roster = Roster(request, self.adapted.base.identity.sha256, self.record.event, registered_sites)
         expected = len(site_names(self.config)) if simulated else needed_sites(self.config)
         roster.wait_for(grid, expected, self.config.federation.join_timeout_seconds, fixed=simulated)
-        self.rounds = FederatedRounds(self.config, roster, self.record, global_loss(self.config, self.adapted))
+        self.rounds = FederatedRounds(
+            self.config, roster, self.record, global_loss(self.config, self.adapted), self.adapted.layers
+        )
 
     def train(self, grid: Grid) -> None:
         """Run all rounds.

@@ -130,11 +130,9 @@ def memory(config: Config, load: Callable[[], Iterable[SiteData]]) -> str:
     needed = training_memory(adapted, passes.sequences, config.train)
     together = training_processes(config, adapted.device)
     # Every further process loads the base model once more.
-    share = free - (together - 1) * needed.base_bytes // together
+    share = max(0, free - (together - 1) * needed.base_bytes) // together
     num_sequences = choose_micro_batch(adapted, passes, config.train, share)
-    return (
-        f"{needed.describe(num_sequences)}; {amount(free)} free for each of {together} process(es) that train at a time"
-    )
+    return f"{needed.describe(num_sequences)}; {amount(free)} free for {together} process(es) that train at a time"
 
 
 def rewards(config: Config, *, at_site: bool) -> str:

@@ -29,8 +29,8 @@ MARK = "BOUQUET_LAUNCH"
 """Environment variable that all processes of one launch inherit, so that none is left behind."""
 _STARTED = re.compile(r"Successfully started run (\d+)")
 _START_SECONDS = 60
-_LONGEST_TMPDIR = 20
-"""Characters: of the 107 of a socket's path, Ray's names and ours take some 85."""
+_LONGEST_TMPDIR = 18
+"""Bytes: of the 107 of a socket's path, Ray's names, a process number of seven digits and ours take 89."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,8 @@ def local_superlink(num_threads: int) -> Iterator[Connection]:
 def _temporary_home() -> Path:
     """A new folder; in /tmp where the name of the user's temporary folder is too long for Ray's sockets."""
     usual = tempfile.gettempdir()
-    return Path(tempfile.mkdtemp(prefix="bouquet-", dir=usual if len(usual) <= _LONGEST_TMPDIR else "/tmp"))  # noqa: S108
+    is_short = len(os.fsencode(usual)) <= _LONGEST_TMPDIR
+    return Path(tempfile.mkdtemp(prefix="bouquet-", dir=usual if is_short else "/tmp"))  # noqa: S108
 
 
 @contextlib.contextmanager

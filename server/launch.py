@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shlex
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
@@ -31,6 +33,8 @@ from server.services import certs, server_cli, site_cli
 from server.view import View
 
 FAILED, BAD_SETTINGS, INTERRUPTED = 1, 2, 130
+_CLEANING_SECONDS = 60.0
+"""How long after a signal another has no effect."""
 
 cli = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
 cli.command()(certs)
@@ -61,17 +65,19 @@ def main() -> None:
 
 
 def _end_in_order() -> None:
-    """Ctrl-C, SIGTERM and a closed terminal end what runs; what is cleaned up then, no further one cuts off."""
-    ending = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    """Ctrl-C, SIGTERM and a closed terminal end what runs; further ones do not cut off what is cleaned up then."""
+    cleaning_since = -math.inf
 
     def interrupt(_number: int, _frame: object) -> None:
-        for each in ending:
-            signal.signal(each, signal.SIG_IGN)
+        nonlocal cleaning_since
+        if time.monotonic() - cleaning_since < _CLEANING_SECONDS:
+            return
+        cleaning_since = time.monotonic()
         with contextlib.suppress(OSError):  # the terminal may be gone
             os.write(2, b"\nstopping; this takes some seconds\n")
         raise KeyboardInterrupt
 
-    for each in ending:
+    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(each) is not signal.SIG_IGN:  # as nohup has it
             signal.signal(each, interrupt)
 

@@ -47,7 +47,12 @@ class FederatedRounds(FlowerStrategy):
     """
 
     def __init__(
-        self, config: Config, roster: Roster, record: RunRecord, global_loss: Callable[[Arrays], float] | None
+        self,
+        config: Config,
+        roster: Roster,
+        record: RunRecord,
+        global_loss: Callable[[Arrays], float] | None,
+        num_experts: Mapping[str, int],
     ) -> None:
         """Keep what the rounds need.
 
@@ -57,12 +62,14 @@ class FederatedRounds(FlowerStrategy):
             record: Where metrics go.
             global_loss: Held-out loss (nats per response token) of a global adapter on the server's own data;
                 None if it has none: then the example-weighted mean over the sites stands in.
+            num_experts: MoE layer -> number of the model's experts in it.
         """
         self.config = config
         self.strategy = screened(config.strategy, config.screen)
         self.roster = roster
         self.record = record
         self.global_loss = global_loss
+        self._num_experts = dict(num_experts)
         self.adapter: Arrays = {}
         self.state: Arrays = {}
         self.personal: Mapping[str, Arrays] = {}
@@ -194,7 +201,10 @@ class FederatedRounds(FlowerStrategy):
             raise ValueError(f"losses on the data of others: {sorted(answer.keys() - own)[:4]}")
 
     def _check_scored(self, site: str, measured: Measured | None) -> None:
-        """Raise ``ValueError`` if a real site speaks of sets that it cannot have."""
+        """Raise ``ValueError`` if a real site speaks of sets that it cannot have, or of experts that nobody has."""
+        routed = {} if measured is None else {layer: len(use.shares) for layer, use in measured.routing.items()}
+        if routed and routed != self._num_experts:
+            raise ValueError(f"use of experts in {dict(sorted(routed.items())[:4])}, which are not the model's")
         sets = set() if measured is None else {each.on for each in measured.scores}
         if self.config.federation.mode is Mode.remote and not sets <= {site}:
             raise ValueError(f"scores on the data of others: {sorted(sets - {site})[:4]}")

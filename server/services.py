@@ -321,7 +321,7 @@ def _say(text: str) -> None:
 
 @contextlib.contextmanager
 def _until_stopped() -> Iterator[None]:
-    """Ctrl-C and SIGTERM are how a service ends: exit code 0."""
+    """Ctrl-C, SIGTERM and a closed terminal are how a service ends: exit code 0."""
     try:
         yield
     except KeyboardInterrupt:

@@ -166,7 +166,11 @@ def _threads() -> Iterator[ThreadPoolExecutor]:
 
     # Threads of BLAS within these would only wait for each other, and their number may change last bits.
     with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(_THREADS) as pool:
-        yield pool
+        try:
+            yield pool
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def _begin(

@@ -116,8 +116,9 @@ def scored(
 def examine(site: Site, received: Arrays, global_adapter: Arrays) -> Measured:
     """The base and the global model on the sets that are the site's own, and the model in use on all that it has.
 
-    The latter only where it is another than the global one; how it uses its experts is told anyway. All sets are more
-    than the site's own in simulation alone, where the other sites' data lie on the same machine.
+    The latter only where it is another than the global one; how it uses its experts is told anyway (where a method
+    mixes two adapters, how the one exchanged does). All sets are more than the site's own in simulation alone, where
+    the other sites' data lie on the same machine.
 
     Args:
         site: The site, after its last round.
@@ -140,7 +141,8 @@ def examine(site: Site, received: Arrays, global_adapter: Arrays) -> Measured:
         found += scored(PERSONAL, in_use, {**site.own_sets, **site.other_sets}, adapted, config)
         cost = _cost(site, in_use, plain)
     adapted, adapter, *_ = site.using(received)
-    routing = expert_use(adapted, adapter, _own_sequences(site), config.eval.batch_size)
+    own = [example for each in site.own_sets.values() for example in each.examples]
+    routing = expert_use(adapted, adapter, encode(own, adapted.tokenizer, config.data), config.eval.batch_size)
     return Measured(scores=tuple(found), cost=cost, routing=routing)
 
 
@@ -162,9 +164,6 @@ def _is_another(site: Site, received: Arrays, everyones: Arrays) -> bool:
 
 def _cost(site: Site, in_use: ModelInUse, plain: ModelInUse) -> RelativeCost | None:
     """Over a batch of the site's own held-out examples."""
-    return relative_cost(in_use.loss, plain.loss, _own_sequences(site)[: site.config.eval.batch_size])
-
-
-def _own_sequences(site: Site) -> Sequence[TokenSequence]:
     own = next(own for own in site.own_sets.values() if own.examples)
-    return encode(own.examples, site.adapted.tokenizer, site.config.data)
+    sequences = encode(own.examples, site.adapted.tokenizer, site.config.data)[: site.config.eval.batch_size]
+    return relative_cost(in_use.loss, plain.loss, sequences)

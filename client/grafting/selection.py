@@ -129,7 +129,8 @@ def _hooks(adapted: AdaptedModel, seen: Mapping[str, _Seen], keep: Any) -> Itera
 
             def on_router(module: nn.Module, inputs: Any, named: Any, _output: Any, caught: _Seen = caught) -> None:
                 keep(caught.routed_by, inputs[0])
-                caught.router = lambda hidden_ND: module(hidden_ND, *inputs[1:], **named)
+                beside = inputs[1:]  # alone: the layer's inputs are kept in main memory
+                caught.router = lambda hidden_ND: module(hidden_ND, *beside, **named)
 
             def on_experts(_module: nn.Module, inputs: Any, output: Tensor, caught: _Seen = caught) -> None:
                 keep(caught.inputs, inputs[0])
@@ -149,7 +150,7 @@ def _choose(layer: str, experts: Any, seen: _Seen, num_experts: int) -> LayerCho
     kept = list(_pieces(experts, seen, limit)) if sum(map(len, seen.outputs)) <= limit else None
     for _ in range(num_experts):
         loss_E, rounding = _losses(seen.router, kept or _pieces(experts, seen, limit), len(experts.down_proj), chosen)
-        if loss_E.isnan().any():
+        if not all(math.isfinite(loss) for expert, loss in enumerate(loss_E.tolist()) if expert not in chosen):
             raise ValueError(f"{layer}: what its experts or its router answer is not finite, so none can be chosen")
         best, second = loss_E.topk(2, largest=False).values.tolist() if len(loss_E) > 1 else (float(loss_E), math.inf)
         if math.isfinite(second):

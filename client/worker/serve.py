@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from io import TextIOWrapper
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
+from typing import Any
 
 from client import messages
 from client.answer import answer, base_has_changed
@@ -104,14 +105,20 @@ def _serve(connection: socket.socket, hello: bytes, patience: _Patience, listene
         log.warning("ending after this reply: the GPU answers this process no more; a new worker will start afresh")
         Path(listener.getsockname()).unlink(missing_ok=True)
     try:
+        _send(connection, reply, call, message)
+    finally:
+        if lost:
+            os._exit(1)
+
+
+def _send(connection: socket.socket, reply: Any, call: Call, message: Any) -> None:
+    try:
         send(connection, messages.to_bytes(reply))
     except ValueError as error:
         # It is too long. A ClientApp without a reply would ask a second worker.
         log.warning("the reply was not sent: %s", error)
         sender = messages.Sender(site=call.site, settings_hash="", process="", base_model_loads=0)
         send(connection, messages.to_bytes(messages.encode_failure(sender, reason_of(error), message)))
-    if lost:
-        os._exit(1)
 
 
 def _stay_with(supernode: int, patience: _Patience) -> None:

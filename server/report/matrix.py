@@ -78,7 +78,7 @@ def _heat(metric: str, rows: Sequence[Row], scale: Scale) -> Heat:
 
 def _load(routing: Mapping[str, Mapping[str, Any]]) -> Iterable[Heat]:
     """Layer x expert; none of a dense model."""
-    loads = {layer: found["load"] for layer, found in routing.items()}
+    loads = {layer: found["load"] for layer, found in routing.items() if "load" in found}  # new in run folders
     if not loads:
         return
     scale = Scale("s", 0.0, round_up(max(share for load in loads.values() for share in load)), "percent")

@@ -43,14 +43,17 @@ def test_table_pairs_by_seed_and_says_what_is_missing():
     tested["fedavg"] = Outcome(("train.learning_rate=1",), {0: row(0, 0.6), 1: row(1, 0.4), 2: row(2, 0.5)})
     tested["fc_moe"] = Outcome((), {1: row(1, 0.6), 2: row(2, 0.5)})
     tested["fedprox"] = Outcome((), {0: {"failed": "round 2: loss is nan"}})
+    tested["fc_moe_plus"] = Outcome((), {1: row(1, 0.65), 2: row(2, 0.65)})
     table = comparison("title", tested, [0, 1, 2])
     fedavg, ours = cells_of(table, "FedAvg |"), cells_of(table, "FC-MoE (2")
     assert fedavg[1].startswith("50.0 ±")
     assert fedavg[-1] == "lr=1"
     assert ours[0] == "FC-MoE (2 of 3 seeds)"
     assert ours[2].startswith("+10.0 ±")
-    assert ours[5] == "41.2 / 27.5 / 13.8"
-    assert ours[6:9] == ["1.0", "2.0", "x 1.50"]
+    assert ours[3].startswith("+10.0 ±")  # 5 and 15
+    assert (fedavg[3].split(" ")[0], cells_of(table, "FC-MoE plus")[3]) == ("+20.0", "")
+    assert ours[6] == "41.2 / 27.5 / 13.8"
+    assert ours[7:10] == ["1.0", "2.0", "x 1.50"]
     assert cells_of(table, "FedProx")[1] == "diverged"
     assert cells_of(table, "FedAdam")[1] == "missing"
 
@@ -64,8 +67,8 @@ def test_rules_on_factors_are_compared_by_lora_alone():
 def test_norms_of_factors_are_not_shown():
     tested = {"fedavg": Outcome((), {0: row(0, 0.6)}), "fc_moe": Outcome((), {0: row(0, 0.6, experts="lora")})}
     table = comparison("title", tested, [0])
-    assert cells_of(table, "FedAvg |")[8] == "x 1.50"
-    assert cells_of(table, "FC-MoE |")[8] == ""
+    assert cells_of(table, "FedAvg |")[9] == "x 1.50"
+    assert cells_of(table, "FC-MoE |")[9] == ""
 
 
 def test_rows_of_another_version_are_not_told_of():
@@ -83,7 +86,7 @@ def test_every_workload_has_its_tables_before_anything_has_run(name):
     table = report(study_of(name, "lora", [0], [100]), name, "lora")["markdown"]
     assert cells_of(table, "FedAvg |")[1] == "missing"
     assert ("one knob changed" in table) == (name in {"clinc"})
-    assert ("| variant |" in table) == (name in {"clinc", "ag_news", "mcq"})
+    assert ("| variant |" in table) == (name in {"clinc", "banking", "ag_news", "mcq"})
     assert ("| printed, % |" in table) == (name in {"ag_news", "ag_news_0.5", "ag_news_1.0", "mcq"})
 
 
@@ -91,7 +94,7 @@ def test_ablation_shows_the_variants_that_are_compared():
     """Last rounds' accuracy, and the mean over sites, here of a and half of a; without variants there is no table."""
     tested = {"fc_moe": Outcome((), {0: row(0, 0.6), 1: row(1, 0.4)}), "fc_moe_no_retention": Outcome((), {})}
     table = ablation(tested)
-    assert cells_of(table, "full")[1:] == ["0.5000 / 0.3750", ".8359 / .6732", ".3764 / .3559"]
+    assert cells_of(table, "full")[1:] == ["0.5000 ± 1.2706 / 0.3750 ± 0.9529", ".8359 / .6732", ".3764 / .3559"]
     assert cells_of(table, "- local retention")[1] == "missing"
     assert "projection" not in table
     assert ablation({"fc_moe": tested["fc_moe"]}) == ""
@@ -143,7 +146,7 @@ def test_workloads_judged_by_loss_show_rouge_l_instead_of_the_loss_again():
     tested = {"fedavg": Outcome((), rows)}
     table = comparison("title", tested, [1, 3])
     assert "ROUGE-L" in table
-    assert cells_of(table, "FedAvg")[4].startswith("0.200 ±")
+    assert cells_of(table, "FedAvg")[5].startswith("0.200 ±")
 
 
 def test_half_of_the_sites_is_all_that_differs():
