@@ -109,7 +109,7 @@ CONTENDERS: dict[str, Contender] = {
             ("examples", "importance: examples", "strategy.importance=examples"),
             ("filtered", "retention: filtered", "method.retention.kind=filtered"),
             ("orthogonal", "retention: orthogonal", "method.retention.kind=orthogonal"),
-            ("guarded", "retention, norms kept within 1.2", "method.retention.norm_guard=1.2"),
+            ("guarded", "retention, norms grown by 1.2 a round at most", "method.retention.norm_guard=1.2"),
         )
     },
     "fc_moe_strength_0.5": Contender(

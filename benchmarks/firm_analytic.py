@@ -19,16 +19,16 @@ from typing import Any
 import numpy as np
 
 from benchmarks.firm_methods import Play, Schedule, fedcmoo, firm, fsmgda, scalarised, spread
-from benchmarks.firm_problems import Array, Bandit, Problem, Quadratics, distance_to_pareto_set
+from benchmarks.firm_problems import Array, Bandit, Bumps, Problem, Quadratics, distance_to_pareto_set
 from benchmarks.render import write_results
 from server.intervals import interval
 from server.pareto import hypervolume
 from strategies.simplex import Weights
 
 ROUNDS = 60
-BETAS = (0.0, 0.1, 1.0, 10.0)
+BETAS = (0.0, 0.03, 0.1, 1.0, 10.0)
 BETA = 1.0
-"""Of the comparison with other methods."""
+"""Of the comparison with other methods, where nothing else is said."""
 NUM_SITES = 8
 SITES = (2, NUM_SITES, 16)
 LOCAL_STEPS = (1, Schedule().local_steps, 20)
@@ -46,6 +46,8 @@ class Bed:
     """From the number of sites."""
     schedule: Schedule
     num_objectives: int
+    beta: float = BETA
+    """Of the comparison with other methods."""
 
 
 BEDS = {
@@ -57,6 +59,8 @@ BEDS = {
         Schedule(learning_rate=2.0),
         2,
     ),
+    # Held to the preference as firmly as elsewhere, it goes where weighted sums go: to the ends.
+    "bumps": Bed("Two bumps, a concave front", Bumps.drawn, Schedule(), 2, beta=0.03),
 }
 
 Method = Callable[[Weights, Schedule], Play]
@@ -68,25 +72,30 @@ def anchored(beta: float) -> Method:
     return lambda preference, schedule: firm("anchor", beta, preference, schedule)
 
 
-METHODS: dict[str, Method] = {
-    "FIRM, anchor": anchored(BETA),
-    "FIRM, weighted": lambda preference, schedule: firm("weighted", BETA, preference, schedule),
-    "linear scalarisation": scalarised,
-}
-"""Methods that take a preference."""
+def with_preference(beta: float) -> dict[str, Method]:
+    """Methods that take a preference."""
+    return {
+        LEADER: anchored(beta),
+        "FIRM, weighted": lambda preference, schedule: firm("weighted", beta, preference, schedule),
+        "linear scalarisation": scalarised,
+    }
 
-WITHOUT_PREFERENCE: dict[str, Method] = {
-    "FIRM, ridge": lambda _, schedule: firm("ridge", BETA, None, schedule),
-    "local MGDA": lambda _, schedule: firm("ridge", 0.0, None, schedule),
-    "FSMGDA": lambda _, schedule: fsmgda(schedule),
-    "FedCMOO, svd": lambda _, schedule: fedcmoo("svd", schedule),
-    "FedCMOO, topk": lambda _, schedule: fedcmoo("topk", schedule),
-    "FedCMOO, whole gradients": lambda _, schedule: fedcmoo("none", schedule),
-}
-SWEPT: Mapping[str, Method] = {
-    title: (METHODS | WITHOUT_PREFERENCE)[title] for title in ("FIRM, anchor", "linear scalarisation", "local MGDA")
-}
-"""Methods whose sites and local steps are varied, at equal preference."""
+
+def without_preference(beta: float) -> dict[str, Method]:
+    """Methods that take none."""
+    return {
+        "FIRM, ridge": lambda _, schedule: firm("ridge", beta, None, schedule),
+        "local MGDA": lambda _, schedule: firm("ridge", 0.0, None, schedule),
+        "FSMGDA": lambda _, schedule: fsmgda(schedule),
+        "FedCMOO, svd": lambda _, schedule: fedcmoo("svd", schedule),
+        "FedCMOO, topk": lambda _, schedule: fedcmoo("topk", schedule),
+        "FedCMOO, whole gradients": lambda _, schedule: fedcmoo("none", schedule),
+    }
+
+
+LEADER = "FIRM, anchor"
+SWEPT = (LEADER, "linear scalarisation", "local MGDA")
+"""Methods whose sites and local steps are varied, at equal preference; the others are subtracted from the first."""
 
 MEASURES = ("distance", "disagreement", "drift", "uploads", "bound")
 COLUMNS = {
@@ -158,13 +167,15 @@ def of_seed(bed: Bed, seed: int) -> dict[str, dict[str, Measured]]:
     draws = {count: Draw(bed, seed, count) for count in SITES}
     draw, schedule = draws[NUM_SITES], bed.schedule
     steps = {count: replace(schedule, local_steps=count) for count in LOCAL_STEPS}
+    led, others = with_preference(bed.beta), without_preference(bed.beta)
+    swept = {title: (led | others)[title] for title in SWEPT}
     return {
         "methods": {"optima of the weighted sums": draw.exact()}
-        | {title: draw.measured(method, schedule) for title, method in METHODS.items()}
-        | {title: draw.measured_once(method, schedule) for title, method in WITHOUT_PREFERENCE.items()},
+        | {title: draw.measured(method, schedule) for title, method in led.items()}
+        | {title: draw.measured_once(method, schedule) for title, method in others.items()},
         "betas": {f"{beta:g}": draw.measured(anchored(beta), schedule) for beta in BETAS},
-        "sites": {f"{n}, {title}": draws[n].at_equal(one, schedule) for n in SITES for title, one in SWEPT.items()},
-        "steps": {f"{n}, {title}": draw.at_equal(one, steps[n]) for n in LOCAL_STEPS for title, one in SWEPT.items()},
+        "sites": {f"{n}, {title}": draws[n].at_equal(one, schedule) for n in SITES for title, one in swept.items()},
+        "steps": {f"{n}, {title}": draw.at_equal(one, steps[n]) for n in LOCAL_STEPS for title, one in swept.items()},
     }
 
 
@@ -240,7 +251,8 @@ def tables(results: Mapping[str, Any]) -> str:
     """For each bed the methods and the sweeps, in Markdown."""
     lines = []
     for name, found in results["beds"].items():
-        lines += [f"**{BEDS[name].title}**", "", *_table("", found["methods"]), ""]
+        lines += [f"**{BEDS[name].title}, beta {BEDS[name].beta:g}**", "", *_table("", found["methods"]), ""]
+        lines += [*_differences(found["methods"]), ""]
         for title, table in SWEEPS.items():
             lines += [*_table(title, found[table]), ""]
     return "\n".join(lines)
@@ -250,6 +262,16 @@ def _table(corner: str, rows: Mapping[str, Mapping[str, Sequence[float]]]) -> li
     head = [corner, *COLUMNS.values()]
     cells = [[name, *(_cell(key, measures.get(key)) for key in COLUMNS)] for name, measures in rows.items()]
     return [f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *cells]]
+
+
+def _differences(rows: Mapping[str, Mapping[str, Sequence[float]]]) -> list[str]:
+    """``LEADER`` minus its rivals, paired by seed."""
+    keys = ("hypervolume", "equal", "drift", "disagreement")
+    lines = [[f"{LEADER}, minus", *(COLUMNS[key] for key in keys)], ["---"] * (len(keys) + 1)]
+    for rival in SWEPT[1:]:
+        pairs = [np.subtract(rows[LEADER][key], rows[rival][key]).tolist() for key in keys]
+        lines.append([rival, *(f"{mean:+.3g} ± {half:.2g}" for mean, half in map(interval, pairs))])
+    return [f"| {' | '.join(line)} |" for line in lines]
 
 
 def _cell(key: str, values: Sequence[float] | None) -> str:

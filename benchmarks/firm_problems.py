@@ -1,4 +1,4 @@
-"""Objectives in conflict whose Pareto set is known exactly: quadratics, and a policy over the arms of bandits.
+"""Objectives in conflict whose Pareto set is known exactly: quadratics, bumps, and a policy over the arms of bandits.
 
 Losses: lower is better. Shapes: C sites, M objectives, D parameters, S contexts, A arms.
 """
@@ -19,7 +19,7 @@ Array = NDArray[np.float64]
 class Problem(Protocol):
     """M losses, each the mean over the sites' own.
 
-    The Pareto set of both kinds is the convex hull of the objectives' own optima.
+    The Pareto set of each kind is the convex hull of the objectives' own optima.
     """
 
     @property
@@ -99,6 +99,62 @@ class Quadratics:
         """The centres' mean, weighted by preference times steepness."""
         pulls = preference_M * self.steepness_M
         return np.asarray(pulls @ self.optima / pulls.sum())
+
+
+@dataclass(frozen=True)
+class Bumps:
+    """``f_cj(x) = 1 - exp(-||x - a_j||^2) + <b_cj, x>`` for two objectives, with b_cj that cancel over the sites.
+
+    The global objectives are those of Fonseca and Fleming (1995, https://doi.org/10.1162/evco.1995.3.1.1): their front
+    is concave in its middle, where no weighted sum is least.
+    """
+
+    optima_MD: Array
+    pulls_CMD: Array
+    """b: what each site's own objectives add."""
+    noise: float
+    """Standard deviation of each entry of a gradient."""
+
+    @classmethod
+    def drawn(cls, rng: np.random.Generator, num_sites: int = 8, size: int = 20) -> Bumps:
+        """Optima at distance 2, each site's pull about 0.3 long."""
+        direction_D = rng.normal(size=size)
+        direction_D /= np.linalg.norm(direction_D)
+        pulls_CMD = 0.3 * rng.normal(size=(num_sites, 2, size)) / np.sqrt(size)
+        return cls(np.stack([direction_D, -direction_D]), pulls_CMD - pulls_CMD.mean(axis=0), noise=0.05)
+
+    @property
+    def num_sites(self) -> int:
+        """C."""
+        return len(self.pulls_CMD)
+
+    @property
+    def start(self) -> Array:
+        """As far from one optimum as from the other, half of their distance from the middle between them."""
+        aside_D = np.eye(self.optima_MD.shape[1])[0]
+        aside_D -= (aside_D @ self.optima_MD[0]) * self.optima_MD[0]
+        return np.asarray(aside_D / np.linalg.norm(aside_D))
+
+    @property
+    def optima(self) -> Array:
+        """(M, D)."""
+        return self.optima_MD
+
+    def gradients(self, points_CD: Array, rng: np.random.Generator) -> Array:
+        """(C, M, D)."""
+        ways_CMD = points_CD[:, None] - self.optima_MD
+        exact = 2 * ways_CMD * np.exp(-(ways_CMD**2).sum(axis=-1, keepdims=True)) + self.pulls_CMD
+        return np.asarray(exact + self.noise * rng.normal(size=exact.shape))
+
+    def losses(self, point_D: Array) -> Array:
+        """(M,)."""
+        return np.asarray(1 - np.exp(-((point_D - self.optima_MD) ** 2).sum(axis=1)))
+
+    def best(self, preference_M: Array) -> Array:
+        """The best of 2,001 points between the optima: the Pareto set has all that can be least."""
+        shares = np.linspace(0, 1, 2001)
+        points = shares[:, None] * self.optima_MD[0] + (1 - shares)[:, None] * self.optima_MD[1]
+        return np.asarray(points[int(np.argmin([preference_M @ self.losses(point) for point in points]))])
 
 
 @dataclass(frozen=True)

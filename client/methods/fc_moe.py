@@ -28,8 +28,8 @@ class FcMoe(Method):
 
     Differs from the paper: its Eq. 5 makes R a multiple of Theta, while its prose speaks of the filtered,
     domain-specific part; ``kind`` offers both readings. With LoRA the vector is the expert's factors A and B.
-    ``norm_guard`` bounds the growth that lambda R can compound from round to round: R of an expert is shortened,
-    its direction kept, until ||Theta + lambda R|| <= norm_guard ||Theta||.
+    ``norm_guard`` bounds what lambda R may add in one round: R of an expert is shortened, its direction kept, until
+    ||Theta + lambda R|| <= norm_guard ||Theta||. Growth over rounds it slows down to that factor a round.
     """
 
     def __init__(self, config: MethodConfig) -> None:

@@ -103,8 +103,10 @@ def test_tables_have_a_row_for_every_method(monkeypatch):
         for table, rows in of_seed(BEDS["quadratics_2"], 0).items()
     }
     page = tables({"beds": {"quadratics_2": found}})
-    for name in (*firm_analytic.METHODS, *firm_analytic.WITHOUT_PREFERENCE, "optima of the weighted sums"):
-        assert page.count(f"| {name} |") == 1
+    names = {**firm_analytic.with_preference(1.0), **firm_analytic.without_preference(1.0)}
+    for name in (*names, "optima of the weighted sums"):
+        assert page.count(f"| {name} |") == (2 if name in firm_analytic.SWEPT[1:] else 1)
+    assert "| linear scalarisation | +" in page or "| linear scalarisation | -" in page  # the difference to it
     for name in ("2, FIRM, anchor", "16, local MGDA", "20, linear scalarisation"):
         assert f"| {name} |" in page
     assert found["sites"]["8, FIRM, anchor"] == found["steps"]["5, FIRM, anchor"] != found["sites"]["2, FIRM, anchor"]

@@ -7,10 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from benchmarks.firm_problems import Bandit, Quadratics, distance_to_pareto_set
+from benchmarks.firm_problems import Bandit, Bumps, Quadratics, distance_to_pareto_set
 
 PROBLEMS = {
     "quadratics": lambda: replace(Quadratics.drawn(np.random.default_rng(0), 3, num_sites=4, size=6), noise=0.0),
+    "bumps": lambda: replace(Bumps.drawn(np.random.default_rng(0), num_sites=4, size=6), noise=0.0),
     "bandit": lambda: replace(Bandit.drawn(np.random.default_rng(0), num_sites=3), samples=2_000_000),
 }
 
@@ -55,3 +56,11 @@ def test_distance_is_that_to_the_nearest_mixture_of_optima(problem):
     mixtures = rng.dirichlet(np.ones(len(problem.optima)), 3000) @ problem.optima
     nearest = np.linalg.norm(mixtures - point, axis=1).min()
     assert distance_to_pareto_set(problem, point) == pytest.approx(nearest, rel=0.02)
+
+
+def test_front_of_the_bumps_is_concave_where_no_weighted_sum_is_least():
+    """At equal preference the middle of the Pareto set is worse than its ends, and lies above the line between them."""
+    problem = Bumps.drawn(np.random.default_rng(0), num_sites=4, size=6)
+    first, last, middle = (problem.losses(point) for point in (*problem.optima, problem.optima.mean(axis=0)))
+    assert middle.sum() > first.sum() == pytest.approx(last.sum())
+    assert np.linalg.norm(problem.best(np.array([0.5, 0.5])) - problem.optima.mean(axis=0)) > 0.9

@@ -6,6 +6,7 @@ import weakref
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -170,6 +171,15 @@ def test_what_does_not_fit_is_refused_with_numbers_and_a_way_out(adapted):
     assert choose_micro_batch(adapted, Passes(sequences), replace(whole, micro_batch=3), free) == 3
     with pytest.raises(ValueError, match=r"activations of 6 x .* set train\.gradient_checkpointing=true"):
         choose_micro_batch(adapted, Passes(sequences), replace(whole, micro_batch="auto"), 0)
+
+
+def test_each_of_several_processes_keeps_to_its_part_of_the_machine(monkeypatch):
+    monkeypatch.setattr(client.memory, "_processes", 1)
+    alone, machine = client.memory.free_bytes(CPU), psutil.virtual_memory().total
+    client.memory.divide_among(1000)
+    assert client.memory.free_bytes(CPU) == 0  # this process holds more than a thousandth of any machine
+    client.memory.divide_among(2)
+    assert client.memory.free_bytes(CPU) <= min(1.1 * alone, machine / 2)
 
 
 @pytest.mark.parametrize("room", [1, 2])

@@ -106,6 +106,21 @@ def test_fedavg_has_a_base_and_a_global_model_on_everyones_data(honest, tmp_path
 
 
 @pytest.mark.slow
+def test_use_of_experts_that_nobody_has_drops_the_reply_and_not_the_run(real_sites):
+    def invents(message, honest):
+        reply = honest(message)
+        sender, losses = losses_of(reply)
+        use = {"model.layers.0.mlp": ExpertUse((0.5, 0.5)), "model.layers.7.mlp": ExpertUse((1.0,))}
+        return [encode_losses(sender, losses, message, Measured(scores=(), routing=use))]
+
+    result = real_sites("rounds=1", in_round(1, invents, EVALUATE))
+    (reason,) = result.rounds()[-1]["dropped"].values()
+    assert "which are not the model's" in reason
+    assert result.error is None
+    assert set(result.folder.evaluation()["routing"]["model.layers.0.mlp"]["sites"]) == {"clinic", "court"}
+
+
+@pytest.mark.slow
 def test_run_with_a_matrix_ends_with_the_same_adapter_and_bytes(honest):
     plain, matrix = honest(), honest(MATRIX)
     for key in ("adapter_sha256", "site_loss", "global_loss", "bytes_up", "bytes_down"):

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
+
 import pytest
 from typer.testing import CliRunner
 
+import server.flower
 from server.jobs import plan
 from server.launch import cli, connect
 
@@ -32,3 +36,15 @@ def test_export_base_and_merge_give_models_that_transformers_loads(tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "base").config.model_type == "olmoe"
     refused = runner.invoke(cli, ["merge", str(tmp_path)])
     assert "holds no adapter" in str(refused.exception)
+
+
+def test_a_long_temporary_folder_is_not_used_where_sockets_are_made(monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert len(str(tmp_path)) > 18
+    home = server.flower._temporary_home()
+    home.rmdir()
+    assert home.parent == Path("/tmp")
+    monkeypatch.setattr(tempfile, "tempdir", "/var/tmp")
+    home = server.flower._temporary_home()
+    home.rmdir()
+    assert home.parent == Path("/var/tmp")

@@ -114,7 +114,7 @@ def heed_interrupts():
 
 @pytest.mark.parametrize(("number", "times"), [(signal.SIGINT, 20), (signal.SIGHUP, 1)], ids=["Ctrl-C", "hang-up"])
 def test_interrupted_run_leaves_nothing_behind_however_often_it_is_interrupted(tmp_path, number, times):
-    scratch = Path(tempfile.mkdtemp(prefix="b"))
+    scratch = Path(tempfile.mkdtemp(prefix="b", dir="/tmp"))
     process = subprocess.Popen(
         [str(BIN / "bouquet"), "run", "rounds=500", "output=long"], env=os.environ | {"TMPDIR": str(scratch)},
         cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=heed_interrupts,  # noqa: PLW1509

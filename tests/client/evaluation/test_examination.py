@@ -68,6 +68,19 @@ def test_where_all_use_the_global_model_base_and_global_are_tested_on_the_sites_
     assert scores[GLOBAL, "here"].num_examples == 2
 
 
+def test_experts_use_is_that_on_all_own_sets(base_config, tmp_path):
+    """As a centralised site's, which has those of every original site."""
+    site = examined_site(base_config, tmp_path)
+    sets = {"here": EvalSet(HELD_OUT), "there": EvalSet(ELSEWHERE)}
+    of_all = Site(
+        "everyone", TRAIN, {name: each.examples for name, each in sets.items()}, adapted=site.adapted,
+        config=site.config, store=site.store,
+    )  # fmt: skip
+    received = noisy(first_global(site), seed=0)
+    sequences = encode([*HELD_OUT, *ELSEWHERE], site.adapted.tokenizer, site.config.data)
+    assert examine(of_all, received, received).routing == expert_use(site.adapted, received, sequences, 16)
+
+
 def test_answers_are_those_of_the_model_to_the_first_examples(base_config, tmp_path):
     site = examined_site(base_config, tmp_path, num_answers=2)
     received = noisy(first_global(site), seed=0)
