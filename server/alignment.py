@@ -140,8 +140,8 @@ class Front:
     seeds_N: NDArray[np.int64]
     """Of each run: runs of one seed make a front, which those of another do not add to."""
     hypervolumes: tuple[float, ...]
-    """Of each seed that has as many preferences as any, above a reference point that all fronts share: below the worst
-    reward of any run by a tenth of the range."""
+    """Of each seed that has run with as many preferences as any, and the same ones, above a reference point that all
+    fronts share: below the worst reward of any run by a tenth of the range."""
 
     @property
     def hypervolume(self) -> str:
@@ -166,20 +166,36 @@ def fronts(runs: Sequence[tuple[Mapping[str, Any], Alignment | None]]) -> list[F
     for label, members in zip(_labels([json.loads(key) for key in groups]), groups.values(), strict=True):
         points = np.array([chosen[index].ends for index in members])
         seeds = np.array([int(runs[index][0].get("seed", 0)) for index in members])
-        made.append(Front(label, tuple(members), points, seeds, _hypervolumes(points, seeds, reference)))
+        wishes = [_preference_of(runs[index][0]) for index in members]
+        made.append(Front(label, tuple(members), points, seeds, _hypervolumes(points, seeds, wishes, reference)))
     return made
 
 
 def _hypervolumes(
-    points_NM: NDArray[np.float64], seeds_N: NDArray[np.int64], reference_M: NDArray[np.float64]
+    points_NM: NDArray[np.float64],
+    seeds_N: NDArray[np.int64],
+    wishes_N: Sequence[str],
+    reference_M: NDArray[np.float64],
 ) -> tuple[float, ...]:
-    seeds, counts = np.unique(seeds_N, return_counts=True)
-    whole = seeds[counts == counts.max()]
-    return tuple(hypervolume(points_NM[seeds_N == seed], reference_M) for seed in whole)
+    """Of the seeds that have run with every preference, or else with as many as any seed."""
+    wishes = {seed: {wish for wish, of in zip(wishes_N, seeds_N, strict=True) if of == seed} for seed in set(seeds_N)}
+    most = max(map(len, wishes.values()))
+    whole = next(wishes[seed] for seed in sorted(wishes) if len(wishes[seed]) == most)
+    return tuple(
+        hypervolume(points_NM[seeds_N == seed], reference_M) for seed in sorted(wishes) if wishes[seed] == whole
+    )
+
+
+_PREFERENCES = ("method.preference", "method.site_preferences")
+
+
+def _preference_of(settings: Mapping[str, Any]) -> str:
+    flat = _flat(settings)
+    return json.dumps([flat.get(key) for key in _PREFERENCES])
 
 
 def _without_preference(settings: Mapping[str, Any]) -> dict[str, Any]:
-    apart = {"method.preference", "method.site_preferences", "seed", "output"}
+    apart = {*_PREFERENCES, "seed", "output"}
     return {key: value for key, value in _flat(settings).items() if key not in apart}
 
 

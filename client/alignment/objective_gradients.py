@@ -21,16 +21,20 @@ class ObjectiveGradients:
         self._parameters = list(parameters)
         self._sums = [[torch.zeros_like(parameter) for parameter in self._parameters] for _ in range(num_objectives)]
 
-    def add(self, losses_M: Tensor) -> None:
-        """Add each loss's gradient: M backward passes through the one graph that all losses share."""
+    def add(self, losses_M: Tensor, loss_scale: float = 1.0) -> None:
+        """Add each loss's gradient: M backward passes through the one graph that all losses share.
+
+        ``loss_scale`` is what half precision needs on the way; the sums are without it.
+        """
         last = len(losses_M) - 1
         for objective, loss in enumerate(losses_M.unbind()):
+            scaled = loss * loss_scale
             found = torch.autograd.grad(
-                loss, self._parameters, retain_graph=objective < last, allow_unused=True, materialize_grads=False
+                scaled, self._parameters, retain_graph=objective < last, allow_unused=True, materialize_grads=False
             )
             for total, gradient in zip(self._sums[objective], found, strict=True):
                 if gradient is not None:
-                    total.add_(gradient)
+                    total.add_(gradient, alpha=1 / loss_scale)
 
     def gram(self) -> NDArray[np.float64]:
         """(M, M) inner products, summed over parameters in float64."""
@@ -51,7 +55,7 @@ class ObjectiveGradients:
             for column in columns
         ]
 
-    def combine(self, weights_M: NDArray[np.floating]) -> None:
-        """Add the gradients, each times its weight, to those that the parameters hold."""
-        for parameter, total in zip(self._parameters, self.combined(weights_M), strict=True):
+    def combine(self, weights_M: NDArray[np.floating], loss_scale: float = 1.0) -> None:
+        """Add the gradients, each times its weight and ``loss_scale``, to those that the parameters hold."""
+        for parameter, total in zip(self._parameters, self.combined(loss_scale * weights_M), strict=True):
             parameter.grad = total if parameter.grad is None else parameter.grad + total

@@ -43,7 +43,12 @@ class Rewards:
 
 
 def _checked(name: str, scores: NDArray[np.floating], count: int) -> NDArray[np.float64]:
-    found = np.asarray(scores, np.float64)
+    try:
+        found = np.asarray(scores, np.float64)
+    except (TypeError, ValueError, RuntimeError) as error:  # ragged, texts, a tensor with gradients
+        raise ValueError(
+            f"reward {name!r} returned a {type(scores).__name__} that is not {count} numbers, one for each completion"
+        ) from error
     if found.shape != (count,):
         raise ValueError(f"reward {name!r} returned the shape {found.shape} for {count} completions, not ({count},)")
     bad = np.flatnonzero(~np.isfinite(found))

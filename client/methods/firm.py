@@ -146,9 +146,9 @@ class InClientAlignment(LocalRule):
         gradients = ObjectiveGradients([*step.adapted.parameters_by_name().values()], len(self._rewards.names))
         sequences = experience.rollout.sequences
         for indices in step.passes(sequences):
-            gradients.add(self._losses(step, experience, indices) * step.loss_scale)
+            gradients.add(self._losses(step, experience, indices), step.loss_scale)
         weights_M = self._weights.of(gradients)
-        gradients.combine(weights_M)
+        gradients.combine(weights_M, step.loss_scale)
         self._weights_sum_M += weights_M
         if self._critic is not None:
             self._critic.fit(torch.cat(experience.hidden), torch.cat(self._returns))

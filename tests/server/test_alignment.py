@@ -111,6 +111,15 @@ def test_seeds_have_fronts_of_their_own_so_that_more_of_them_do_not_dominate_mor
     np.testing.assert_array_equal(front.seeds_N, [0, 0, 1, 1, 2])
 
 
+def test_a_run_that_was_repeated_counts_for_its_preference_once():
+    """Seed 0 has three runs on two preferences, seed 1 two on the same, seed 2 two on others."""
+    at = [(0, 0, (0.0, 2.0)), (0, 0, (0.0, 2.0)), (0, 1, (2.0, 0.0)), (1, 0, (1.0, 1.0)), (1, 1, (1.0, 1.0)),
+          (2, 1, (2.0, 2.0)), (2, 2, (2.0, 2.0))]  # fmt: skip
+    runs = [({"seed": seed, "method": {"preference": [i, 1 - i]}}, ended(*point)) for seed, i, point in at]
+    (front,) = fronts(runs)
+    assert front.hypervolumes == pytest.approx([0.84, 1.44])
+
+
 def test_runs_with_other_objectives_are_left_out():
     other = alignment_of([site("a", 1, reward__z=1.0)], {})
     (front,) = fronts([({}, ended(1.0, 1.0)), ({}, other)])

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 from client.alignment.rewards import PROGRAMMATIC, Rewards
 from conf.alignment import BUILT_IN_REWARDS
@@ -55,4 +56,11 @@ def test_a_reward_that_is_not_finite_is_named():
 def test_a_reward_of_another_shape_is_named():
     rewards = Rewards({"clear": lambda _, texts: np.ones((2, 1))})
     with pytest.raises(ValueError, match=r"reward 'clear' returned the shape \(2, 1\) for 2 completions, not \(2,\)"):
+        rewards.score(["", ""], ["a", "b"])
+
+
+@pytest.mark.parametrize("scores", [[[1.0], [1.0, 2.0]], ["good", "bad"], torch.ones(2, requires_grad=True)])
+def test_a_reward_that_is_no_numbers_is_named(scores):
+    rewards = Rewards({"clear": lambda prompts, texts: scores})
+    with pytest.raises(ValueError, match=r"reward 'clear' returned a \w+ that is not 2 numbers"):
         rewards.score(["", ""], ["a", "b"])

@@ -78,6 +78,20 @@ def test_the_same_seed_draws_the_same_and_another_one_does_not(adapted, prompts)
     assert drawn[0] == drawn[1] != drawn[2]
 
 
+def test_generation_settings_of_the_base_do_not_shape_what_is_sampled(adapted, prompts, monkeypatch):
+    """Log-probabilities are judged without them, so samples must be drawn without them."""
+    own = adapted.model.get_base_model().generation_config
+    torch.manual_seed(0)
+    plain = rollout_of(adapted, prompts).completions
+    for name, value in {
+        "min_p": 0.9, "typical_p": 0.1, "epsilon_cutoff": 0.5, "no_repeat_ngram_size": 1, "top_k": 1,
+        "suppress_tokens": [*range(60)], "repetition_penalty": 9.0,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(own, name, value)
+    torch.manual_seed(0)
+    assert rollout_of(adapted, prompts).completions == plain
+
+
 def test_at_a_low_temperature_each_token_is_the_likeliest(adapted, prompts):
     """One row at a time and without a cache, from the logits."""
     rollout = rollout_of(adapted, prompts, temperature=1e-4, per_prompt=1)
