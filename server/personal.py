@@ -70,7 +70,7 @@ def export_personal(run: Path, site: str, folder: Path, private: Path | None = N
     if site not in summary["sites"] and not store.path.exists():
         raise ValueError(f"{run} had no site {site!r}; its sites: {', '.join(sorted(summary['sites']))}")
     if len(shared) < len(adapted.array_names) and not store.path.exists():
-        if not _has_trained(run, site):
+        if site not in (_trained(run) or {site}):
             raise ValueError(f"site {site!r} trained in no round: it has nothing of its own to export")
         raise ValueError(
             f"the private state of site {site!r} is not on this machine (looked for {store.path}): export where it is"
@@ -84,9 +84,9 @@ def export_personal(run: Path, site: str, folder: Path, private: Path | None = N
     save_personal(adapted, in_use, folder)
 
 
-def _has_trained(run: Path, site: str) -> bool:
-    """Whether the run, some rounds of which may have been without it, has the site's training in its metrics."""
-    return any(row.get("site") == site and "train_loss" in row for row in RunFolder(run).rows())
+def _trained(run: Path) -> set[str]:
+    """Sites whose training is in the run's metrics; none in a copy without these."""
+    return {row["site"] for row in RunFolder(run).rows() if "site" in row and "train_loss" in row}
 
 
 def save_personal(adapted: AdaptedModel, adapter: Arrays, folder: Path) -> None:

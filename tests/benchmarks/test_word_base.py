@@ -22,7 +22,7 @@ def test_every_source_of_words_counts_alike():
 def test_every_label_that_is_scored_is_a_word_of_the_base():
     tokenizer = AutoTokenizer.from_pretrained(WORD_BASE)
     scored = {label for workload in WORKLOADS.values() if not workload.model for label in workload.labels}
-    assert scored == set(LABELS)
+    assert scored >= set(LABELS)
     assert all(tokenizer.tokenize(label) == [label] for label in scored)
 
 

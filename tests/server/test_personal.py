@@ -127,6 +127,14 @@ def test_what_cannot_be_exported_is_refused_with_the_reason(honest, flex, tmp_pa
         export_personal(flex, "bank", tmp_path / "full")
 
 
+def test_a_site_that_was_never_asked_has_nothing_to_export(honest, tmp_path):
+    run = honest(f"{FLEX} rounds=1 federation.fraction=0.5").folder.path
+    asked = {row["site"] for row in RunFolder(run).rows() if "train_loss" in row and "site" in row}
+    (site, *_) = {"bank", "clinic", "court", "workshop"} - asked
+    with pytest.raises(ValueError, match=f"site '{site}' trained in no round: it has nothing of its own to export"):
+        export_personal(run, site, tmp_path / "never")
+
+
 def test_a_real_site_exports_at_home_from_a_copy_of_the_run_folder(small, tmp_path):
     words = (
         "strategy=flex partition=files federation=remote federation.superlink=host:1 federation.min_sites=2 worker=off"
