@@ -43,6 +43,7 @@ def _free_upwards(root: Path, path: str, names: tuple[str, str, str]) -> list[fl
 
 
 def _free(folder: Path, names: tuple[str, str, str]) -> float:
+    """Bytes up to the folder's own limit, with what is used for files' pages alone; ``inf`` without a limit."""
     limit, use, reclaimable = names
     try:
         most = (folder / limit).read_text().strip()

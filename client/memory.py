@@ -213,8 +213,8 @@ def free_bytes(device: torch.device) -> int:
         ctypes.CDLL(None).malloc_trim(0)
     machine = psutil.virtual_memory()
     free = min(machine.available, free_of_cgroups())
-    if _processes > 1:
-        free = min(free, machine.total / _processes - psutil.Process().memory_info().rss)
+    if _processes > 1:  # libraries are in memory once for all of them, so what is shared does not count
+        free = min(free, machine.total / _processes - psutil.Process().memory_full_info().uss)
     return max(0, int(free))
 
 

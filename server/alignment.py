@@ -177,7 +177,7 @@ def _hypervolumes(
     wishes_N: Sequence[str],
     reference_M: NDArray[np.float64],
 ) -> tuple[float, ...]:
-    """Of the seeds that have run with every preference, or else with as many as any seed."""
+    """Of the seeds that have run with as many preferences as any, and the same ones as the first of them."""
     wishes = {seed: {wish for wish, of in zip(wishes_N, seeds_N, strict=True) if of == seed} for seed in set(seeds_N)}
     most = max(map(len, wishes.values()))
     whole = next(wishes[seed] for seed in sorted(wishes) if len(wishes[seed]) == most)

@@ -94,7 +94,7 @@ def routing(measured: Mapping[str, Measured]) -> dict[str, dict[str, Any]]:
         found[layer] = {
             "entropy": statistics.fmean(use["entropy"] for use in sites.values()),
             "largest_share": max(use["largest_share"] for use in sites.values()),
-            "load": np.mean([use["load"] for use in sites.values()], axis=0).tolist(),
+            "load": np.mean([use.shares for use in uses.values()], axis=0).round(6).tolist(),
             "sites": sites,
         }
     return found

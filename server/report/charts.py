@@ -43,6 +43,8 @@ class Size(NamedTuple):
 
 LARGE = Size(560, 280, 52, 66, 12, 34)
 PANEL = Size(236, 132, 40, 12, 10, 24)
+_DIGIT_WIDTH = 7
+"""Pixels of the page's type, rounded up."""
 
 
 @dataclass(frozen=True)
@@ -95,8 +97,10 @@ def line_chart(
     if not rounds:
         return None
     low, high = bounds or bounds_of([values for _, _, values in series])
-    x = Axis(rounds[0], max(rounds[-1], rounds[0] + 1), size.left, size.width - size.right, _whole_ticks(rounds, size))
     ticks = nice_ticks(low, high, 5 if size.height > 200 else 3)
+    longest = max(len(f"{tick:.{tick_decimals(ticks)}f}") for tick in ticks)
+    size = size._replace(left=max(size.left, _DIGIT_WIDTH * longest + 8))
+    x = Axis(rounds[0], max(rounds[-1], rounds[0] + 1), size.left, size.width - size.right, _whole_ticks(rounds, size))
     y = Axis(ticks[0], ticks[-1], size.height - size.bottom, size.top, ticks)
     ends = [_end(values, x, y) for _, _, values in series]
     labels = spread([end[1] if end else 0.0 for end in ends], 15.0, size.top, size.height - size.bottom)

@@ -77,3 +77,12 @@ def test_labels_with_room_stay_where_they_are():
     assert spread([100.0, 10.0, 50.0], 15.0, 0.0, 200.0) == [100.0, 10.0, 50.0]
     assert spread([50.0, 50.0], 15.0, 0.0, 200.0) == [50.0, 65.0]
     assert math.isclose(spread([195.0, 198.0], 15.0, 0.0, 200.0)[1], 200.0)
+
+
+def test_labels_of_close_values_have_room_on_the_left():
+    """Ticks of five decimals are seven characters wide."""
+    wide = line_chart("c", "c", [("a", "s", {0: 0.13938, 1: 0.13944})], PANEL)
+    assert wide.decimals >= 5
+    assert wide.size.left >= 7 * len(f"{wide.y.ticks[0]:.{wide.decimals}f}") + 6
+    assert wide.x.start == wide.size.left
+    assert line_chart("c", "c", [("a", "s", {0: 1.0, 1: 2.0})], PANEL).size == PANEL
