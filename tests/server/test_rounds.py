@@ -14,7 +14,7 @@ from client.evaluation.held_out import HeldOutLoss
 from client.messages import EVALUATE, JOIN, TRAIN, decode_losses, decode_request, decode_update, encode_losses
 from client.site import POOLED
 from conf.compose import load_config
-from server.alignment import alignment_of
+from server.alignment import GAUGES, alignment_of
 from server.app import Run
 from server.record import RunFolder, RunRecord, adapter_sha256
 from server.round_record import sample_sites
@@ -304,7 +304,11 @@ def test_run_with_several_objectives_tells_rewards_weights_and_drift(run):
     )
     assert result.error is None
     found = alignment_of(result.folder.rows(), {})
-    assert (found.objectives, found.held_out, sorted(found.weights)) == (("length", "format"), True, SITES)
+    assert (found.objectives, found.gauge, sorted(found.weights)) == (
+        ("length", "format"),
+        GAUGES["held_out_reward"],
+        SITES,
+    )
     assert found.disagreement == {1: 0.0, 2: 0.0}
     assert all(found.drift[number] > 0 for number in (1, 2))
     told = [line["weights"] for line in result.folder.diagnostics()]
