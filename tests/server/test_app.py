@@ -20,8 +20,9 @@ from client.assemble import pooled_held_out, simulated_site
 from client.embedded import embedded_rows
 from client.evaluation.held_out import held_out_loss
 from client.grafting.grafts import is_graft_array
-from client.messages import EVALUATE, JOIN, TRAIN, decode_losses, decode_request, decode_update
+from client.messages import EVALUATE, JOIN, TRAIN, decode_losses, decode_request, decode_update, payload_bytes
 from client.model import adapted_model
+from client.private import under
 from client.site import POOLED, shared_arrays
 from client.text import encode
 from conf.compose import load_config, settings_hash
@@ -250,6 +251,49 @@ def test_no_expert_and_no_graft_crosses_the_wire(honest):
         assert b".graft." not in sent.content
         assert b".experts." not in sent.content
     assert num_updates == 2 * len(SITES)
+
+
+def test_scaffold_sends_adapter_c_and_changes_of_c_i_but_no_c_i(honest):
+    """Down, c beside the adapter, and only for training; up, how much the site's own c_i changed.
+
+    All changes of a site add up to its c_i, and the first one that is not 0 (of A in the second round, since B = 0
+    before) is c_i itself; any later c_i is nowhere on the wire.
+    """
+    result = honest("strategy=scaffold rounds=3")
+    config = load_config(result.grid.overrides)
+    shared = model_of(config).initial_adapter(0).keys()
+    controls = {f"control/{name}" for name in shared}
+    received, replies = [], {site: [] for site in SITES}
+    for message, sent in ((sent.message(), sent) for sent in result.grid.sent):
+        if sent.up and sent.kind == TRAIN:
+            sender, update = decode_update(message)
+            replies[sender.site].append(update)
+            assert (update.adapter.keys(), update.extras.keys()) == (shared, controls)
+            assert update.metrics.keys() == OF_EVERY_METHOD
+        elif not sent.up and sent.kind != JOIN:
+            _, adapter, broadcast = decode_request(message)
+            assert (adapter.keys(), broadcast.keys()) == (shared, controls if sent.kind == TRAIN else set())
+            received += [(int(message.metadata.group_id) - 1, broadcast)] if broadcast else []
+        else:
+            assert payload_bytes(message) == 0
+    assert [len(updates) for updates in replies.values()] == [3] * len(SITES)
+    weights = [updates[0].num_examples for updates in replies.values()]
+    for num_rounds, control in received:
+        for name, c in control.items():
+            own = [sum((u.extras[name] for u in updates[:num_rounds]), 0 * c) for updates in replies.values()]
+            np.testing.assert_allclose(c, np.average(own, axis=0, weights=weights), atol=1e-6)
+    secret = {}
+    for site, updates in replies.items():
+        store = simulated_site(config, site, result.folder.path / "private").store
+        before, kept = (under("scaffold/control/", arrays) for arrays in (store.load(before_round=3), store.load()))
+        assert kept.keys() == before.keys() == shared
+        for name in shared:
+            np.testing.assert_array_equal(updates[-1].extras[f"control/{name}"], kept[name] - before[name])
+            secret |= {(site, name): kept[name].tobytes()} if is_told_apart(kept[name]) else {}
+    assert len(secret) == len(SITES) * len(shared)
+    for sent in result.grid.sent:
+        assert not [name for name, content in secret.items() if content in sent.content]
+        assert b"scaffold/" not in sent.content
 
 
 def test_firm_sends_adapter_and_rewards_but_no_critic_no_lambda_and_no_moments(honest):

@@ -3,6 +3,7 @@
 Steps in the space of factors are those of test_fc_moe.py.
 """
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from strategies.base import ClientUpdate
 from strategies.conflicts import Against, ConflictConfig, Granularity, Space
+from strategies.experts import is_expert_array
 from strategies.fc_moe import FcMoe, Importance
 from tests.strategies.naive_fc_moe import LAYERS, LORA, NUM_EXPERTS, naive_projection, random_round
 
@@ -62,13 +64,12 @@ def naive_product_step(strategy, adapter, updates, layer, expert):
     return kept, max((s[2:] ** 2).sum() / (s**2).sum() for s in values)
 
 
-@pytest.mark.parametrize("granularity", [Granularity.expert, Granularity.matrix])
-@pytest.mark.parametrize("against", Against)
-@settings(deadline=None, max_examples=8)
-@given(seed=seeds)
-def test_product_space_is_the_dense_one_truncated(granularity, against, seed):
-    adapter, updates = random_round(seed, LORA)
-    strategy = FcMoe(conflict=ConflictConfig(space=Space.product, granularity=granularity, against=against))
+def in_products(importance=Importance.paper, **conflict):
+    return FcMoe(importance=importance, conflict=ConflictConfig(space=Space.product, **conflict))
+
+
+def assert_dense(strategy, adapter, updates):
+    """Every expert is where the naive step takes it."""
     result = strategy.aggregate(adapter, {}, updates)
     for layer in LAYERS:
         lost = result.diagnostics["experts"][layer]["lost_energy"]
@@ -80,6 +81,16 @@ def test_product_space_is_the_dense_one_truncated(granularity, against, seed):
             for ours, dense in zip(products_of(result.adapter, layer, expert), expected[0], strict=True):
                 np.testing.assert_allclose(ours, dense, atol=1e-4 * max(1, abs(dense).max()))
             np.testing.assert_allclose(lost[expert], expected[1], atol=1e-6)
+    return result
+
+
+@pytest.mark.parametrize("granularity", [Granularity.expert, Granularity.matrix])
+@pytest.mark.parametrize("against", Against)
+@settings(deadline=None, max_examples=8)
+@given(seed=seeds)
+def test_product_space_is_the_dense_one_truncated(granularity, against, seed):
+    adapter, updates = random_round(seed, LORA)
+    assert_dense(in_products(granularity=granularity, against=against), adapter, updates)
 
 
 def test_product_space_by_hand():
@@ -117,3 +128,50 @@ def test_product_space_with_one_site_is_that_sites_product():
             )
             for ours, theirs in both:
                 np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def round_from_zero(seed, unmoved):
+    """A first round: B = 0 in what is received, and still 0 at the sites ``unmoved``, although they move A."""
+    adapter, updates = random_round(seed, LORA)
+    zeroed = [adapter, *(updates[site].adapter for site in unmoved)]
+    for name in adapter:
+        if is_expert_array(name) and name.endswith("lora_B"):
+            for arrays in zeroed:
+                arrays[name][...] = 0
+    return adapter, updates
+
+
+def assert_finite(result):
+    assert all(np.isfinite(array).all() for array in result.adapter.values())
+    json.dumps(result.diagnostics, allow_nan=False)
+
+
+@pytest.mark.parametrize("granularity", [Granularity.expert, Granularity.matrix])
+@pytest.mark.parametrize("against", Against)
+@pytest.mark.parametrize("unmoved", [(), (1,), (0, 2)])
+def test_first_round_from_a_product_of_zero_is_the_dense_one(granularity, against, unmoved):
+    """Who leaves the product at 0 has no update, so no say by Eq. 1, however many tokens it routed."""
+    adapter, updates = round_from_zero(2, unmoved)
+    result = assert_dense(in_products(granularity=granularity, against=against), adapter, updates)
+    assert_finite(result)
+    for layer in LAYERS:
+        weights_CE = np.array(result.diagnostics["experts"][layer]["weight"])
+        assert [bool(weights_E.any()) for weights_E in weights_CE] == [site not in unmoved for site in range(4)]
+
+
+@pytest.mark.parametrize("importance", Importance)
+def test_product_that_every_site_leaves_at_zero_stays_there_and_can_still_learn(importance):
+    """B = 0 and A of full rank, as in fresh LoRA. By Eq. 1 nobody used the expert, so that A is the received one."""
+    adapter, updates = round_from_zero(2, range(4))
+    result = in_products(importance).aggregate(adapter, {}, updates)
+    assert_finite(result)
+    for layer in LAYERS:
+        of_used = None if importance is Importance.paper else 0
+        assert result.diagnostics["experts"][layer]["lost_energy"] == [None, of_used, of_used, of_used]
+    for name in filter(is_expert_array, adapter):
+        if name.endswith("lora_B"):
+            np.testing.assert_array_equal(result.adapter[name], 0)
+            continue
+        assert (np.linalg.matrix_rank(result.adapter[name]) == 2).all()
+        if importance is Importance.paper:
+            np.testing.assert_array_equal(result.adapter[name], adapter[name])

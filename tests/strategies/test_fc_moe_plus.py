@@ -103,13 +103,8 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("shapes", "strategy"), CASES)
-def test_rule_is_the_dense_one(shapes, strategy):
-    adapter, updates = random_round(11, shapes)
-    last = strategy.aggregate(random_round(12, shapes)[0], {}, updates)
-    adapter = {name: array + 0.3 * last.adapter[name] for name, array in adapter.items()}
-    previous = {name.removeprefix("previous/"): array for name, array in last.state.items()} or adapter
-    result = strategy.aggregate(adapter, last.state, updates)
+def assert_dense(result, strategy, adapter, previous, updates):
+    """Every expert is where the naive rule takes it."""
     for layer in LAYERS:
         for expert in range(NUM_EXPERTS):
             parts, lost = naive_next(strategy, adapter, previous, updates, layer, expert)
@@ -119,6 +114,42 @@ def test_rule_is_the_dense_one(shapes, strategy):
             if lost is not None:
                 reported = result.diagnostics["experts"][layer]["lost_energy"][expert]
                 assert reported == pytest.approx(lost, abs=1e-4)
+
+
+@pytest.mark.parametrize(("shapes", "strategy"), CASES)
+def test_rule_is_the_dense_one(shapes, strategy):
+    adapter, updates = random_round(11, shapes)
+    last = strategy.aggregate(random_round(12, shapes)[0], {}, updates)
+    adapter = {name: array + 0.3 * last.adapter[name] for name, array in adapter.items()}
+    previous = {name.removeprefix("previous/"): array for name, array in last.state.items()} or adapter
+    result = strategy.aggregate(adapter, last.state, updates)
+    assert_dense(result, strategy, adapter, previous, updates)
+
+
+@pytest.mark.parametrize(("shapes", "strategy"), CASES)
+def test_rounds_of_other_sites_each_time_are_the_dense_ones(shapes, strategy):
+    """Momentum is the server's: the change of the round before, whoever trained then.
+
+    Only site 1 uses expert 1: it moves in the first round, rests in the second to the bit, starts again in the third
+    without momentum, since its last change was 0, and goes on with it in the fourth.
+    """
+    adapter = previous = random_round(20, shapes)[0]
+    state = strategy.init_state(adapter)
+    for number, asked in enumerate([(0, 1), (2, 3, 4), (1, 3), (1,)]):
+        begun, trained = random_round(30 + number, shapes, num_sites=5)
+        updates = [
+            replace(
+                trained[site],
+                adapter={name: array + trained[site].adapter[name] - begun[name] for name, array in adapter.items()},
+                num_examples=1 + 4 * site,
+            )
+            for site in asked
+        ]
+        result = strategy.aggregate(adapter, state, updates)
+        assert_dense(result, strategy, adapter, previous, updates)
+        rests = [np.array_equal(result.adapter[n][1], adapter[n][1]) for n in filter(experts.is_expert_array, adapter)]
+        assert rests == [number == 1] * len(rests)
+        previous, adapter, state = adapter, result.adapter, result.state
 
 
 @LORA_AND_FULL
