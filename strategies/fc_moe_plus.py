@@ -40,7 +40,7 @@ class FcMoePlus(Strategy):
 
     1. a direction with an almost equal say for each site, and a step that makes up for the length lost, no longer than
        the sites went on average: ``equal_say``;
-    2. ``momentum`` times the expert's last change is added;
+    2. ``momentum`` times the expert's change in the last round is added;
     3. singular values of each matrix of that raised to 1 - ``flatten`` at the same Frobenius norm: ``flatten``.
 
     Whole experts step as they are. LoRA experts step in their products B A, which are never formed. Of the sum over

@@ -19,7 +19,7 @@ _EXAMPLES = "examples/"
 
 @dataclass(kw_only=True)
 class Scaffold(Strategy):
-    """FedAvg, and a server control variate c: the mean of the sites' own, which they keep to themselves.
+    """FedAvg, and a server control variate c: the mean of the sites' own, of which they send the changes.
 
     Karimireddy et al., 2020, Algorithm 1 with a global step of 1, as in its experiments; the correction of
     the gradients is the client half. https://arxiv.org/abs/1910.06378
