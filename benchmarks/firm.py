@@ -1,6 +1,7 @@
 """FIRM and its rivals on a language model: rewards, hypervolume over preferences, drift, bytes.
 
     python -m benchmarks.firm --workload tiny --budget-minutes 60 --jobs 2
+    python -m benchmarks.firm --workload tiny_kl
     bouquet reward train heads/helpful --objective helpful model=smollm2_moe data.path=...; so heads/harmless; then
     python -m benchmarks.firm --workload smollm2 --rewards helpful:heads/helpful harmless:heads/harmless --device cuda
 
@@ -47,6 +48,7 @@ def run_cell(cell: Cell, data: Path) -> dict[str, Any]:
     row: dict[str, Any] = asdict(cell) | {"drift": [], "disagreement": [], "kl": [], "ends": []}
     with tempfile.TemporaryDirectory() as folder:
         federation = federation_of(cell, data, Path(folder))
+        row["start"] = [value for key, value in evaluated(federation).items() if key.startswith("reward/")]
         try:
             for groups in played(federation):
                 row["drift"].append(np.mean([spread([update.adapter for update in group]) for group in groups]))
@@ -216,6 +218,7 @@ def _arguments() -> argparse.Namespace:
 def report(workload: str, rewards: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The results file: settings, and the tables as Markdown."""
     titles = {name: contender.title for name, contender in CONTENDERS.items()}
+    shares = {name: contender.shares for name, contender in CONTENDERS.items()}
     rivals = [name for name, contender in CONTENDERS.items() if contender.is_main and name != LEADER]
     return {
         "workload": workload,
@@ -223,7 +226,7 @@ def report(workload: str, rewards: Sequence[str], rows: Sequence[Mapping[str, An
         "settings": list(WORKLOADS[workload].settings),
         "seeds": sorted({row["seed"] for row in rows}),
         "runs": len(rows),
-        "markdown": markdown(rows, titles, rivals),
+        "markdown": markdown(rows, titles, shares, rivals),
     }
 
 

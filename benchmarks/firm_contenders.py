@@ -39,24 +39,30 @@ class Contender:
     workloads: tuple[str, ...] = ("tiny", "smollm2")
 
 
-BETA = 1
+BETA = 0.3
 """Of FIRM: between MGDA, which knows no preference, and linear scalarisation, which knows nothing else."""
+BETWEEN = (0.15, 0.2, 0.25, 0.35, 0.4, 0.45)
+"""Preferences between the others, where linear scalarisation might have ends that those miss."""
+_ALL = ("tiny", "tiny_kl", "smollm2")
 
 CONTENDERS: dict[str, Contender] = {
-    "firm": Contender(f"FIRM, anchor, beta {BETA}", ("strategy=firm", f"method.beta={BETA}")),
+    "firm": Contender(f"FIRM, anchor, beta {BETA}", ("strategy=firm", f"method.beta={BETA}"), workloads=_ALL),
     "firm_weighted": Contender(
         f"FIRM, weighted, beta {BETA}", ("strategy=firm", f"method.beta={BETA}", "method.regulariser=weighted")
     ),
-    "scalarised": Contender("linear scalarisation", ("strategy=firm", "method.beta=inf")),
-    "mgda": Contender("local MGDA (beta 0)", ("strategy=firm", "method.beta=0"), EQUAL),
+    "scalarised": Contender("linear scalarisation", ("strategy=firm", "method.beta=inf"), workloads=_ALL),
+    "mgda": Contender("local MGDA (beta 0)", ("strategy=firm", "method.beta=0"), EQUAL, workloads=_ALL),
     "fedcmoo": Contender("FedCMOO", ("strategy=fedcmoo",), EQUAL),
     FSMGDA: Contender("FSMGDA", ("strategy=firm", "method.beta=inf"), EQUAL),
     DPO: Contender("DPO on pairs, mixed by preference", ("strategy=firm",), workloads=("smollm2",)),
+    "scalarised_between": Contender(
+        "linear scalarisation, between those", ("strategy=firm", "method.beta=inf"), BETWEEN, is_main=False
+    ),
     **{
         f"beta_{beta:g}": Contender(
             f"FIRM, anchor, beta {beta:g}", ("strategy=firm", f"method.beta={beta:g}"), THREE_SHARES, is_main=False
         )
-        for beta in (0.1, 10)
+        for beta in (0.1, 1, 10)
     },
     **{
         f"{key}_{value}_{name}": Contender(
@@ -73,17 +79,17 @@ CONTENDERS: dict[str, Contender] = {
     },
 }  # fmt: skip
 
+_TINY = (
+    "partition=dirichlet", "partition.column=group", "partition.alpha=0.3", "partition.num_sites=4", "rounds=8",
+    "train.max_steps=4", "train.batch_size=8", "train.learning_rate=1e-2", "lora.rank=4", "lora.alpha=8",
+    "data.max_length=64", "method.group_size=8", "method.max_new_tokens=16", "method.eval_prompts=64",
+    "eval.max_examples=64",
+)  # fmt: skip
+
 WORKLOADS: dict[str, Workload] = {
-    "tiny": Workload(
-        (
-            "partition=dirichlet", "partition.column=group", "partition.alpha=0.3", "partition.num_sites=4", "rounds=8",
-            "train.max_steps=4", "train.batch_size=8", "train.learning_rate=1e-2", "lora.rank=4", "lora.alpha=8",
-            "data.max_length=64", "method.group_size=4", "method.max_new_tokens=16", "method.kl=0.3",
-            "method.eval_prompts=48", "eval.max_examples=16",
-        ),
-        ("brevity", "sentiment"),
-        "dolly",
-    ),
+    "tiny": Workload((*_TINY, "method.kl=0.05"), ("brevity", "sentiment"), "dolly"),
+    # Held so near to the base that nothing can go wrong.
+    "tiny_kl": Workload((*_TINY, "method.kl=0.3"), ("brevity", "sentiment"), "dolly"),
     "smollm2": Workload(
         (
             "model=smollm2_moe", "data.split_column=split", "data.prompt_column=prompt", "data.response_column=chosen",

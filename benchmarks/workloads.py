@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -58,9 +59,13 @@ class Workload:
     def version(self) -> str:
         """Changes with what the workload is made by: results of another version are not used."""
         base = "" if self.model or self.rows is None else word_base_sha256()
-        made_by = [inspect.getsource(function) for function in (self.rows, _drawn, cut) if function is not None]
+        functions = [self.rows, _drawn, cut, *(part for part in (in_roles, _sampled) if self._uses(part))]
+        made_by = [inspect.getsource(function) for function in functions if function is not None]
         settings = repr((self.rounds, self.settings, self.labels, self.model))
         return hashlib.sha256("".join([base, *made_by, settings]).encode()).hexdigest()[:8]
+
+    def _uses(self, part: Callable[..., Any]) -> bool:
+        return self.rows is not None and part.__name__ in self.rows.__code__.co_names
 
     def overrides(self, data: Path, seed: int, split: str, device: str = "cpu") -> list[str]:
         """Settings of a run that is judged on ``split``; data are made if the cache lacks them."""
@@ -111,6 +116,29 @@ def cut(rows: Sequence[dict[str, str]], sizes: Mapping[str, int], seed: int) -> 
     ends = np.cumsum(list(sizes.values()))
     parts = np.split(order, ends[:-1])
     return {split: [chosen[index] for index in part] for split, part in zip(sizes, parts, strict=True)}
+
+
+Draw = Callable[[Sequence[dict[str, str]], int, int, str], list[dict[str, str]]]
+"""Rows, how many of them, seed and purpose, to the chosen ones."""
+
+
+def in_roles(rows: Sequence[dict[str, str]], sizes: Mapping[str, int], seed: int, draw: Draw) -> Rows:
+    """Splits of one pool in which a text has the same role under every seed.
+
+    So what one seed was tuned on is never what another is tested on: half of the texts are there to train on, a quarter
+    to validate, a quarter to test.
+    """
+    roles = ("train", "train", "validation", "test")
+    pools: Rows = {split: [] for split in sizes}
+    for row in rows:
+        pools[roles[hashlib.sha256(row["text"].encode()).digest()[0] % len(roles)]].append(row)
+    return {split: draw(pools[split], count, seed, split) for split, count in sizes.items()}
+
+
+def _sampled(rows: Sequence[dict[str, str]], count: int, seed: int, purpose: str) -> list[dict[str, str]]:
+    """``count`` of the rows, whatever group they are of."""
+    order = generator_for(seed, "benchmark data", purpose).permutation(len(rows))
+    return [rows[index] for index in order[:count]]
 
 
 CLINC_WORDS = {
@@ -175,7 +203,7 @@ def _ag_news(data: Path, seed: int) -> Rows:
         for row in table(data, "agnews_test", "title", "text", "label")
         for word in (AG_NEWS_WORDS[row["label"]],)
     ]
-    return cut(rows, {"train": 1000, "validation": 500, "test": 500}, seed)
+    return in_roles(rows, {"train": 1000, "validation": 500, "test": 500}, seed, _drawn)
 
 
 LETTERS = ("a", "b", "c", "d")
@@ -188,7 +216,7 @@ def _mcq(data: Path, seed: int) -> Rows:
             choices = " ".join(f"{letter}: {text}" for letter, text in zip(LETTERS, row["choices"], strict=True))
             answer = LETTERS[int(row["answer"])]
             rows.append({"text": f"{WORD} {row['question']} {choices}", "label": answer, "group": row["subject"]})
-    return cut(rows, {"train": 1000, "validation": 500, "test": 500}, seed)
+    return in_roles(rows, {"train": 1000, "validation": 500, "test": 500}, seed, _drawn)
 
 
 def _dolly(data: Path, seed: int) -> Rows:
@@ -197,7 +225,7 @@ def _dolly(data: Path, seed: int) -> Rows:
         {"text": f"{row['context']} {row['instruction']}".strip(), "label": row["response"], "group": row["category"]}
         for row in table(data, "dolly15k", "instruction", "context", "response", "category")
     ]
-    return cut(rows, {"train": 1200, "validation": 400, "test": 400}, seed)
+    return in_roles(rows, {"train": 1200, "validation": 400, "test": 400}, seed, _drawn)
 
 
 def _dolly_published(data: Path, seed: int) -> Rows:
@@ -211,10 +239,7 @@ def _dolly_published(data: Path, seed: int) -> Rows:
         for row in table(data, "dolly15k", "instruction", "context", "response", "fedit_client")
         if int(row["fedit_client"]) >= 0
     ]
-    sizes = {"train": 1200, "validation": 400, "test": 400}
-    order = generator_for(seed, "benchmark data", "pool").permutation(len(rows))
-    parts = np.split(order, np.cumsum(list(sizes.values())))
-    return {split: [rows[index] for index in part] for split, part in zip(sizes, parts, strict=False)}
+    return in_roles(rows, {"train": 1200, "validation": 400, "test": 400}, seed, _sampled)
 
 
 def _dirichlet(alpha: float, num_sites: int = 10) -> tuple[str, ...]:

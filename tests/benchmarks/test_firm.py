@@ -24,13 +24,14 @@ def toy(monkeypatch):
     monkeypatch.setitem(WORKLOADS, "toy", Workload((), ("length", "format"), None))
 
 
-@pytest.mark.parametrize("workload", ["tiny", "smollm2"])
+@pytest.mark.parametrize("workload", ["tiny", "tiny_kl", "smollm2"])
 def test_every_cell_is_a_run_of_its_own_with_valid_settings(workload, monkeypatch):
     # The data of another benchmark's workload are made from data sets that a clone lacks; ``test_fc_moe`` has them.
     monkeypatch.setattr("benchmarks.workloads.Workload.source", lambda *_: ["data.path=embedded"])
     found = cells(list(CONTENDERS), workload, WORKLOADS[workload].rewards, [0, 1], "cpu")
     assert len(set(found)) == len(found)
-    assert {cell.contender for cell in found} == CONTENDERS.keys() - ({"dpo"} if workload == "tiny" else set())
+    names = {"tiny_kl": {"firm", "scalarised", "mgda"}, "tiny": CONTENDERS.keys() - {"dpo"}}
+    assert {cell.contender for cell in found} == names.get(workload, CONTENDERS.keys())
     for cell in found[: len(found) // 2 : 14]:
         config = load_config(cell.overrides(Path("../shared/data")))
         assert config.method.num_objectives() == 2
@@ -125,43 +126,45 @@ def row(contender, share, seed, first, second):
     end = {"reward/x": first, "reward/y": second, "kl": 0.1}
     return {
         "contender": contender, "share": share, "seed": seed, "ends": [end], "disagreement": [0.0], "drift": [1.0],
-        "uploads": 1.0, "seconds": 3.0,
+        "uploads": 1.0, "seconds": 3.0, "start": [0.0, 0.0],
     }  # fmt: skip
 
 
+FRONT = ((0.1, 1, 4), (0.5, 2, 2), (0.9, 3, 1))
+"""Above (0, 0) they dominate 4 + 2 + 1 = 7, at 0.5 alone 4."""
+
+
 def test_table_by_hand():
-    """Reference (0, 0), the least of all; the front of a is (1, 4), (2, 2), (3, 1): 4 + 2 + 1 = 7, at 0.5 alone 4.
-
-    No seed of a has all five preferences; c's adds (1, 4) and (3, 1) once more.
-    """
-    rows = [row("a", 0.1, 0, 1, 4), row("a", 0.5, 0, 2, 2), row("a", 0.9, 0, 3, 1), row("b", 0.5, 0, 0, 0)]
-    rows += [row("c", share, 0, x, y) for share, x, y in ((0.1, 1, 4), (0.3, 1, 4), (0.5, 2, 2), (0.7, 3, 1))]
-    rows += [row("c", 0.9, 0, 3, 1), row("d", 0.5, 0, 1, 1) | {"disagreement": []}]
+    """b has a run at 0.5 alone, where it is worse than the base in one reward; c lacks one of two preferences."""
+    rows = [row("a", *point[:1], 0, *point[1:]) for point in FRONT]
+    rows += [row("b", 0.5, 0, -1, 9), row("c", 0.1, 0, 1, 1), row("d", 0.5, 0, 1, 1) | {"disagreement": []}]
     rows.append({"contender": "b", "share": 0.5, "seed": 1, "failed": "round 1: nan"})
-    page = markdown(rows, {"a": "A", "b": "B", "c": "C", "d": "D"}, ["b"])
-    assert "| A |  | 7 | 4 | 1.00 | 0 | 1 | 0.1 | 1.00 | 3 |" in page
-    assert "| A | 0.9 | 3 | 1 | 1 |" in page
-    assert "| B |  |  | 0 |  | 0 | 1 |" in page
-    assert "| C | 7 | 7 | 4 | 0.50 |" in page
-    assert "| D |  |  | 1 |  |  | 1 |" in page
+    shares = {"a": (0.1, 0.5, 0.9), "b": (0.5,), "c": (0.1, 0.9), "d": (0.5,)}
+    page = markdown(rows, {"a": "A", "b": "B", "c": "C", "d": "D"}, shares, ["b"])
+    assert "| A | 3 | 7 | 7 | 4 | 1.00 | 0 | 1 | 0.1 | 1.00 | 3 |" in page
+    assert "| A | 0.9 | 3 | 1 | 0.1 | 1 |" in page
+    assert "| B | 1 | 0 |  | 0 |  | 0 | 1 |" in page
+    assert "| C | 2 |  |  |  |  |  |  |  | 1.00 |" in page
+    assert "| D | 1 | 1 |  | 1 |  |  | 1 |" in page
+    assert "The untrained base: x 0, y 0." in page
     assert "Failed: B, seed 1: round 1: nan" in page
-    assert markdown(rows[-1:], {"b": "B"}, []) == "No run has finished."
+    assert markdown(rows[-1:], {"b": "B"}, shares, []) == "No run has finished."
 
 
-def test_differences_are_paired_by_seed_over_the_preferences_of_the_rival():
-    """Reference (0, 0); the rival's fronts have 1 and 4, FIRM's at 0.5 in the same seeds 4 and 6, a third is alone."""
-    rows = [row("firm", 0.5, 0, 2, 2), row("firm", 0.5, 1, 3, 2), row("firm", 0.5, 2, 9, 9), row("firm", 0.1, 0, 0, 9)]
-    rows += [row("b", 0.5, 0, 1, 1) | {"drift": [0.5]}, row("b", 0.5, 1, 2, 2) | {"drift": [0.25]}]
-    rows += [
-        row("b", 0.5, 3, 0, 0),
-        row("c", 0.3, 0, 1, 1),
-        row("d", 0.5, 0, 1, 1) | {"disagreement": []},
-        row("e", 0.5, 0, 1, 1),
-    ]
-    page = markdown(rows, {"firm": "FIRM", "b": "B", "c": "C", "d": "D", "e": "E"}, ["b", "c", "d"])
-    assert "| FIRM, minus | preferences | hypervolume | drift | disagreement | seeds |" in page
-    assert "| B | 0.5 | +2.5000 ± 6.3530 | +0.6250 ± 1.5882 | +0.0000 ± 0.0000 | 2 |" in page
-    assert "| D | 0.5 | +3.0000 | +0.0000 |  | 1 |" in page
-    differences = page.split("FIRM, minus")[1].split("|  | preference")[0]
-    assert "| C |" not in differences
-    assert "| E |" not in differences
+def test_volumes_are_above_each_seeds_own_base():
+    """From (0, 0) the front dominates 7; from (1, 1) only (2, 2) is left, with 1: a mean of 4."""
+    rows = [row("a", *point[:1], 0, *point[1:]) for point in FRONT]
+    rows += [row("a", *point[:1], 1, *point[1:]) | {"start": [1.0, 1.0]} for point in FRONT]
+    page = markdown(rows, {"a": "A"}, {"a": (0.1, 0.5, 0.9)}, [])
+    assert "| A | 3 | 4 ± 38 | 4 ± 38 | 2.5 ± 19 |" in page
+
+
+def test_pairs_differ_over_whole_fronts_and_at_the_rivals_preferences():
+    """Seed 1 of the leader is not complete, so it pairs with nothing."""
+    rows = [row("firm", *point[:1], 0, *point[1:]) for point in FRONT] + [row("firm", 0.5, 1, 2, 2)]
+    rows += [row("b", 0.5, seed, 1, 1) | {"drift": [3.0]} for seed in (0, 1)]
+    rows += [row("c", share, 0, 1, 1) | {"disagreement": []} for share in (0.1, 0.3)]
+    titles = {"firm": "F", "b": "B", "c": "C"}
+    page = markdown(rows, titles, {"firm": (0.1, 0.5, 0.9), "b": (0.5,), "c": (0.1, 0.3)}, ["b", "c"])
+    assert "| B | +6.0000 | +3.0000 | -2.0000 | +0.0000 | 1 |" in page
+    assert "| C | +6.0000 |  | +0.0000 |  | 1 |" in page
