@@ -45,38 +45,44 @@ BETWEEN = (0.15, 0.2, 0.25, 0.35, 0.4, 0.45)
 """Preferences between the others, where linear scalarisation might have ends that those miss."""
 _ALL = ("tiny", "tiny_kl", "smollm2")
 
+_FIRM = ("strategy=firm", f"method.beta={BETA}")
+_HALVES = "method.gram=halves"
+
 CONTENDERS: dict[str, Contender] = {
-    "firm": Contender(f"FIRM, anchor, beta {BETA}", ("strategy=firm", f"method.beta={BETA}"), workloads=_ALL),
-    "firm_weighted": Contender(
-        f"FIRM, weighted, beta {BETA}", ("strategy=firm", f"method.beta={BETA}", "method.regulariser=weighted")
-    ),
+    "firm_halves": Contender(f"FIRM, beta {BETA}, gram of halves (ours)", (*_FIRM, _HALVES), workloads=_ALL),
     "scalarised": Contender("linear scalarisation", ("strategy=firm", "method.beta=inf"), workloads=_ALL),
     "mgda": Contender("local MGDA (beta 0)", ("strategy=firm", "method.beta=0"), EQUAL, workloads=_ALL),
+    "firm": Contender(f"FIRM, beta {BETA}", _FIRM),
+    "mgda_halves": Contender("local MGDA, gram of halves", ("strategy=firm", "method.beta=0", _HALVES), EQUAL),
     "fedcmoo": Contender("FedCMOO", ("strategy=fedcmoo",), EQUAL),
     FSMGDA: Contender("FSMGDA", ("strategy=firm", "method.beta=inf"), EQUAL),
     DPO: Contender("DPO on pairs, mixed by preference", ("strategy=firm",), workloads=("smollm2",)),
-    "scalarised_between": Contender(
-        "linear scalarisation, between those", ("strategy=firm", "method.beta=inf"), BETWEEN, is_main=False
-    ),
     **{
         f"beta_{beta:g}": Contender(
-            f"FIRM, anchor, beta {beta:g}", ("strategy=firm", f"method.beta={beta:g}"), THREE_SHARES, is_main=False
+            f"FIRM, halves, beta {beta:g}", ("strategy=firm", f"method.beta={beta:g}", _HALVES), THREE_SHARES,
+            is_main=False,
         )
         for beta in (0.1, 1, 10)
     },
     **{
         f"{key}_{value}_{name}": Contender(
-            f"{value} {words}, {title}",
-            ("strategy=firm", f"method.beta={beta}", f"{setting}={value}"),
-            EQUAL,
-            is_main=False,
+            f"{value} {words}, {title}", (*settings, f"{setting}={value}"), EQUAL, is_main=False
         )
         for key, setting, words, values in (
             ("steps", "train.max_steps", "local steps", (1, 8)), ("sites", "partition.num_sites", "sites", (2, 8)),
         )
         for value in values
-        for name, title, beta in (("firm", "FIRM", BETA), ("mgda", "local MGDA", 0))
+        for name, title, settings in (
+            ("firm", "FIRM, halves", (*_FIRM, _HALVES)), ("mgda", "local MGDA", ("strategy=firm", "method.beta=0")),
+        )
     },
+    "scalarised_between": Contender(
+        "linear scalarisation, between those", ("strategy=firm", "method.beta=inf"), BETWEEN, is_main=False
+    ),
+    "firm_weighted": Contender(
+        f"FIRM, halves, weighted, beta {BETA}", (*_FIRM, _HALVES, "method.regulariser=weighted"), THREE_SHARES,
+        is_main=False,
+    ),
 }  # fmt: skip
 
 _TINY = (

@@ -20,7 +20,7 @@ THREE_SHARES = (0.1, 0.5, 0.9)
 EQUAL = (0.5,)
 FRONTS = {"at 0.1, 0.5, 0.9": THREE_SHARES, "at equal preference": EQUAL}
 """Column -> preferences whose ends make its fronts: only such as were run with the same ones compare."""
-LEADER = "firm"
+LEADER = "firm_halves"
 """Contender that the others are subtracted from."""
 
 

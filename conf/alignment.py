@@ -38,6 +38,15 @@ class Regulariser(Enum):
     """beta / 2 sum of lambda_j^2 / preference_j."""
 
 
+class Gram(Enum):
+    """What the products of the objectives' gradients are taken from."""
+
+    whole = "whole"
+    """A step's gradients, noise included."""
+    halves = "halves"
+    """Two gradients, each of half of a step's prompts: what they have in common, without the noise."""
+
+
 def preference_of(preference: Sequence[float] | None, num_objectives: int) -> list[float]:
     """The preference over so many objectives; equal ones if none is given."""
     return [1 / num_objectives] * num_objectives if preference is None else list(preference)
@@ -94,6 +103,8 @@ class FirmConfig(AlignmentConfig):
     beta: float = 0.1
     """Its strength, on a Gram matrix divided by the mean squared length of the gradients; 0: MGDA at each site;
     inf: the weights are the preference, linear scalarisation."""
+    gram: Gram = Gram.whole
+    """What that matrix is made from; ``halves`` is ours, and needs ``train.batch_size`` >= 2."""
     rho: float = 1.0
     """Share of a step's new weights in those used, the rest being the last step's; 1: no smoothing."""
     kl: float = 0.05

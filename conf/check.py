@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from conf.alignment import BUILT_IN_REWARDS, MIN_PROMPT_TOKENS, AlignmentConfig, DpoConfig, FirmConfig
+from conf.alignment import BUILT_IN_REWARDS, MIN_PROMPT_TOKENS, AlignmentConfig, DpoConfig, FirmConfig, Gram
 from conf.model import ExpertTraining, ModelSource, Quantization, RouterTraining
 from conf.partitions import Files, PartitionConfig
 from conf.schema import Config, Mode
@@ -116,6 +116,8 @@ def _check_alignment(config: Config) -> None:
             f"method.max_new_tokens={method.max_new_tokens} leaves less than {MIN_PROMPT_TOKENS} tokens of "
             f"data.max_length={data.max_length} for a prompt"
         )
+    if isinstance(method, FirmConfig) and method.gram is Gram.halves and config.train.batch_size < 2:
+        raise ValueError("method.gram=halves halves the prompts of a step: it needs train.batch_size >= 2, got 1")
     if isinstance(method, FirmConfig) and config.federation.mode is Mode.simulation:
         unknown = [reward for reward in method.rewards if ":" not in reward and reward not in BUILT_IN_REWARDS]
         if unknown:

@@ -34,6 +34,13 @@ def normalised_gram(gram_MM: NDArray[np.floating]) -> NDArray[np.float64]:
     return gram / mean_square if mean_square > 0 else gram
 
 
+def positive_part(symmetric_MM: NDArray[np.floating]) -> NDArray[np.float64]:
+    """The nearest Gram matrix: eigenvalues below zero set to zero (Higham 1988, in the Frobenius norm)."""
+    values, vectors = np.linalg.eigh(np.asarray(symmetric_MM, np.float64))
+    found: NDArray[np.float64] = (vectors * np.maximum(values, 0)) @ vectors.T
+    return (found + found.T) / 2
+
+
 def min_norm_weights(
     gram_MM: NDArray[np.floating],
     *,

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from client.alignment.min_norm import min_norm_weights, normalised_gram
 from client.alignment.objective_gradients import ObjectiveGradients
 from client.model import AdaptedModel
-from conf.alignment import FirmConfig, Regulariser, preference_of
+from conf.alignment import FirmConfig, Gram, Regulariser, preference_of
 from strategies.adapters import Arrays
 from strategies.fedcmoo import GRADIENT, SHARES, WEIGHTS
 
@@ -26,6 +26,9 @@ Weights = NDArray[np.floating]
 
 class ObjectiveWeights(ABC):
     """One site's weights over the steps of a round."""
+
+    num_parts: int = 1
+    """Into how many parts the samples of a step are divided for the gradients that ``of`` is given."""
 
     @abstractmethod
     def of(self, gradients: ObjectiveGradients) -> Weights:
@@ -47,6 +50,7 @@ class OwnWeights(ObjectiveWeights):
         self._config = config
         self._preference_M = np.array(preference_of(config.preference, num_objectives))
         self._last_M: Weights | None = private.get(KEPT)
+        self.num_parts = 2 if config.gram is Gram.halves else 1
 
     def of(self, gradients: ObjectiveGradients) -> Weights:
         """Found anew, then mixed with the last step's: the new ones count ``method.rho``."""

@@ -50,7 +50,8 @@ class Firm(Method):
     mean of its diagonal, lambda minimises lambda' Q lambda plus a regulariser of strength beta
     (``client.alignment.min_norm``), and the step goes along sum_j lambda_j g_j. beta = 0 is MGDA at each site,
     beta = inf linear scalarisation. Ours too: the estimators (GRPO's groups, or PPO with a value head per objective),
-    KL to the base model in every objective, and the smoothing of lambda.
+    KL to the base model in every objective, the smoothing of lambda, and Q from two halves of a step's prompts
+    (``method.gram=halves``), which keeps the noise of a rollout from passing for steepness.
 
     Only the adapter is sent. Value heads and lambda stay in the private store, and Adam's moments if they are kept;
     mean rewards, KL and, if ``method.send_weights``, the round's mean lambda are among the metrics. Under
@@ -143,10 +144,14 @@ class InClientAlignment(LocalRule):
         experience = self._experience
         assert experience is not None
         self._num_steps += 1
-        gradients = ObjectiveGradients([*step.adapted.parameters_by_name().values()], len(self._rewards.names))
+        num_parts = self._weights.num_parts
+        parameters = [*step.adapted.parameters_by_name().values()]
+        gradients = ObjectiveGradients(parameters, len(self._rewards.names), num_parts)
         sequences = experience.rollout.sequences
-        for indices in step.passes(sequences):
-            gradients.add(self._losses(step, experience, indices), step.loss_scale)
+        for part, chosen in enumerate(_by_prompts(len(sequences), self._config.group_size, num_parts)):
+            for indices in step.passes([sequences[index] for index in chosen]):
+                losses_M = self._losses(step, experience, [chosen[index] for index in indices])
+                gradients.add(losses_M, step.loss_scale, part)
         weights_M = self._weights.of(gradients)
         gradients.combine(weights_M, step.loss_scale)
         self._weights_sum_M += weights_M
@@ -220,6 +225,12 @@ class InClientAlignment(LocalRule):
         if self._config.estimator is Estimator.group:
             losses_M = losses_M + self._config.kl * kl_estimates(log_p_T, reference_T).sum()
         return losses_M / experience.num_tokens
+
+
+def _by_prompts(num_completions: int, group_size: int, num_parts: int) -> list[list[int]]:
+    """Indices of the completions in parts; those of a prompt, whose advantages depend on each other, in the same."""
+    prompts = np.array_split(np.arange(num_completions).reshape(-1, group_size), num_parts)
+    return [part.ravel().tolist() for part in prompts]
 
 
 def _measures(experience: Experience, names: Sequence[str]) -> dict[str, float]:

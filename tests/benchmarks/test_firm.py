@@ -11,7 +11,7 @@ import pytest
 from benchmarks.federation import simulated
 from benchmarks.firm import Apart, evaluated, played, report, run_cell
 from benchmarks.firm_contenders import CONTENDERS, WORKLOADS, Cell, Workload, cells
-from benchmarks.firm_tables import markdown
+from benchmarks.firm_tables import LEADER, markdown
 from conf.compose import load_config
 from strategies.adapters import difference, dot
 from strategies.fedavg import mean_by_examples
@@ -30,7 +30,7 @@ def test_every_cell_is_a_run_of_its_own_with_valid_settings(workload, monkeypatc
     monkeypatch.setattr("benchmarks.workloads.Workload.source", lambda *_: ["data.path=embedded"])
     found = cells(list(CONTENDERS), workload, WORKLOADS[workload].rewards, [0, 1], "cpu")
     assert len(set(found)) == len(found)
-    names = {"tiny_kl": {"firm", "scalarised", "mgda"}, "tiny": CONTENDERS.keys() - {"dpo"}}
+    names = {"tiny_kl": {"firm_halves", "scalarised", "mgda"}, "tiny": CONTENDERS.keys() - {"dpo"}}
     assert {cell.contender for cell in found} == names.get(workload, CONTENDERS.keys())
     for cell in found[: len(found) // 2 : 14]:
         config = load_config(cell.overrides(Path("../shared/data")))
@@ -161,10 +161,10 @@ def test_volumes_are_above_each_seeds_own_base():
 
 def test_pairs_differ_over_whole_fronts_and_at_the_rivals_preferences():
     """Seed 1 of the leader is not complete, so it pairs with nothing."""
-    rows = [row("firm", *point[:1], 0, *point[1:]) for point in FRONT] + [row("firm", 0.5, 1, 2, 2)]
+    rows = [row(LEADER, *point[:1], 0, *point[1:]) for point in FRONT] + [row(LEADER, 0.5, 1, 2, 2)]
     rows += [row("b", 0.5, seed, 1, 1) | {"drift": [3.0]} for seed in (0, 1)]
     rows += [row("c", share, 0, 1, 1) | {"disagreement": []} for share in (0.1, 0.3)]
-    titles = {"firm": "F", "b": "B", "c": "C"}
-    page = markdown(rows, titles, {"firm": (0.1, 0.5, 0.9), "b": (0.5,), "c": (0.1, 0.3)}, ["b", "c"])
+    titles = {LEADER: "F", "b": "B", "c": "C"}
+    page = markdown(rows, titles, {LEADER: (0.1, 0.5, 0.9), "b": (0.5,), "c": (0.1, 0.3)}, ["b", "c"])
     assert "| B | +6.0000 | +3.0000 | -2.0000 | +0.0000 | 1 |" in page
     assert "| C | +6.0000 |  | +0.0000 |  | 1 |" in page

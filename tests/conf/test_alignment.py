@@ -83,6 +83,7 @@ def test_aggregation_of_firms_updates_is_replaceable():
             "strategy=firm method.max_new_tokens=249",
             "method.max_new_tokens=249 leaves less than 8 tokens of data.max_length=256 for",
         ),
+        ("strategy=firm method.gram=halves train.batch_size=1", "it needs train.batch_size >= 2, got 1"),
         ("method=dpo", "method=dpo compares two responses: set data.rejected_column"),
         ("method=dpo data.rejected_column=r method.objectives=[a,b]", "are values of a column: set data.objective"),
         ("strategy=firm method.site_preferences=3", "method.site_preferences must be {site: [weights]}, got '3'"),

@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize_scalar
 
-from client.alignment.min_norm import REGULARISERS, gram_matrix, min_norm_weights, normalised_gram
+from client.alignment.min_norm import (
+    REGULARISERS,
+    gram_matrix,
+    min_norm_weights,
+    normalised_gram,
+    positive_part,
+)
 
 
 def grams(num, draws, seed=0):
@@ -127,3 +133,20 @@ def test_without_regulariser_nearly_equal_gradients_may_end_in_opposite_corners(
 def test_what_cannot_be_solved_is_refused(gram, settings, message):
     with pytest.raises(ValueError, match=message):
         min_norm_weights(gram, **({"regulariser": "ridge", "beta": 0.1} | settings))
+
+
+def test_positive_part_is_the_nearest_gram_matrix():
+    """By hand, the rest has no positive eigenvalue; and no Gram matrix that is drawn is nearer."""
+    np.testing.assert_allclose(positive_part(np.array([[1.0, 2.0], [2.0, 1.0]])), np.full((2, 2), 1.5))
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        matrix = rng.normal(size=(3, 3))
+        matrix += matrix.T
+        found = positive_part(matrix)
+        assert np.linalg.eigvalsh(found)[0] >= -1e-12
+        assert np.linalg.eigvalsh(found - matrix)[0] >= -1e-12
+        for _ in range(20):
+            other = found + 0.1 * rng.normal(size=(3, 3))
+            other = positive_part(other + other.T - found)
+            assert np.linalg.norm(found - matrix) <= np.linalg.norm(other - matrix) + 1e-12
+        np.testing.assert_allclose(positive_part(found), found, atol=1e-12)

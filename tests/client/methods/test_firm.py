@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.federation import simulated
 from client.alignment.experience import gather
-from client.alignment.min_norm import min_norm_weights, normalised_gram
+from client.alignment.min_norm import min_norm_weights, normalised_gram, positive_part
 from client.alignment.reward_models import named_rewards
 from client.base_model import base_model_loads
 from client.evaluation.examination import examine
@@ -18,7 +18,7 @@ from client.local_rule import Step
 from client.methods.firm import Firm, InClientAlignment
 from client.model import adapted_model
 from client.private import under
-from conf.alignment import Estimator, FirmConfig, Regulariser
+from conf.alignment import Estimator, FirmConfig, Gram, Regulariser
 from conf.compose import load_config
 from conf.model import LoraConfig
 from conf.schema import DataConfig, Template
@@ -73,11 +73,8 @@ def gradients_of(adapted, config, *, micro_batch=4, seed=0, steps=1, private=Non
     return found, rule
 
 
-def test_the_step_is_that_on_the_weighted_loss(adapted):
-    """Against GRPO's loss of the weighted advantages, written as a loop over completions and tokens."""
-    preference = [0.7, 0.3]
-    config = firm(beta=math.inf, preference=preference, kl=0.3)
-    found, _ = gradients_of(adapted, config)
+def naive_gradient(adapted, config, preference, completions):
+    """Of GRPO's loss of the weighted advantages over some of four completions: a loop over them and their tokens."""
     torch.manual_seed(0)
     experience = gather(
         adapted, Firm(config).encode(TRAIN[:2], adapted.tokenizer, DATA), named_rewards(config.rewards, adapted),
@@ -85,7 +82,8 @@ def test_the_step_is_that_on_the_weighted_loss(adapted):
     )  # fmt: skip
     rewards, total = experience.rewards_NM, torch.zeros(())
     adapted.model.train()
-    for index, sequence in enumerate(experience.rollout.sequences):
+    for index in completions:
+        sequence = experience.rollout.sequences[index]
         group = rewards[index // 2 * 2 : index // 2 * 2 + 2]
         advantages = (rewards[index] - group.mean(0)) / (group.std(0) + 1e-6)
         logits = adapted.model(input_ids=torch.tensor([sequence.input_ids])).logits[0].log_softmax(-1)
@@ -94,11 +92,33 @@ def test_the_step_is_that_on_the_weighted_loss(adapted):
             log_p = logits[place - 1, sequence.input_ids[place]]
             log_ratio = experience.reference_log_p[index][token] - log_p
             surrogate = (log_p - log_p.detach()).exp() * float(np.dot(preference, advantages))
-            total = total - surrogate + 0.3 * (log_ratio.exp() - log_ratio - 1)
-    parameters = [*adapted.parameters_by_name().values()]
-    naive = torch.autograd.grad(total / experience.num_tokens, parameters)
-    expected = torch.cat([gradient.flatten() for gradient in naive]).double().numpy()
+            total = total - surrogate + config.kl * (log_ratio.exp() - log_ratio - 1)
+    naive = torch.autograd.grad(total / experience.num_tokens, [*adapted.parameters_by_name().values()])
+    return torch.cat([gradient.flatten() for gradient in naive]).double().numpy()
+
+
+def test_the_step_is_that_on_the_weighted_loss(adapted):
+    preference = [0.7, 0.3]
+    config = firm(beta=math.inf, preference=preference, kl=0.3)
+    found, _ = gradients_of(adapted, config)
+    expected = naive_gradient(adapted, config, preference, range(4))
     assert np.linalg.norm(found - expected) < 1e-4 * np.linalg.norm(expected)
+
+
+def test_halves_weigh_by_what_two_prompts_have_in_common_and_step_along_all(adapted):
+    config = firm(beta=0.3, kl=0.3, gram=Gram.halves)
+    found, rule = gradients_of(adapted, config)
+    one, two = (
+        np.stack([naive_gradient(adapted, config, preference, half) for preference in np.eye(2)])
+        for half in ([0, 1], [2, 3])
+    )
+    gram = positive_part(2 * (one @ two.T + two @ one.T))
+    weights = min_norm_weights(normalised_gram(gram), regulariser="anchor", beta=0.3)
+    np.testing.assert_allclose(rule.to_keep()["firm/weights"], weights, atol=1e-4)
+    expected = weights @ (one + two)
+    assert np.linalg.norm(found - expected) < 1e-4 * np.linalg.norm(expected)
+    _, of_whole = gradients_of(adapted, firm(beta=0.3, kl=0.3))
+    assert abs(of_whole.to_keep()["firm/weights"] - weights).max() > 1e-3
 
 
 @pytest.mark.parametrize("estimator", Estimator)
