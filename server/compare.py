@@ -16,6 +16,7 @@ from rich.table import Table
 from server.compare_matrix import matrix_tables
 from server.compare_objectives import objective_tables
 from server.record import RunFolder
+from server.report.runs import run_folders
 from server.view import number, size
 
 RunFolders = Annotated[list[Path], typer.Argument(help="Run folders, or one folder of them.")]
@@ -23,15 +24,17 @@ RunFolders = Annotated[list[Path], typer.Argument(help="Run folders, or one fold
 
 def compare(
     folders: RunFolders,
-    html: Annotated[Path | None, typer.Option(help="Write the page of `bouquet report` to this file too.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="The page; default: compare.html in the only folder given, else here.")
+    ] = None,
 ) -> None:
-    """Show several runs side by side, and their evaluation matrices; runs that differ in the seed alone together."""
-    runs = [run for folder in folders for run in _runs_in(folder)]
-    if not runs:
-        raise ValueError(f"no run folder (one with a summary.json) in {', '.join(map(str, folders))}")
+    """Show several runs side by side, and their evaluation matrices; runs that differ in the seed alone together.
+
+    Write the page of `bouquet report` too.
+    """
+    runs = run_folders(folders)
     _console().print(comparison(runs), *matrix_tables(runs), *objective_tables(runs))
-    if html is not None:
-        _write_page(folders, html)
+    _write_page(folders, html or _beside(folders) / "compare.html", told="page: ")
 
 
 def report(
@@ -41,7 +44,7 @@ def report(
     ] = None,
 ) -> None:
     """Write a page that opens from disk: convergence, experts, who pulls against whom, bytes."""
-    _write_page(folders, output or (folders[0] if len(folders) == 1 else Path()) / "report.html")
+    _write_page(folders, output or _beside(folders) / "report.html")
 
 
 def comparison(folders: Sequence[Path]) -> Table:
@@ -92,17 +95,16 @@ def _effort(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return [f"{speed:.0f}", size(max(row["peak_memory_bytes"] for row in trained))]
 
 
-def _write_page(folders: Sequence[Path], page: Path) -> None:
+def _beside(folders: Sequence[Path]) -> Path:
+    """Where a page goes if nobody says."""
+    return folders[0] if len(folders) == 1 else Path()
+
+
+def _write_page(folders: Sequence[Path], page: Path, told: str = "") -> None:
     from server.report.page import write_report  # noqa: PLC0415 - only needed here
 
     write_report(folders, page)
-    _console().print(escape(str(page)), soft_wrap=True)
-
-
-def _runs_in(folder: Path) -> list[Path]:
-    if (folder / "summary.json").exists():
-        return [folder]
-    return sorted(path.parent for path in folder.glob("*/summary.json"))
+    _console().print(told + escape(str(page)), soft_wrap=True)
 
 
 def _console() -> Console:

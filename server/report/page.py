@@ -18,6 +18,9 @@ from server.view import number, size
 
 MAX_RUNS = 8
 """Runs that are shown whole: colours that can be told apart, by colour-blind people too."""
+SIGNATURE = " Bouquet</title>"
+"""In the head of every page."""
+_HEAD_BYTES = 1 << 16
 
 KINDS = ("experts", "attention", "router", "other", "extras")
 REST = "counts, framing"
@@ -46,15 +49,27 @@ def write_report(folders: Sequence[Path], target: Path) -> None:
     """Write the page of the runs in ``folders`` to the file ``target``.
 
     Raises:
-        ValueError: If a folder holds no run, or a file of one is damaged.
+        ValueError: If a folder holds no run, a file of one is damaged, or ``target`` is another file than such a page.
+        RuntimeError: If it cannot be written there.
     """
-    runs = read_runs(folders)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(render(runs), encoding="utf-8")
+    if target.is_file() and not _is_page(target):
+        raise ValueError(f"{target} is there already, and no page of Bouquet's: move it, or name another file")
+    page = render(read_runs(folders))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise RuntimeError(f"cannot write {target}: {error.strerror}; name another file") from error
+
+
+def _is_page(path: Path) -> bool:
+    """Whether it is an earlier page, which the next one may replace."""
+    with path.open("rb") as file:
+        return SIGNATURE.encode() in file.read(_HEAD_BYTES)
 
 
 def render(runs: Sequence[Run]) -> str:
-    """The page as HTML; of more than ``MAX_RUNS`` their overview and objectives alone."""
+    """The page as HTML; of more than ``MAX_RUNS`` how all of them end, and charts and maps of the first."""
     environment = Environment(
         loader=PackageLoader("server.report", "page"),
         autoescape=True,
@@ -64,15 +79,14 @@ def render(runs: Sequence[Run]) -> str:
     )
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
     environment.filters |= {"number": number, "size": size, "short": short_name}
+    page = contents(runs[:MAX_RUNS])
     if len(runs) > MAX_RUNS:
-        return environment.get_template("many.html").render(
-            overview=[_overview(run) for run in runs], objectives=fronts_view(runs, MAX_RUNS), limit=MAX_RUNS
-        )
-    return environment.get_template("report.html").render(contents(runs))
+        page |= {"overview": [_overview(run) for run in runs], "ends": fronts_view(runs, MAX_RUNS)}
+    return environment.get_template("report.html").render(page)
 
 
 def contents(runs: Sequence[Run]) -> dict[str, Any]:
-    """What the template shows."""
+    """What the template shows of runs that have a colour each."""
     rounds = sorted({line["round"] for line in lines_of(runs)})
     blocks = list(dict.fromkeys(name for run in runs for name in run.blocks()))
     scale = scales(runs)
@@ -95,6 +109,7 @@ def contents(runs: Sequence[Run]) -> dict[str, Any]:
         "convergence": convergence,
         "panels": panels,
         "objectives": objectives,
+        "ends": objectives,
         "gap": gap,
         "views": [view for view in views if view.run.diagnostics],
         "matrices": matrix_views(runs),

@@ -74,20 +74,34 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     Raises:
         ValueError: If a folder holds no run, or a file of one is damaged.
     """
-    paths = list(dict.fromkeys(path.resolve() for folder in folders for path in _run_folders(folder)))
+    paths = run_folders(folders)
     return [_read(path, label) for path, label in zip(paths, _labels(paths), strict=True)]
 
 
-def _run_folders(folder: Path) -> list[Path]:
-    if (folder / "metrics.jsonl").exists():
+def run_folders(folders: Sequence[Path]) -> list[Path]:
+    """These folders, each once; in place of a folder of run folders those in it, by name.
+
+    Raises:
+        ValueError: If a folder holds no run.
+    """
+    return list(dict.fromkeys(path.resolve() for folder in folders for path in _runs_in(folder)))
+
+
+def _runs_in(folder: Path) -> list[Path]:
+    if _is_run(folder):
         return [folder]
-    found = sorted(path.parent for path in folder.glob("*/metrics.jsonl"))
+    found = sorted(filter(_is_run, folder.glob("*/")))
     if not found:
-        reason = "no run in it (no metrics.jsonl)" if folder.is_dir() else "not a folder"
+        reason = "no run in it (no metrics.jsonl, no summary.json)" if folder.is_dir() else "not a folder"
         raise ValueError(
             f"{folder}: {reason}; give the folder that `bouquet run` printed, or one that holds such folders"
         )
     return found
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether a run wrote it: one that was refused has a summary alone."""
+    return any((folder / name).exists() for name in ("metrics.jsonl", "summary.json"))
 
 
 def _labels(paths: Sequence[Path]) -> list[str]:

@@ -1,4 +1,4 @@
-"""A base model of a few thousand random weights and the settings of a run on it that takes under a second."""
+"""A base model of a few thousand random weights, runs on it that take under a second, and what their tests ask them."""
 
 from __future__ import annotations
 
@@ -6,13 +6,17 @@ import itertools
 from functools import cache
 
 import pytest
+import torch
 
 from client.embedded import DOMAINS
+from client.messages import EVALUATE, decode_losses
+from client.model import adapted_model
 from tests.client.tiny_models import save_tiny_base
 from tests.server.loopback import run_server, simulation
 
 SITES = sorted(DOMAINS)
 """The embedded data's, which are the default partition."""
+ROUTER_LOCAL = "strategy=fc_moe model.router=local train.optimizer_state=keep method.retention.kind=orthogonal"
 
 
 @pytest.fixture(scope="session")
@@ -61,3 +65,13 @@ def honest(small, tmp_path_factory):
 @pytest.fixture(scope="session")
 def fc_moe_run(honest):
     return honest("strategy=fc_moe")
+
+
+def model_of(config):
+    return adapted_model(config.model, config.lora, torch.device("cpu"))
+
+
+def measured(result):
+    """Site -> what it answered to the last evaluation."""
+    replies = [sent.message() for sent in result.grid.sent if sent.up and sent.kind == EVALUATE]
+    return {sender.site: losses for sender, losses in map(decode_losses, replies)}

@@ -23,7 +23,7 @@ def test_remote_run_needs_an_address(address):
 
 def test_compare_and_fetch_name_the_folder_that_holds_no_run(tmp_path):
     runner = CliRunner()
-    assert "no run folder" in str(runner.invoke(cli, ["compare", str(tmp_path)]).exception)
+    assert f"{tmp_path}: no run in it" in str(runner.invoke(cli, ["compare", str(tmp_path)]).exception)
     assert "holds no launch.json" in str(runner.invoke(cli, ["fetch", str(tmp_path)]).exception)
 
 

@@ -56,6 +56,7 @@ def write_run(
     summary = {
         "status": status, "error": None if status == "completed" else "clinic went away", "strategy": "fc_moe",
         "global_loss": 0.75, "site_loss": losses, "wall_seconds": 12.4,
+        "bytes_up": 2700 * rounds, "bytes_down": 6000 * rounds, "num_sites": len(sites),
     }  # fmt: skip
     folder.write_text("summary.json", json.dumps(summary))
     return path

@@ -84,8 +84,15 @@ def test_more_runs_than_colours_have_those_of_their_fronts(tmp_path):
         assert end.label in text
         assert all(f"{reward:.4f}" in text for reward in end.rewards)
     classes = " ".join(attributes.get("class") or "" for _, attributes in read.elements)
-    assert set(re.findall(r"run-[0-9]+", classes)) == {"run-0", "run-1"}
-    assert "Convergence" not in text
+    assert set(re.findall(r"run-[0-9]+", classes)) == {f"run-{index}" for index in range(MAX_RUNS)}
+    assert "All runs are here; colours are those of the fronts." in text
+
+
+def test_fronts_are_shown_where_no_run_with_a_colour_has_objectives(tmp_path):
+    folders = [write_run(tmp_path / f"plain-{number}", rounds=1) for number in range(MAX_RUNS)]
+    page = render(read_runs([*folders, write_run(tmp_path / "aligned", share=0.5, rounds=1)]))
+    assert "Where runs end" in page
+    assert "Weights λ" not in page
 
 
 def test_page_of_runs_without_objectives_has_no_such_part(tmp_path):

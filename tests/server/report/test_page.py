@@ -6,6 +6,7 @@ import json
 import re
 from html.parser import HTMLParser
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -161,17 +162,17 @@ def test_incomplete_runs_still_give_a_page(tmp_path, change):
     )
 
 
-def test_of_more_runs_than_colours_there_is_the_overview(tmp_path):
-    for number in range(9):
-        write_run(tmp_path / str(number), rounds=0)
-    write_report([tmp_path], tmp_path / "report.html")
-    read = Reader((tmp_path / "report.html").read_text())
+def test_of_more_runs_than_colours_all_are_in_the_overview_and_the_first_have_charts_and_maps(tmp_path):
+    names = [f"run-{number}-of-9" for number in range(9)]
+    page = render(read_runs([write_run(tmp_path / name, rounds=1) for name in names]))
+    read = Reader(page)
     text = " ".join(read.text)
-    assert "More than 8 runs" in text
+    assert "9 runs \u2013 Bouquet" in text
+    assert "the table above has all of them, charts and maps show the first 8" in text
+    assert re.findall(r'<tr><th scope="row">([^<]*)</th><td>fc_moe</td>', page) == names
+    assert [attributes["aria-label"] for attributes in read.named("article")] == names[:8]
+    assert "and 1 more" in text
     assert "Objectives" not in text
-    (table,) = read.named("table")
-    assert table["class"] == "overview"
-    assert sum(tag == "tr" for tag, _ in read.elements) == 1 + 9
 
 
 def test_commands_write_the_page_where_they_say(tmp_path, monkeypatch):
@@ -190,8 +191,43 @@ def test_report_of_no_run_is_an_error_that_names_the_folder(tmp_path):
     assert f"{tmp_path}: no run in it" in str(CliRunner().invoke(cli, ["report", str(tmp_path)]).exception)
 
 
-def test_compare_writes_the_page_beside_its_table(fc_moe_run, tmp_path):
-    result = CliRunner().invoke(cli, ["compare", str(fc_moe_run.folder.path), "--html", str(tmp_path / "page.html")])
-    assert result.exit_code == 0
-    assert "held-out loss" in result.output
-    assert (tmp_path / "page.html").read_text().startswith("<!doctype html>")
+@pytest.mark.parametrize(
+    ("words", "place"), [(["sweep"], "sweep/compare.html"), (["sweep/a", "sweep/b"], "compare.html"),
+                         (["sweep", "--html", "x/y.html"], "x/y.html")],
+)  # fmt: skip
+def test_compare_writes_the_page_and_says_where_below_its_table(tmp_path, monkeypatch, words, place):
+    """A folder of runs keeps it; several leave it here; what is named wins."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        write_run(Path("sweep", name), rounds=1, sites=["bank", "clinic"])
+    (tmp_path / "sweep/b/summary.json").unlink()  # has not ended: in the table, and on the page
+    table, _, told = compared(words).rpartition("\n")
+    assert "held-out loss" in table
+    assert "no summary" in table
+    assert told == f"page: {place}"
+    assert "<title>a, b " in Path(place).read_text()
+    assert not list(Path().rglob("*report.html"))
+
+
+def compared(words):
+    result = CliRunner().invoke(cli, ["compare", *words])
+    assert result.exit_code == 0, result.exception
+    return result.output.strip()
+
+
+@pytest.mark.parametrize("command", ["report", "compare"])
+def test_page_replaces_an_earlier_page_and_nothing_else(tmp_path, command):
+    folder, page = write_run(tmp_path / "a", rounds=1), tmp_path / "a" / f"{command}.html"
+    page.write_text(render(read_runs([write_run(tmp_path / "other", rounds=0)])))
+    assert CliRunner().invoke(cli, [command, str(folder)]).exit_code == 0
+    assert "<title>a " in page.read_text()
+    page.write_text("<title>My notes</title>")
+    with pytest.raises(ValueError, match=rf"{command}.html is there already, and no page of Bouquet's"):
+        CliRunner().invoke(cli, [command, str(folder)], catch_exceptions=False)
+    assert page.read_text() == "<title>My notes</title>"
+
+
+def test_page_that_cannot_be_written_is_an_error_that_says_where(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(RuntimeError, match=r"cannot write .*file/report.html: .*; name another file"):
+        write_report([write_run(tmp_path / "a", rounds=1)], tmp_path / "file" / "report.html")

@@ -8,6 +8,7 @@ import pytest
 
 from server.record import RunFolder
 from server.report import runs
+from server.report.page import render
 from server.report.runs import read_runs, thinned
 from tests.server.report.folders import LAYERS, NASTY, write_run
 
@@ -55,6 +56,15 @@ def test_run_that_was_cut_off_or_failed_says_so(tmp_path):
     assert told[1][0] == "the run failed: clinic went away"
 
 
+def test_run_that_was_refused_before_it_wrote_a_row_is_one(tmp_path):
+    folder = write_run(tmp_path / "sweep" / "refused", status="failed")
+    (folder / "metrics.jsonl").unlink()
+    (folder / "diagnostics/rounds.jsonl").unlink()
+    (run,) = read_runs([tmp_path / "sweep"])
+    assert run.missing == ["the run failed: clinic went away", "no round was completed: there is nothing to draw"]
+    assert render([run]).count('role="note"') == 2
+
+
 def test_rounds_that_the_log_could_not_carry_are_counted(tmp_path):
     folder = write_run(tmp_path / "remote")
     path = folder / "diagnostics/rounds.jsonl"
@@ -84,7 +94,7 @@ def test_damaged_file_is_named(tmp_path, name, content, message):
 
 
 def test_folder_without_a_run_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"no run in it \(no metrics.jsonl\)"):
+    with pytest.raises(ValueError, match=r"no run in it \(no metrics.jsonl, no summary.json\)"):
         read_runs([tmp_path])
     with pytest.raises(ValueError, match=r"absent: not a folder"):
         read_runs([tmp_path / "absent"])
