@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 
@@ -40,7 +41,9 @@ class Contender:
     knobs: tuple[Knob, ...] = ()
     """Its own, beside the learning rate."""
     follows: str | None = None
-    """Name of the contender whose tuned values it takes: an ablation changes nothing else."""
+    """Name of the contender whose tuned values it takes."""
+    retunes: tuple[str, ...] = ()
+    """Keys of those values that it tunes again for itself, uphill from the leader's: the others stay."""
     instead: Mapping[str, float | str] = field(default_factory=dict)
     """Values in place of those tuned, of knobs or any other setting: how flat the leader is around its own."""
     of_factors: bool = False
@@ -48,10 +51,21 @@ class Contender:
 
 
 _SERVER_RATE = Knob("strategy.learning_rate", (2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2, 8e-2, 0.16), 1e-2)
-_STEP = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0)
-_MOMENTUM = (0.0, 0.3, 0.5, 0.7)
+_PROXIMAL = Knob("train.proximal_mu", (1e-4, 1e-3, 1e-2, 1e-1, 1.0), 1e-2)
+_RETENTION = Knob("method.retention.strength", (0.03, 0.1, 0.3, 0.5, 0.8, 1.0), 0.5)
+_RATE = (LEARNING_RATE.key,)
+_STEP = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 4.0)
+_EXPERT_STEP = Knob("strategy.expert_step", _STEP, 1.0, unsaid=1.0)
+_MOMENTUM = (0.0, 0.3, 0.5, 0.7, 0.9)
+_SERVER_MOMENTUM = Knob("strategy.momentum", (0.0, 0.1, 0.3, 0.5, 0.7, 0.9), 0.5)
+_PLUS = (
+    Knob("strategy.step", _STEP, 2.0),
+    Knob("strategy.flatten", (0.0, 0.5, 1.0), 1.0),
+    Knob("strategy.momentum", _MOMENTUM, 0.5),
+)
 _PLUS_SWEEPS = {
-    "step": (1.0, 1.5, 2.0, 3.0), "flatten": (0.0, 0.5, 1.0), "momentum": _MOMENTUM, "ridge": (0.03, 0.1, 1.0, 3.0)
+    "step": (1.0, 1.5, 2.0, 3.0, 4.0), "flatten": (0.0, 0.5, 1.0), "momentum": _MOMENTUM,
+    "ridge": (0.03, 0.1, 1.0, 3.0),
 }  # fmt: skip
 """Of ``fc_moe_plus``; its ridge is not tuned and 0.3."""
 
@@ -62,40 +76,39 @@ CONTENDERS: dict[str, Contender] = {
         ("strategy=fedavgm", "strategy.momentum=0", "strategy.learning_rate=1.001"),
         follows="fedavg",
     ),
-    "fedavg_step": Contender(
-        "FedAvg, tuned step on experts", ("strategy=fedavg",), (Knob("strategy.expert_step", _STEP, 1.0, unsaid=1.0),)
-    ),
+    "fedavg_step": Contender("FedAvg, tuned step on experts", ("strategy=fedavg",), (_EXPERT_STEP,)),
     "fedavg_step_2": Contender("FedAvg, step 2 on experts", ("strategy=fedavg", "strategy.expert_step=2")),
     # At a step of 1 a steady change is taken 1 / (1 - momentum) times as far, as by FC-MoE plus.
-    "fedavgm": Contender(
-        "FedAvgM", ("strategy=fedavgm", "strategy.learning_rate=1"), (Knob("strategy.momentum", _MOMENTUM[1:], 0.5),)
+    "fedavgm": Contender("FedAvgM", ("strategy=fedavgm", "strategy.learning_rate=1"), (_SERVER_MOMENTUM,)),
+    "fedavgm_step": Contender(
+        "FedAvgM, tuned step on experts",
+        ("strategy=fedavgm", "strategy.learning_rate=1"),
+        (_EXPERT_STEP, _SERVER_MOMENTUM),
     ),
-    "fc_moe": Contender(
-        "FC-MoE", ("strategy=fc_moe",), (Knob("method.retention.strength", (0.1, 0.3, 0.5, 0.8), 0.5),)
+    # What FedAlign-MoE's sites do with their routers, without its rule; and as everyone else trains routers.
+    "fedavg_router_local": Contender("FedAvg, routers trained, local", ("strategy=fedavg", "model.router=local")),
+    "fedavg_router_averaged": Contender(
+        "FedAvg, routers trained, averaged", ("strategy=fedavg", "model.router=averaged")
     ),
-    "fc_moe_plus": Contender(
-        "FC-MoE plus",
-        ("strategy=fc_moe_plus",),
-        (
-            Knob("strategy.step", _STEP, 2.0),
-            Knob("strategy.flatten", (0.0, 0.5, 1.0), 1.0),
-            Knob("strategy.momentum", _MOMENTUM, 0.5),
-        ),
+    "fc_moe": Contender("FC-MoE", ("strategy=fc_moe",), (_RETENTION,)),
+    "fc_moe_plus": Contender("FC-MoE plus", ("strategy=fc_moe_plus",), _PLUS),
+    "fc_moe_plus_mean": Contender(
+        "FC-MoE plus, mean by examples instead of the equal say", ("strategy=fc_moe_plus", "strategy.ridge=null"), _PLUS
     ),
-    "fc_moe_no_projection": Contender(
-        "- consensus projection", ("strategy=fc_moe", "strategy.conflict.against=off"), follows="fc_moe"
-    ),
-    "fc_moe_no_retention": Contender(
-        "- local retention", ("strategy=fc_moe", "method.retention.kind=off"), follows="fc_moe"
-    ),
-    "fc_moe_no_importance": Contender(
-        "- importance weighting", ("strategy=fc_moe", "strategy.importance=uniform"), follows="fc_moe"
-    ),
+    **{
+        f"fc_moe_no_{name}": Contender(f"- {title}", ("strategy=fc_moe", setting), follows="fc_moe", retunes=_RATE)
+        for name, title, setting in (
+            ("projection", "consensus projection", "strategy.conflict.against=off"),
+            ("retention", "local retention", "method.retention.kind=off"),
+            ("importance", "importance weighting", "strategy.importance=uniform"),
+        )
+    },
     **{
         f"fc_moe_{name}": Contender(
             f"FC-MoE, {title}",
             ("strategy=fc_moe", setting),
             follows="fc_moe",
+            retunes=(*_RATE, _RETENTION.key) if name in {"filtered", "orthogonal"} else _RATE,
             of_factors=name in {"product", "component"},
         )
         for name, title, setting in (
@@ -118,7 +131,7 @@ CONTENDERS: dict[str, Contender] = {
         follows="fc_moe",
         instead={"method.retention.strength": 0.5},
     ),
-    "fedprox": Contender("FedProx", ("strategy=fedprox",), (Knob("train.proximal_mu", (1e-3, 1e-2, 1e-1, 1.0), 1e-2),)),
+    "fedprox": Contender("FedProx", ("strategy=fedprox",), (_PROXIMAL,)),
     "fedadam": Contender("FedAdam", ("strategy=fedadam",), (_SERVER_RATE,)),
     "fedavg_uniform": Contender("FedAvg, sites alike", ("strategy=fedavg", "strategy.weights=uniform")),
     "fedavg_tokens": Contender("FedAvg, experts by tokens", ("strategy=fedavg", "strategy.weights=tokens")),
@@ -155,6 +168,7 @@ CONTENDERS: dict[str, Contender] = {
 
 _FLEX = ("method=flex", "model.experts=frozen")
 
+# Grids that grew when its tables were complete are cut to what these were tuned over.
 PERSONAL: dict[str, Contender] = {
     "flex": Contender("FLEx, exact start (ours)", ("strategy=flex",)),
     "flex_paper": Contender("FLEx as printed", ("strategy=flex", "method.graft.start=paper")),
@@ -163,14 +177,14 @@ PERSONAL: dict[str, Contender] = {
     ),
     "fedavg": CONTENDERS["fedavg"],
     "fedavg_attention": Contender("FedAvg, attention alone", ("strategy=fedavg", "model.experts=frozen")),
-    "fedprox": CONTENDERS["fedprox"],
+    "fedprox": replace(CONTENDERS["fedprox"], knobs=(replace(_PROXIMAL, values=_PROXIMAL.values[1:]),)),
     "scaffold": CONTENDERS["scaffold"],
     "fedavgm": Contender("FedAvgM", ("strategy=fedavgm",), (Knob("strategy.learning_rate", (0.25, 0.5, 1.0), 0.5),)),
     **{
         name: Contender(title, (f"strategy={name}",), (replace(_SERVER_RATE, values=_SERVER_RATE.values[:5]),))
         for name, title in (("fedadagrad", "FedAdagrad"), ("fedyogi", "FedYogi"), ("fedadam", "FedAdam"))
     },
-    "fc_moe": CONTENDERS["fc_moe"],
+    "fc_moe": replace(CONTENDERS["fc_moe"], knobs=(replace(_RETENTION, values=_RETENTION.values[1:-1]),)),
     "pfl_moe": Contender("PFL-MoE", ("strategy=pfl_moe",)),
     "local_only": CONTENDERS["local_only"],
     # An epoch a round: as many steps as one site makes would be an eighth of what eight sites make.
@@ -197,23 +211,40 @@ def tuned(
     """Coordinate search: learning rate first, then each knob of the method, and all again with those values.
 
     Args:
-        name: Of the contender; one that follows another gets its own settings with the other's tuned values.
+        name: Of the contender; one that follows another gets its own settings with the other's tuned values, and from
+            there searches over what it ``retunes``.
         score: Of settings on validation data, higher is better; None if not known yet.
         contenders: All of them.
     """
-    leader = contenders[contenders[name].follows or name]
+    contender = contenders[name]
+    leader = contenders[contender.follows or name]
     knobs = (LEARNING_RATE, *leader.knobs)
     values = {knob.key: knob.start for knob in knobs}
+    retuned = [knob for knob in knobs if knob.key in contender.retunes]
+    for whose, free in ((leader, knobs), (contender, retuned)):
+        settings_of = partial(_settings, whose, knobs)
+        missing = _search(free, values, settings_of, score)
+        if missing:
+            return Tuning(settings_of(values), missing)
+    return Tuning(_settings(contender, knobs, values), ())
+
+
+def _search(
+    knobs: Sequence[Knob],
+    values: dict[str, float],
+    settings_of: Callable[[Mapping[str, float]], Settings],
+    score: Callable[[Settings], float | None],
+) -> tuple[Settings, ...]:
+    """Move ``values`` to where no knob alone makes them better; settings whose score is needed for that."""
     for _ in range(PASSES):
         before = dict(values)
         for knob in knobs:
-            missing = _climb(knob, values, lambda trial: score(_settings(leader, knobs, trial)))
+            missing = _climb(knob, values, lambda trial: score(settings_of(trial)))
             if missing:
-                trials = tuple(_settings(leader, knobs, trial) for trial in missing)
-                return Tuning(_settings(leader, knobs, values), trials)
+                return tuple(map(settings_of, missing))
         if values == before:
             break
-    return Tuning(_settings(contenders[name], knobs, {**values, **contenders[name].instead}), ())
+    return ()
 
 
 def _climb(
@@ -234,8 +265,9 @@ def _climb(
         values[knob.key] = best
 
 
-def _settings(contender: Contender, knobs: Sequence[Knob], values: Mapping[str, float | str]) -> Settings:
+def _settings(contender: Contender, knobs: Sequence[Knob], values: Mapping[str, float]) -> Settings:
     unsaid = {knob.key: knob.unsaid for knob in knobs}
-    said = {key: value for key, value in sorted(values.items()) if value != unsaid.get(key)}
+    chosen = {**values, **contender.instead}
+    said = {key: value for key, value in sorted(chosen.items()) if value != unsaid.get(key)}
     words = (f"{key}={value}" if isinstance(value, str) else f"{key}={value:g}" for key, value in said.items())
     return (*contender.settings, *words)

@@ -27,7 +27,8 @@ import numpy as np
 from benchmarks import fc_moe_averaging, fc_moe_printed
 from benchmarks.cells import Row, Study, add_arguments, carry_out
 from benchmarks.contenders import CONTENDERS, Settings
-from benchmarks.fc_moe_tables import LAST, last_rounds, markdown, summary
+from benchmarks.fc_moe_numbers import LAST, last_rounds
+from benchmarks.fc_moe_tables import markdown, summary
 from benchmarks.federation import simulated
 from benchmarks.measures import Judge, Score, expert_norm
 from benchmarks.render import HERE
@@ -71,14 +72,14 @@ def run_cell(cell: Cell, data: Path, device: str = "cpu") -> dict[str, Any]:
         if cell.split == "test":
             federation.watch = lambda *of_round: averaged.append(fc_moe_averaging.of_round(*of_round))
         judge = Judge(federation.adapted, config, held_out_sets(config), workload.labels)
-        before = expert_norm(federation.whole_adapter())
+        before = expert_norm(federation.whole_adapter(), federation.adapted, config.lora)
         while federation.server_round < config.rounds:
             try:
                 federation.play()
             except ValueError as error:
                 return row | {"failed": f"round {federation.server_round + 1}: {error}"}
             scores.append(judge.score(federation))
-        after = expert_norm(federation.whole_adapter())
+        after = expert_norm(federation.whole_adapter(), federation.adapted, config.lora)
         answers = judge.rouge_l(federation) if cell.split == "test" and not workload.labels else None
     return row | {
         "accuracy": None if scores[0].accuracy is None else [round(score.accuracy or 0.0, 4) for score in scores],
@@ -88,7 +89,7 @@ def run_cell(cell: Cell, data: Path, device: str = "cpu") -> dict[str, Any]:
             name: round(float(np.mean([score.sites[name] for score in scores[-LAST:]])), 4) for name in scores[0].sites
         },
         "bytes": federation.bytes_up + federation.bytes_down,
-        "expert_norm": [round(before, 4), round(after, 4)],
+        "expert_growth": round(after / before, 4),
         "averaging": fc_moe_averaging.mean_of(averaged) if averaged else None,
         "base_sha256": federation.adapted.base.identity.sha256,
         "seconds": round(time.perf_counter() - started, 1),

@@ -17,6 +17,7 @@ from strategies.diagnostics import round_diagnostics
 MEASURES = {
     "kept": "length kept by averaging",
     "negative": "share of updates against their mean",
+    "opposed": "share of updates against the others' mean",
     "pairs": "cosine of two sites",
     "step": "step along the mean",
     "factor": "factor of the rule",
@@ -26,10 +27,10 @@ MEASURES = {
 """Name in a row -> what it is called in a table.
 
 ``kept``: ||mean update|| / mean ||update|| of an expert, over the sites that used it. ``negative``: share of (site,
-expert) whose update has a negative cosine to that mean. ``pairs``: cosine of two sites' updates of an expert. ``step``:
-<step taken, mean> / ||mean||^2. From the rule, where it reports them: ``factor``, its own ``scale`` (for ``fc_moe`` the
-1 + s that its projection comes to), and ``largest_weight``, of a site in an expert. Beside that ``largest_share``: what
-the largest weight would be if sites were weighted by examples.
+expert) whose update has a negative cosine to that mean; ``opposed``: to the mean of the other sites. ``pairs``: cosine
+of two sites' updates of an expert. ``step``: <step taken, mean> / ||mean||^2. From the rule, where it reports them:
+``factor``, its own ``scale`` (for ``fc_moe`` the 1 + s that its projection comes to), and ``largest_weight``, of a site
+in an expert. Beside that ``largest_share``: what the largest weight would be if sites were weighted by examples.
 """
 
 Found = dict[str, list[float]]
@@ -46,6 +47,7 @@ def of_round(
     return {
         "kept": _numbers(layers, "kept"),
         "negative": [float(cosine < 0) for cosine in _numbers(layers, "cosine")],
+        "opposed": [float(cosine < 0) for cosine in _numbers(layers, "cosine_to_others")],
         "pairs": _numbers(layers, "pairs"),
         "step": _numbers(layers, "scale"),
         "factor": _numbers(rules, "scale"),

@@ -9,30 +9,20 @@ import numpy as np
 from benchmarks.cells import Outcome, Row
 from benchmarks.contenders import CONTENDERS, Settings
 from benchmarks.fc_moe_averaging import MEASURES
+from benchmarks.fc_moe_numbers import BySeed, differences, good, growth, last_rounds, on_sites, results, rounds_needed
 from benchmarks.fc_moe_printed import ABLATION
 from server.intervals import with_interval
 
-LAST = 5
-"""Rounds at the end whose mean is what counts."""
 BASELINE = "fedavg"
 OURS = "fc_moe_plus"
 SUMMARISED = ("fedavg", "fedavg_step", "fedavgm", "fedalign_moe", "fc_moe", "fc_moe_plus", "local_only", "centralised")
 
 _DIGITS = {
-    "kept": 2, "negative": 3, "pairs": 3, "step": 2, "factor": 4, "largest_weight": 2, "largest_share": 2
+    "kept": 2, "negative": 3, "opposed": 3, "pairs": 3, "step": 2, "factor": 4, "largest_weight": 2, "largest_share": 2
 }  # fmt: skip
-_TITLES = {"fc_moe": "full"}
-
-
-def last_rounds(curve: Sequence[float]) -> float:
-    """Mean of the last rounds of a curve."""
-    return float(np.mean(curve[-LAST:]))
-
-
-def rounds_to(curve: Sequence[float], target: float, *, higher: bool) -> int | None:
-    """First round, from 1, at which the curve is as good as ``target``; None if it never is."""
-    reached = [value >= target if higher else value <= target for value in curve]
-    return reached.index(True) + 1 if any(reached) else None
+_FULL = "fc_moe"
+_TITLES = {_FULL: "full"}
+_ROUNDS = "rounds to FedAvg's end, x its own"
 
 
 def markdown(
@@ -41,6 +31,7 @@ def markdown(
     """All tables that there is something to say in, below each other."""
     tables = [
         comparison(title, tested, seeds, printed),
+        sites(tested),
         ablation(tested),
         one_knob_changed(tested),
         averaging(tested),
@@ -63,14 +54,12 @@ def comparison(
     answered = any(row.get("rouge_l") for row in _done(tested))
     columns = [
         "method", _measure(tested), "minus FedAvg", "FC-MoE plus minus it", "last round",
-        *(["ROUGE-L"] if answered else ["loss"]), "on sites' own data: mean / worst / spread",
-        "rounds to FedAvg's end", "MB", "expert norm", "tuned",
+        *(["ROUGE-L"] if answered else ["loss"]), _ROUNDS, "MB", "expert norm", "tuned",
     ]  # fmt: skip
     blank = [""] * (len(columns) - 2)
     lines = {}
     baseline, ours = tested[BASELINE].rows, tested[OURS].rows if OURS in tested else {}
-    compared = {name: result for name, result in tested.items() if not CONTENDERS[name].instead}
-    for name, result in compared.items():
+    for name, result in _methods(tested).items():
         cells = _cells(result, baseline, ours, by_accuracy) if result.rows else ["missing", *blank]
         count = f" ({len(result.rows)} of {len(seeds)} seeds)" if 0 < len(result.rows) < len(seeds) else ""
         lines[name] = [CONTENDERS[name].title + count, *cells]
@@ -84,18 +73,37 @@ def comparison(
 
 def summary(title: str, tested: Mapping[str, Outcome]) -> str:
     """The project's README in short: who of ``SUMMARISED`` has been run, and what counts first."""
-    compared = {name: tested[name] for name in SUMMARISED if name in tested and _good(tested[name].rows)}
+    compared = {name: tested[name] for name in SUMMARISED if name in tested and good(tested[name].rows)}
     if BASELINE not in compared:
         return ""
     by_accuracy = _by_accuracy(compared)
-    columns = ["method", _measure(compared), "minus FedAvg", "sites: mean / worst / spread", "rounds to FedAvg's end"]
+    columns = ["method", _measure(compared), "minus FedAvg", "sites: mean / worst / spread", _ROUNDS]
     lines = []
     for name, result in compared.items():
-        mean, difference, _, _, _, on_sites, rounds, *_ = _cells(result, compared[BASELINE].rows, {}, by_accuracy)
-        lines.append([CONTENDERS[name].title, mean, difference, on_sites, rounds])
+        mean, difference, _, _, _, rounds, *_ = _cells(result, compared[BASELINE].rows, {}, by_accuracy)
+        found = (_mean(values, _digits(by_accuracy)) for values in on_sites(result.rows, by_accuracy))
+        lines.append([CONTENDERS[name].title, mean, difference, " / ".join(found), rounds])
     counts = sorted({len(result.rows) for result in compared.values()})
     seeds = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
     return f"{title}, {seeds} seeds\n\n{_table(columns, lines)}"
+
+
+def sites(tested: Mapping[str, Outcome]) -> str:
+    """Of the model in use at each site on its own data: mean and worst of the sites, and how they differ."""
+    by_accuracy = _by_accuracy(tested)
+    digits, lines = _digits(by_accuracy), []
+    baseline = on_sites(tested[BASELINE].rows, by_accuracy)
+    for name, result in _methods(tested).items():
+        mean, worst, spread = on_sites(result.rows, by_accuracy)
+        cells = [CONTENDERS[name].title]
+        for values, others in ((mean, baseline[0]), (worst, baseline[1])):
+            cells += [_mean(values, digits), _difference(values, others, digits) if name != BASELINE else ""]
+        if spread:
+            lines.append([*cells, _mean(spread, digits)])
+    if not lines:
+        return ""
+    columns = ["method", "mean of sites", "minus FedAvg", "worst site", "minus FedAvg", "spread over sites"]
+    return f"On sites' own data, {'accuracy, %' if by_accuracy else 'loss, nats'}\n\n{_table(columns, lines)}"
 
 
 def ablation(tested: Mapping[str, Outcome]) -> str:
@@ -106,18 +114,25 @@ def ablation(tested: Mapping[str, Outcome]) -> str:
     compared = [name for name in ABLATION if name in tested]
     if not any(name.startswith("fc_moe_no_") for name in compared):
         return ""
-    lines = []
-    done = [set(_good(tested[name].rows)) for name in compared if _good(tested[name].rows)]
+    done = [set(good(tested[name].rows)) for name in compared if good(tested[name].rows)]
     common = set.intersection(*done) if done else set()
+    measured = {}
     for name in compared:
-        rows = {seed: row for seed, row in _good(tested[name].rows).items() if seed in common}
-        ours = "missing"
-        if rows and all(row["accuracy"] for row in rows.values()):
-            test = [last_rounds(row["accuracy"]) for row in rows.values()]
-            local = [float(np.mean(list(row["sites"].values()))) for row in rows.values()]
-            ours = f"{with_interval(test, 4)} / {with_interval(local, 4)}"
-        lines.append([_TITLES.get(name, CONTENDERS[name].title), ours, *ABLATION[name]])
-    return _table(["variant", f"here: test / local, {len(common)} seeds", "printed, AG News", "printed, MMLU"], lines)
+        rows = {seed: row for seed, row in good(tested[name].rows).items() if seed in common and row["accuracy"]}
+        test = {seed: last_rounds(row["accuracy"]) for seed, row in rows.items()}
+        measured[name] = test, {seed: float(np.mean(list(row["sites"].values()))) for seed, row in rows.items()}
+    lines = []
+    for name, found in measured.items():
+        pairs = zip(found, measured.get(_FULL, ({}, {})), strict=True)
+        minus = (_difference(values, of_full, 4) for values, of_full in pairs if name != _FULL)
+        lines.append([
+            _TITLES.get(name, CONTENDERS[name].title),
+            " / ".join(_mean(values, 4) for values in found if values) or "missing",
+            " / ".join(filter(None, minus)),
+            *ABLATION[name],
+        ])  # fmt: skip
+    here = f"here: test / local, {len(common)} seeds"
+    return _table(["variant", here, "minus full", "printed, AG News", "printed, MMLU"], lines)
 
 
 def one_knob_changed(tested: Mapping[str, Outcome]) -> str:
@@ -129,30 +144,26 @@ def one_knob_changed(tested: Mapping[str, Outcome]) -> str:
 def _around(leader: str, tested: Mapping[str, Outcome]) -> str:
     followers = [name for name in tested if CONTENDERS[name].follows == leader and CONTENDERS[name].instead]
     by_accuracy = _by_accuracy(tested)
-    digits = 1 if by_accuracy else 3
-    as_tuned = _values(tested[leader].rows, by_accuracy)
+    digits = _digits(by_accuracy)
+    as_tuned = results(tested[leader].rows, by_accuracy)
     lines = []
     for name in [leader, *followers]:
         title = f"as tuned: {_tuned(tested[leader].settings)}" if name == leader else CONTENDERS[name].title
-        values = _values(tested[name].rows, by_accuracy)
-        differences = [value - as_tuned[seed] for seed, value in values.items() if seed in as_tuned]
+        values = results(tested[name].rows, by_accuracy)
         failed = len(tested[name].rows) - len(values)
-        lines.append([
-            title,
-            _summary(list(values.values()), digits, failed),
-            with_interval(differences, digits, sign="+") if differences and name != leader else "",
-        ])  # fmt: skip
+        difference = _difference(values, as_tuned, digits) if name != leader else ""
+        lines.append([title, _summary(values, digits, failed), difference])
     return f"{leader}: one knob changed\n\n{_table(['value', _measure(tested), 'minus as tuned'], lines)}"
 
 
 def averaging(tested: Mapping[str, Outcome]) -> str:
     """What the rules did to experts, mean over the runs that measured it; empty if none did."""
     lines = []
-    for name, result in tested.items():
-        runs = [row.get("averaging") or {} for row in _good(result.rows).values()]
+    for name, result in _methods(tested).items():
+        runs = [row.get("averaging") or {} for row in good(result.rows).values()]
         found = [run for run in runs if run.get("kept") is not None]
-        if found and not CONTENDERS[name].instead:
-            cells = (_mean_of([run[measure] for run in found], digits) for measure, digits in _DIGITS.items())
+        if found:
+            cells = (_mean_of([run.get(measure) for run in found], digits) for measure, digits in _DIGITS.items())
             lines.append([CONTENDERS[name].title, *cells])
     if not lines:
         return ""
@@ -160,33 +171,46 @@ def averaging(tested: Mapping[str, Outcome]) -> str:
     return f"What aggregation did to experts, mean over rounds, experts and runs\n\n{table}"
 
 
-def _mean_of(values: Sequence[float | None], digits: int) -> str:
+def _methods(tested: Mapping[str, Outcome]) -> dict[str, Outcome]:
+    """All but those who differ from their leader in one value: they have a table of their own."""
+    return {name: result for name, result in tested.items() if not CONTENDERS[name].instead}
+
+
+def _mean_of(values: Sequence[float | None], digits: int, before: str = "") -> str:
     known = [value for value in values if value is not None]
-    return f"{np.mean(known):.{digits}f}" if known else ""
+    return f"{before}{np.mean(known):.{digits}f}" if known else ""
 
 
 def _done(tested: Mapping[str, Outcome]) -> list[Row]:
-    return [row for result in tested.values() for row in _good(result.rows).values()]
+    return [row for result in tested.values() for row in good(result.rows).values()]
 
 
 def _by_accuracy(tested: Mapping[str, Outcome]) -> bool:
     return any(row["accuracy"] for row in _done(tested))
 
 
+def _digits(by_accuracy: bool) -> int:
+    return 1 if by_accuracy else 3
+
+
 def _measure(tested: Mapping[str, Outcome]) -> str:
     return "test accuracy, %" if _by_accuracy(tested) else "test loss, nats"
 
 
-def _values(rows: Mapping[int, Row], by_accuracy: bool) -> dict[int, float]:
-    """Seed -> what counts, in percent or nats, of the runs that did not diverge."""
-    curve, scale = ("accuracy", 100) if by_accuracy else ("loss", 1)
-    return {seed: scale * last_rounds(row[curve]) for seed, row in _good(rows).items()}
+def _mean(values: BySeed, digits: int) -> str:
+    return with_interval(list(values.values()), digits) if values else ""
 
 
-def _summary(values: Sequence[float], digits: int, failed: int) -> str:
+def _difference(values: BySeed, others: BySeed, digits: int) -> str:
+    """Of the one to the other, paired by seed."""
+    found = differences(values, others)
+    return with_interval(found, digits, sign="+") if found else ""
+
+
+def _summary(values: BySeed, digits: int, failed: int) -> str:
     if not values:
         return "diverged" if failed else "missing"
-    return with_interval(values, digits) + (f" ({failed} diverged)" if failed else "")
+    return _mean(values, digits) + (f" ({failed} diverged)" if failed else "")
 
 
 def _table(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
@@ -194,39 +218,24 @@ def _table(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 
 
 def _cells(result: Outcome, baseline: Mapping[int, Row], ours: Mapping[int, Row], by_accuracy: bool) -> list[str]:
-    rows = _good(result.rows)
+    rows = good(result.rows)
     if not rows:
-        return ["diverged"] + [""] * 8 + [_tuned(result.settings)]
-    curve = "accuracy" if by_accuracy else "loss"
-    scale, digits = (100, 1) if by_accuracy else (1, 3)
-    values = _values(rows, by_accuracy)
-    final = np.mean([scale * row[curve][-1] for row in rows.values()])
-    failed = len(result.rows) - len(rows)
+        return ["diverged"] + [""] * 7 + [_tuned(result.settings)]
+    curve, scale = ("accuracy", 100) if by_accuracy else ("loss", 1)
+    digits = _digits(by_accuracy)
+    values = results(rows, by_accuracy)
+    is_baseline = result.rows is baseline
     return [
-        _summary(list(values.values()), digits, failed),
-        _difference(values, _values(baseline, by_accuracy), digits) if result.rows is not baseline else "",
-        _difference(_values(ours, by_accuracy), values, digits) if result.rows is not ours else "",
-        f"{final:.{digits}f}",
+        _summary(values, digits, failed=len(result.rows) - len(rows)),
+        _difference(values, results(baseline, by_accuracy), digits) if not is_baseline else "",
+        _difference(results(ours, by_accuracy), values, digits) if result.rows is not ours else "",
+        _mean_of([scale * row[curve][-1] for row in rows.values()], digits),
         _rouge(rows) if any(row.get("rouge_l") for row in rows.values()) else _loss(rows),
-        _on_sites(rows, by_accuracy, scale, digits),
-        _rounds(rows, _good(baseline), curve, higher=by_accuracy),
-        f"{np.mean([row['bytes'] for row in rows.values()]) / 1e6:.1f}",
-        _norm_growth(rows),
+        _rounds(*rounds_needed(rows, baseline, by_accuracy), with_ratio=not is_baseline),
+        _mean_of([row["bytes"] / 1e6 for row in rows.values()], 1),
+        _mean_of([growth(row) for row in rows.values()], 2, before="x "),
         _tuned(result.settings),
     ]
-
-
-def _difference(values: Mapping[int, float], others: Mapping[int, float], digits: int) -> str:
-    """Of the one to the other, paired by seed."""
-    differences = [value - others[seed] for seed, value in values.items() if seed in others]
-    return with_interval(differences, digits, sign="+") if differences else ""
-
-
-def _norm_growth(rows: Mapping[int, Row]) -> str:
-    """Of experts trained in full: LoRA's factors tell nothing of their product, which is 0 at the start."""
-    if any(row["experts"] == "lora" for row in rows.values()):
-        return ""
-    return f"x {np.mean([row['expert_norm'][1] / row['expert_norm'][0] for row in rows.values()]):.2f}"
 
 
 def _loss(rows: Mapping[int, Row]) -> str:
@@ -237,29 +246,14 @@ def _rouge(rows: Mapping[int, Row]) -> str:
     return with_interval([row["rouge_l"] for row in rows.values()], 3)
 
 
-def _good(rows: Mapping[int, Row]) -> dict[int, Row]:
-    return {seed: row for seed, row in rows.items() if "failed" not in row}
-
-
-def _on_sites(rows: Mapping[int, Row], by_accuracy: bool, scale: float, digits: int) -> str:
-    """Mean, worst and standard deviation over the sites, each averaged over the seeds."""
-    sites = [scale * np.array(list(row["sites"].values())) for row in rows.values()]
-    worst = [values.min() if by_accuracy else values.max() for values in sites]
-    measured = ([values.mean() for values in sites], worst, [values.std() for values in sites])
-    return " / ".join(f"{np.mean(found):.{digits}f}" for found in measured)
-
-
-def _rounds(rows: Mapping[int, Row], baseline: Mapping[int, Row], curve: str, *, higher: bool) -> str:
-    """Mean over the seeds that get there, and how many do."""
-    needed = [
-        rounds_to(row[curve], last_rounds(baseline[seed][curve]), higher=higher)
-        for seed, row in rows.items()
-        if seed in baseline
-    ]
-    reached = [count for count in needed if count is not None]
+def _rounds(needed: Mapping[int, int | None], ratio: BySeed, *, with_ratio: bool) -> str:
+    """Mean over the seeds that get there, how many do, and of several the ratio to the baseline's own."""
+    reached = [count for count in needed.values() if count is not None]
     if not reached:
         return f"never (0 of {len(needed)})"
-    return f"{np.mean(reached):.1f}" + (f" ({len(reached)} of {len(needed)})" if len(reached) < len(needed) else "")
+    count = f" ({len(reached)} of {len(needed)})" if len(reached) < len(needed) else ""
+    paired = f", x {_mean(ratio, 2)}" if with_ratio and len(ratio) > 1 else ""
+    return _mean_of(reached, 1) + count + paired
 
 
 def _tuned(settings: Settings) -> str:

@@ -1,6 +1,7 @@
 """How good a federation's model is: over all test examples, and on each site's own.
 
-Shapes: N examples, B of a batch, L label words, T tokens, V tokens of the vocabulary, D model width.
+Shapes: N examples, B of a batch, L label words, T tokens, V tokens of the vocabulary, D model width; E experts of one
+MoE layer, O outputs, I inputs, R rank.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ from client.methods.pfl_moe import PflMoe
 from client.mixed_prediction import Mixture, log_mixture
 from client.model import AdaptedModel
 from client.text import IGNORED_LABEL, Example, TokenSequence, collate, encode
+from conf.model import LoraConfig
 from conf.schema import Config
 from strategies.adapters import Arrays
-from strategies.experts import by_layer, norms
+from strategies.experts import by_layer, dots, num_experts
+from strategies.low_rank import Factors, factors_of, lora_prefixes, squared_norm
 
 BATCH = 256
 
@@ -191,9 +194,25 @@ def _first_of_response(sequence: TokenSequence) -> int:
     return next(label for label in sequence.labels if label != IGNORED_LABEL)
 
 
-def expert_norm(adapter: Arrays) -> float:
-    """Mean Euclidean length of the experts' arrays; with LoRA of their factors."""
-    return float(np.mean([norms(arrays).mean() for arrays in by_layer(adapter).values()]))
+def expert_norm(adapter: Arrays, adapted: AdaptedModel, lora: LoraConfig) -> float:
+    """Mean Euclidean length of the experts' weights, by LoRA of W + (alpha / rank) B A with the base's W."""
+    layers = by_layer(adapter).items()
+    return float(np.mean([np.sqrt(_squared_lengths(layer, arrays, adapted, lora)).mean() for layer, arrays in layers]))
+
+
+def _squared_lengths(layer: str, arrays: Arrays, adapted: AdaptedModel, lora: LoraConfig) -> NDArray[np.float64]:
+    """(E,) of one layer: ||W||^2 + 2 <W A^T, B> + ||B A||^2, in which no B A is formed."""
+    total_E = np.zeros(num_experts(arrays))
+    prefixes = lora_prefixes(arrays)
+    module = adapted.base.model.get_submodule(f"{layer}.experts")
+    for prefix in prefixes:
+        weight = module.get_parameter(prefix.rpartition(".")[2]).detach()
+        weight_EOI = (weight.mT if getattr(module, "is_transposed", False) else weight).double().cpu().numpy()
+        A_ERI, B_EOR = factors_of(arrays, prefix)
+        change = Factors(A_ERI, lora.alpha / lora.rank * B_EOR)
+        cross_E = (weight_EOI @ np.swapaxes(A_ERI, -1, -2) * change.B).sum(axis=(-2, -1))
+        total_E += (weight_EOI**2).sum(axis=(-2, -1)) + 2 * cross_E + squared_norm(change)
+    return total_E if prefixes else dots(arrays, arrays)
 
 
 def _one_token(adapted: AdaptedModel, label: str) -> int:

@@ -66,8 +66,9 @@ def round_diagnostics(
     Each MoE layer, and each kind of other arrays as a block of one expert, has as [expert] ``lowest_cosine`` (of any
     site's update with the consensus), ``kept`` (||consensus|| / mean ||update||: what averaging left), ``scale``
     (<step taken, consensus> / ||consensus||^2), ``norm`` (of the next global adapter) and ``num_tokens``; as
-    [site][expert] ``tokens``, ``length`` (||update||) and ``cosine``; and the cosines of the sites' updates with each
-    other, pairs j < k in the order of ``itertools.combinations``, as ``pairs`` [expert][pair] and, over the whole
+    [site][expert] ``tokens``, ``length`` (||update||), ``cosine`` and ``cosine_to_others`` (with the consensus without
+    the site itself, whose share in it hides that it goes against the rest); and the cosines of the sites' updates with
+    each other, pairs j < k in the order of ``itertools.combinations``, as ``pairs`` [expert][pair] and, over the whole
     block, ``block_pairs`` [pair]. None where there is nothing to compare. What the strategy itself found of a layer
     (``diagnostics["experts"]``) is its ``rule``.
 
@@ -152,6 +153,7 @@ def _block(adapters: _Adapters, names: Sequence[str], tokens_CE: NDArray[np.floa
     whole = _cosines(changes_EXX.sum(axis=0, keepdims=True)[:, :-1, :-1], np.any(used_CE, axis=1)[:, None])
     return table | _against_consensus(changes_EXX, lengths_EX[:, :-1].T, used_CE) | {
         "norm": norm_E,
+        "cosine_to_others": _to_others(changes_EXX[:, :-1, :-1], used_CE),
         "pairs": _cosines(changes_EXX[:, :-1, :-1], used_CE),
         "block_pairs": whole[0],
     }  # fmt: skip
@@ -209,6 +211,17 @@ def _against_consensus(
     }
 
 
+def _to_others(gram_ECC: NDArray[np.float64], used_CE: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """(C, E) cosine of each update with the sum of the others; NaN for a site that did not use the expert or alone."""
+    gram_ECC = gram_ECC * used_CE.T[:, :, None] * used_CE.T[:, None, :]
+    squares_EC = np.diagonal(gram_ECC, axis1=1, axis2=2)
+    dots_EC = (gram_ECC * (1.0 - np.eye(len(used_CE)))).sum(axis=2)
+    # ||sum - own||^2; others that cancel leave rounding.
+    squared_EC = gram_ECC.sum(axis=(1, 2))[:, None] - 2.0 * dots_EC - squares_EC
+    squared_EC = np.where(squared_EC > _NOTHING * squares_EC.sum(axis=1, keepdims=True), squared_EC, 0.0)
+    return divided(dots_EC, np.sqrt(np.maximum(squares_EC, 0.0) * squared_EC), np.nan).T
+
+
 def _cosines(gram_ECC: NDArray[np.float64], used_CE: NDArray[np.bool_]) -> NDArray[np.float64]:
     """(E, P) cosines of all pairs of sites; NaN unless both used the expert."""
     pairs = np.array(list(combinations(range(len(used_CE)), 2)), np.intp).reshape(-1, 2)
@@ -218,7 +231,7 @@ def _cosines(gram_ECC: NDArray[np.float64], used_CE: NDArray[np.bool_]) -> NDArr
     return divided(gram_ECC[:, j, k], lengths_EP, np.nan)
 
 
-_OF_SITES = ("tokens", "length", "cosine")
+_OF_SITES = ("tokens", "length", "cosine", "cosine_to_others")
 _DECIMALS = {"tokens": 0, "num_tokens": 0, "pairs": 2, "block_pairs": 2, "lowest_cosine": 3, "cosine": 3, "kept": 3}
 """Of those that have a natural unit; the others are rounded to four digits."""
 

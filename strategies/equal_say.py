@@ -34,7 +34,7 @@ class EqualSay:
 
 
 def equal_say(
-    gram_ECC: NDArray[np.float64], examples_CE: NDArray[np.floating], *, ridge: float, step: float
+    gram_ECC: NDArray[np.float64], examples_CE: NDArray[np.floating], *, ridge: float | None, step: float
 ) -> EqualSay:
     """The step of each expert, from the inner products ``gram_ECC`` of its sites' updates.
 
@@ -42,9 +42,10 @@ def equal_say(
 
         a = max(0, (U U^T + ridge I)^-1 1),   u = U^T a / sum(a),   d = min(step, 1 / ||u||) m u
 
-    where m is the mean length of the updates by examples. Without ``ridge`` all sites' directions have the same
+    where m is the mean length of the updates by examples. As ``ridge`` goes to 0, all sites' directions have the same
     inner product with u (IMTL-G, Liu et al., 2021, https://openreview.net/forum?id=IMPnRXEWpvr, on directions); a
-    large one leaves their plain mean. Sites that agree share one say.
+    large one leaves the plain mean of the directions, in which sites count alike whatever their length and examples.
+    Sites that agree share one say. With ``ridge`` None nobody's say is equal: m u is the updates' mean by examples.
 
     Averaging C orthogonal directions leaves 1 / sqrt(C) of their length, which ``step`` makes up for; m is the limit,
     so that one site's update, or several equal ones, are taken as they are and never multiplied. Where directions
@@ -54,18 +55,19 @@ def equal_say(
         gram_ECC: Inner products of the updates, whole experts.
         examples_CE: Training examples of each site; 0 takes away its say in an expert it did not use. So does an
             update of length 0.
-        ridge: > 0.
+        ridge: > 0, or None.
         step: > 0.
     """
     length_EC = np.sqrt(np.maximum(np.diagonal(gram_ECC, axis1=-2, axis2=-1), 0.0))
     has_say_EC = (examples_CE.T > 0) & (length_EC > 0)
     inverse_EC = np.divide(1.0, length_EC, out=np.zeros_like(length_EC), where=has_say_EC)
     cosines_ECC = gram_ECC * inverse_EC[:, :, None] * inverse_EC[:, None, :]
-    share_EC = experts.shares(_says(cosines_ECC, has_say_EC, ridge).T).T
+    by_examples_EC = experts.shares(np.where(has_say_EC, examples_CE.T, 0.0).T).T
+    says_EC = by_examples_EC * length_EC if ridge is None else _says(cosines_ECC, has_say_EC, ridge)
+    share_EC = experts.shares(says_EC.T).T
     dot_EC = np.einsum("ecd,ed->ec", cosines_ECC, share_EC)
     squared_E = np.einsum("ec,ec->e", share_EC, dot_EC)
     mean_E = np.sqrt(np.where(squared_E > _NOTHING, squared_E, 0.0))
-    by_examples_EC = experts.shares(np.where(has_say_EC, examples_CE.T, 0.0).T).T
     typical_E = (by_examples_EC * length_EC).sum(axis=-1)
     factor_E = np.minimum(step, divided(1.0, mean_E, otherwise=step)) * typical_E
     averaged_E = np.sqrt(np.maximum(np.einsum("ec,ecd,ed->e", by_examples_EC, gram_ECC, by_examples_EC), 0.0))

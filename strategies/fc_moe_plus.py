@@ -55,8 +55,9 @@ class FcMoePlus(Strategy):
 
     name: ClassVar[str] = "fc_moe_plus"
 
-    ridge: float = 0.3
-    """How far from an equal say in the direction: towards 0, exactly equal; large, the mean of the directions."""
+    ridge: float | None = 0.3
+    """How far from an equal say in the direction: towards 0, exactly equal; large, the mean of the directions; null: no
+    equal say at all, but the mean of the updates by examples (ablation)."""
     step: float = 2.0
     """Server step on experts, in steps of the mean direction; before momentum no longer than sites went on average."""
     flatten: float = 1.0
@@ -68,7 +69,7 @@ class FcMoePlus(Strategy):
     attention: Attention = Attention.averaged
 
     def __post_init__(self) -> None:
-        require(0 < self.ridge < math.inf, "strategy.ridge", "> 0", self.ridge)
+        require(self.ridge is None or 0 < self.ridge < math.inf, "strategy.ridge", "null or > 0", self.ridge)
         require(0 < self.step < math.inf, "strategy.step", "> 0", self.step)
         require(0 <= self.flatten <= 1, "strategy.flatten", "in [0, 1]", self.flatten)
         require(0 <= self.momentum < 1, "strategy.momentum", "in [0, 1)", self.momentum)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from strategies.adapters import Arrays
 from strategies.base import Aggregation, ClientUpdate, Strategy, require
+from strategies.experts import is_expert_array
 from strategies.fedavg import mean_by_examples
 
 
@@ -28,7 +29,8 @@ class FedAvgM(Strategy):
 
     The paper fixes the server's step at 1, so that a steady update is taken 1 / (1 - momentum) times as far, and
     tunes the sites' learning rate to it. Here the step is a setting, and the defaults take a steady update at its
-    full length within a few rounds: sites fine-tune with a rate chosen for FedAvg, and LoRA runs are short.
+    full length within a few rounds: sites fine-tune with a rate chosen for FedAvg, and LoRA runs are short. Experts,
+    which the paper does not have, may take another step than the rest.
     """
 
     name: ClassVar[str] = "fedavgm"
@@ -37,10 +39,13 @@ class FedAvgM(Strategy):
     """Server step on the momentum; 1 - momentum keeps FedAvg's length, 1 is the paper's."""
     momentum: float = 0.5
     """Decay of past updates, in [0, 1); 0 with learning_rate=1 is FedAvg."""
+    expert_step: float = 1.0
+    """Server step on experts, in steps of ``learning_rate``."""
 
     def __post_init__(self) -> None:
         _require_positive("strategy.learning_rate", self.learning_rate)
         require(0 <= self.momentum < 1, "strategy.momentum", "in [0, 1)", self.momentum)
+        _require_positive("strategy.expert_step", self.expert_step)
 
     def init_state(self, adapter: Arrays) -> Arrays:
         """Momentum 0."""
@@ -52,7 +57,8 @@ class FedAvgM(Strategy):
         stepped, remembered = {}, {}
         for name, before in adapter.items():
             momentum = self.momentum * _wide(state[f"momentum/{name}"]) + (_wide(mean[name]) - before)
-            stepped[name] = (before + self.learning_rate * momentum).astype(np.float32)
+            step = self.learning_rate * (self.expert_step if is_expert_array(name) else 1.0)
+            stepped[name] = (before + step * momentum).astype(np.float32)
             remembered[f"momentum/{name}"] = momentum.astype(np.float32)
         return Aggregation(adapter=stepped, state=remembered)
 

@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks.contenders import CONTENDERS, LEARNING_RATE, PERSONAL, Contender, Knob, tuned
 from conf.compose import load_config
+from conf.model import RouterTraining
 
 STEP = Knob("strategy.learning_rate", (0.5, 1.0, 1.5, 2.0, 3.0), 1.0)
 METHODS = {
@@ -17,6 +18,9 @@ METHODS = {
     "unsaid": Contender("unsaid", ("strategy=fedavgm",), (replace(STEP, unsaid=1.0),)),
     "swept": Contender("swept", ("strategy=fedavgm",), follows="step", instead={"strategy.learning_rate": 3}),
     "ablation": Contender("ablation", ("strategy=fedavgm", "strategy.momentum=0"), follows="step"),
+    "retuned": Contender(
+        "retuned", ("strategy=fedavgm", "strategy.momentum=0"), follows="step", retunes=("train.learning_rate",)
+    ),
 }
 
 
@@ -61,6 +65,77 @@ def test_who_follows_gets_the_leaders_values_under_its_own_settings_and_asks_for
     leader = search("step", lambda rate, step: -abs(step - 2))[1]
     assert tuning.settings == ("strategy=fedavgm", "strategy.momentum=0", *leader.settings[1:])
     assert all("strategy.momentum=0" not in settings for settings in known)
+
+
+def test_a_variant_tunes_its_own_rate_from_the_leaders_and_keeps_the_rest():
+    """The leader's peak is at a step of 2 and a rate of 4e-3, the variant's at a step of 3 and a rate of 1e-3."""
+    asked = []
+
+    def truth(settings):
+        values = dict(word.split("=") for word in settings)
+        rate, step = float(values["train.learning_rate"]), float(values["strategy.learning_rate"])
+        is_variant = "strategy.momentum" in values
+        asked.append((is_variant, rate, step))
+        peak = (1e-3, 3) if is_variant else (4e-3, 2)
+        return -abs(math.log(rate / peak[0])) - abs(math.log(step / peak[1]))
+
+    known = {}
+    while (tuning := tuned("retuned", known.get, METHODS)).missing:
+        known |= {settings: truth(settings) for settings in tuning.missing}
+    own = ("strategy=fedavgm", "strategy.momentum=0")
+    assert tuning.settings == (*own, "strategy.learning_rate=2", "train.learning_rate=0.001")
+    of_variant = [(rate, step) for is_variant, rate, step in asked if is_variant]
+    assert sorted(of_variant) == [(5e-4, 2), (1e-3, 2), (2e-3, 2), (4e-3, 2), (8e-3, 2)]
+    assert asked == sorted(asked, key=lambda each: each[0])  # the leader first
+
+
+def test_variants_of_fc_moe_tune_their_rate_and_another_retention_its_strength():
+    retunes = {
+        name: contender.retunes
+        for name, contender in CONTENDERS.items()
+        if contender.follows == "fc_moe" and not contender.instead
+    }
+    both = {"fc_moe_filtered", "fc_moe_orthogonal"}
+    for name, keys in retunes.items():
+        strength = ("method.retention.strength",) if name in both else ()
+        assert keys == ("train.learning_rate", *strength), name
+    assert {"fc_moe_no_projection", "fc_moe_pairwise", "fc_moe_guarded", *both} < retunes.keys()
+    assert not any(CONTENDERS[name].retunes for name in CONTENDERS.keys() - retunes.keys())
+    for contender in CONTENDERS.values():
+        leader = CONTENDERS[contender.follows] if contender.follows else contender
+        assert {*contender.retunes} <= {knob.key for knob in (LEARNING_RATE, *leader.knobs)}
+
+
+def test_grids_of_tables_that_were_complete_are_those_they_were_tuned_over():
+    """FC-MoE's benchmark went on to wider ones, in which all of these values are."""
+    values = {
+        "fedprox": (1e-3, 1e-2, 1e-1, 1.0),
+        "fedadam": (2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2),
+        "fedavgm": (0.25, 0.5, 1.0),
+        "fc_moe": (0.1, 0.3, 0.5, 0.8),
+    }
+    assert {name: PERSONAL[name].knobs[0].values for name in values} == values
+    for name in ("fedprox", "fedadam", "fc_moe"):
+        assert set(values[name]) < set(CONTENDERS[name].knobs[0].values)
+
+
+def test_fc_moe_plus_by_the_mean_differs_in_the_equal_say_alone():
+    ours, control = (load_config(CONTENDERS[name].settings) for name in ("fc_moe_plus", "fc_moe_plus_mean"))
+    assert control.strategy.ridge is None
+    assert replace(control, strategy=ours.strategy) == ours
+    assert replace(control.strategy, ridge=ours.strategy.ridge) == ours.strategy
+    assert CONTENDERS["fc_moe_plus_mean"].knobs == CONTENDERS["fc_moe_plus"].knobs
+
+
+def test_controls_of_fedavg_differ_in_what_they_are_called_by():
+    fedavg = load_config(CONTENDERS["fedavg"].settings)
+    for router in RouterTraining:
+        if router is not RouterTraining.frozen:
+            control = load_config(CONTENDERS[f"fedavg_router_{router.name}"].settings)
+            assert control == replace(fedavg, model=replace(fedavg.model, router=router))
+    assert load_config(CONTENDERS["fedalign_moe"].settings).model.router is RouterTraining.local
+    assert CONTENDERS["fedavgm_step"].settings == CONTENDERS["fedavgm"].settings
+    assert CONTENDERS["fedavgm_step"].knobs == (*CONTENDERS["fedavg_step"].knobs, *CONTENDERS["fedavgm"].knobs)
 
 
 def test_a_value_that_changes_nothing_shares_its_runs_with_those_who_lack_the_knob():

@@ -30,6 +30,8 @@ def measured(strategy):
 def test_orthogonal_and_opposite_updates_by_hand():
     """Expert 0: means of length 2.5 from 3 and 4, cosine 0. Expert 1: 0.5 from 1 and 2, cosine -1, site a against it.
 
+    Site b is not against that mean, which it has most of itself, but against the other site, as a is: two of four.
+
     Nobody used expert 2. Weighted 1 to 3, expert 0 steps by (0.75, 3), whose product with (1.5, 2) over 2.5^2 is 1.14,
     and expert 1 by -1.25, 2.5 times its mean.
     """
@@ -37,6 +39,7 @@ def test_orthogonal_and_opposite_updates_by_hand():
     assert found["kept"] == pytest.approx((2.5 / 3.5 + 0.5 / 1.5) / 2, abs=1e-3)
     assert found["pairs"] == pytest.approx(-0.5, abs=1e-5)
     assert found["negative"] == 0.25
+    assert found["opposed"] == 0.5
     assert found["step"] == pytest.approx((1.14 + 2.5) / 2, abs=1e-3)
     assert found["largest_share"] == 0.75
     assert found["factor"] is found["largest_weight"] is None

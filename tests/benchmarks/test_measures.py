@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from peft.tuners.lora import ParamWrapper
 
 from benchmarks.federation import simulated
 from benchmarks.measures import Judge, expert_norm, label_log_p, label_scores, mixed_label_log_p
@@ -154,7 +157,35 @@ def test_a_mixtures_choice_is_the_label_that_costs_it_least(mixing):
         assert score.sites[name] == np.mean(right)
 
 
-def test_expert_norm_is_the_mean_length():
+def test_expert_norm_is_the_mean_length(adapted):
     """Two experts of lengths 5 and 0: 2.5; attention is left out."""
-    adapter = {"x.mlp.experts.down_proj": np.array([[3.0, 4.0], [0.0, 0.0]]), "x.attn.lora_A": np.ones((9, 9))}
-    assert expert_norm(adapter) == 2.5
+    adapter = {
+        "model.layers.0.mlp.experts.down_proj": np.array([[3.0, 4.0], [0.0, 0.0]]),
+        "model.layers.0.self_attn.q_proj.lora_A": np.ones((9, 9)),
+        "model.layers.0.self_attn.q_proj.lora_B": np.ones((9, 9)),
+    }
+    assert expert_norm(adapter, adapted, LoraConfig()) == 2.5
+
+
+@pytest.mark.parametrize("family", ["olmoe", "gpt_oss"])
+def test_expert_norm_by_lora_is_of_the_weights_that_peft_computes_with(family):
+    """PEFT's own change of each fused weight, which GPT-OSS holds transposed; at the start the base's weights alone."""
+    lora = LoraConfig(rank=3, alpha=12.0)
+    model = tiny_model(family)
+    identity = BaseIdentity("tiny", "tiny", "0", Path("tiny"))
+    adapted = AdaptedModel(BaseModel(model, word_tokenizer(WORDS), identity), ModelConfig(), lora)
+    adapter = noisy(adapted.initial_adapter(0))
+    adapted.load_adapter(adapter)
+    layers = {layer: np.zeros(count) for layer, count in adapted.layers.items()}
+    frozen = {layer: np.zeros(count) for layer, count in adapted.layers.items()}
+    for path, module in adapted.model.get_base_model().named_modules():
+        if isinstance(module, ParamWrapper):
+            layer = path.partition(".experts")[0]
+            weight = tiny_model(family).get_parameter(f"{layer}.experts.{module.parameter_name}").detach()
+            whole = weight + module.get_delta_weight("default").detach()
+            layers[layer] += whole.double().square().sum(dim=(1, 2)).numpy()
+            frozen[layer] += weight.double().square().sum(dim=(1, 2)).numpy()
+    of_weights, of_base = (np.mean([np.sqrt(squares).mean() for squares in of.values()]) for of in (layers, frozen))
+    assert expert_norm(adapter, adapted, lora) == pytest.approx(of_weights, rel=1e-5)
+    assert expert_norm(adapted.initial_adapter(0), adapted, lora) == pytest.approx(of_base, rel=1e-6)
+    assert of_weights > 1.05 * of_base

@@ -63,9 +63,15 @@ def naive(adapter, updates, after, block, expert, personal):
     found = {"norm": np.linalg.norm(vector(after, block, expert)), "pairs": {}}
     if sites:
         mean = sum(sites.values()) / len(sites)
+        others = {site: sum(sites.values()) - change for site, change in sites.items()}
         length = {site: np.linalg.norm(change) for site, change in sites.items()}
         found |= {
             "cosine": {site: change @ mean / (length[site] * np.linalg.norm(mean)) for site, change in sites.items()},
+            "cosine_to_others": {
+                site: change @ others[site] / (length[site] * np.linalg.norm(others[site]))
+                for site, change in sites.items()
+                if len(sites) > 1
+            },
             "length": length,
             "kept": np.linalg.norm(mean) / np.mean(list(length.values())),
             "scale": step @ mean / (mean @ mean),
@@ -103,7 +109,8 @@ def test_every_number_is_its_definition_on_dense_matrices(shapes, own, seed):
             for name, decimals in (("norm", None), ("scale", None), ("kept", 3), ("lowest_cosine", 3)):
                 assert close(table[name][expert], expected.get(name), decimals), (block, expert, name)
             for row, site in enumerate(found["sites"]):
-                assert close(table["cosine"][row][expert], expected.get("cosine", {}).get(site), 3)
+                for name in ("cosine", "cosine_to_others"):
+                    assert close(table[name][row][expert], expected.get(name, {}).get(site), 3), (name, site)
                 assert close(table["length"][row][expert], expected.get("length", {}).get(site), None)
             for pair, sites in enumerate(combinations(found["sites"], 2)):
                 assert close(table["pairs"][expert][pair], expected["pairs"].get(sites), 2)
@@ -159,6 +166,15 @@ def test_updates_that_agree_lose_nothing_and_updates_that_cancel_lose_all():
     assert agreeing["pairs"] == [[1.0, 1.0, 1.0]]
     assert (cancelling["kept"], cancelling["pairs"]) == ([0.0], [[-1.0]])
     assert cancelling["cosine"] == [[None], [None]]
+    assert (agreeing["cosine_to_others"], cancelling["cosine_to_others"]) == ([[1.0]] * 3, [[-1.0]] * 2)
+
+
+def test_a_sites_own_share_in_the_consensus_does_not_hide_that_it_goes_against_the_others():
+    """(4, 0), (-1, 1) and (-1, 1) have the sum (2, 2); without the first it is (-2, 2), without a second one (3, 1)."""
+    found = one_expert((4, 0), (-1, 1), (-1, 1))
+    assert found["cosine"] == [[0.707], [0.0], [0.0]]
+    assert found["cosine_to_others"] == [[-0.7071], [-0.4472], [-0.4472]]
+    assert one_expert((4, 0), (0, 0))["cosine_to_others"] == [[None], [None]]
 
 
 @pytest.mark.parametrize("count", [2, 5, 9])
@@ -238,7 +254,7 @@ def numbers_in(value):
 
 
 @pytest.mark.parametrize(
-    ("limit", "kept"), [(10_000, {"pairs", "cosine", "tokens"}), (250, {"cosine", "tokens"}), (10, set())]
+    ("limit", "kept"), [(10_000, {"pairs", "cosine", "tokens"}), (350, {"cosine", "tokens"}), (10, set())]
 )
 def test_large_models_keep_less_and_always_what_there_is_of_each_expert(limit, kept):
     adapter, updates = a_round(0, LORA, 8)

@@ -22,6 +22,8 @@ def naive_coefficients(vectors, examples, ridge, step):
     """The formula, vector by vector, over the sites that have a say: how often each vector is in the step."""
     users = [i for i, vector in enumerate(vectors) if examples[i] > 0 and np.linalg.norm(vector) > 0]
     units = np.array([vectors[i] / np.linalg.norm(vectors[i]) for i in users])
+    if ridge is None:
+        return naive_mean_coefficients(vectors, examples, users, step)
     a = np.maximum(0, np.linalg.inv(units @ units.T + ridge * np.eye(len(users))) @ np.ones(len(users)))
     mean = sum(a[k] * units[k] for k in range(len(users))) / a.sum()
     total = sum(examples[i] for i in users)
@@ -32,6 +34,14 @@ def naive_coefficients(vectors, examples, ridge, step):
     return coefficients
 
 
+def naive_mean_coefficients(vectors, examples, users, step):
+    """The mean by examples times the step, or as long as the sites went on average."""
+    share = np.array([examples[i] * (i in users) for i in range(len(vectors))]) / sum(examples[i] for i in users)
+    mean = sum(p * vector for p, vector in zip(share, vectors, strict=True))
+    length = sum(p * np.linalg.norm(vector) for p, vector in zip(share, vectors, strict=True))
+    return min(step, length / np.linalg.norm(mean)) * share
+
+
 def naive_step(vectors, examples, ridge, step):
     return sum(c * v for c, v in zip(naive_coefficients(vectors, examples, ridge, step), vectors, strict=True))
 
@@ -39,7 +49,7 @@ def naive_step(vectors, examples, ridge, step):
 @settings(deadline=None, max_examples=50)
 @given(
     seed=seeds,
-    ridge=st.sampled_from([0.01, 0.3, 10.0]),
+    ridge=st.sampled_from([0.01, 0.3, 10.0, None]),
     step=st.sampled_from([0.5, 2.0, 100.0]),
     num_sites=st.integers(1, 6),
 )
@@ -65,6 +75,19 @@ def test_two_sites_by_hand():
     np.testing.assert_allclose(found.scale, [3.25 * np.sqrt(0.5) / (np.sqrt(97) / 4)])
     _, longer = say([[3, 0], [0, 4]], [3, 1], step=2.0)
     np.testing.assert_allclose(longer, 3.25 * np.sqrt([0.5, 0.5]))
+
+
+def test_without_an_equal_say_it_is_the_mean_by_examples_at_the_same_step():
+    """The same updates: their mean (9/4, 1) at a step of 1, and no longer than m = 3.25 at a step of 2.
+
+    Of the sum of directions, scaled by m, the sites have 3/4 * 3 / m and 1/4 * 4 / m.
+    """
+    found, step = say([[3, 0], [0, 4]], [3, 1], ridge=None, step=1.0)
+    np.testing.assert_allclose(step, [2.25, 1])
+    np.testing.assert_allclose(found.weight, [[2.25 / 3.25], [1 / 3.25]])
+    np.testing.assert_allclose(found.scale, 1)
+    _, longer = say([[3, 0], [0, 4]], [3, 1], ridge=None, step=2.0)
+    np.testing.assert_allclose(longer, 3.25 * np.array([2.25, 1]) / np.hypot(2.25, 1))
 
 
 @pytest.mark.parametrize("num_sites", [1, 3])

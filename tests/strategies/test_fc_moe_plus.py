@@ -15,6 +15,7 @@ from strategies.conflicts import Space
 from strategies.fc_moe import FcMoe
 from strategies.fc_moe_plus import FcMoePlus
 from strategies.fedavg import FedAvg
+from strategies.fedmoe import FedMoe
 from tests.strategies.naive_fc_moe import FULL, LAYERS, LORA, NUM_EXPERTS, assert_same, random_round
 from tests.strategies.test_equal_say import naive_coefficients
 from tests.strategies.test_expert_steps import products_of
@@ -99,6 +100,7 @@ CASES = [
         PLAIN,
         FcMoePlus(flatten=0.5, ridge=2.0, step=0.5, momentum=0.0),
         FcMoePlus(space=Space.factors),
+        FcMoePlus(ridge=None),
     )
 ]
 
@@ -210,6 +212,18 @@ def test_sites_that_all_send_the_same_get_fedavgs_step(shapes):
         for e in range(NUM_EXPERTS):
             for part, expected in zip(*(parts_of(a, layer, e, PLAIN) for a in (ours, plain)), strict=True):
                 np.testing.assert_allclose(part, expected, atol=1e-4)
+
+
+def test_without_an_equal_say_and_all_else_whole_experts_are_those_of_fedmoe():
+    """The mean by examples over the sites that used the expert, and nothing more; with the equal say it is not."""
+    adapter, updates = random_round(7, FULL)
+    bare = FcMoePlus(ridge=None, step=1.0, flatten=0.0, momentum=0.0)
+    fedmoe, ours, equal = (
+        {name: array for name, array in found.items() if experts.is_expert_array(name)}
+        for found in (s.aggregate(adapter, {}, updates).adapter for s in (FedMoe(), bare, replace(bare, ridge=0.3)))
+    )
+    assert_same(ours, fedmoe, atol=1e-5)
+    assert max(abs(equal[name] - fedmoe[name]).max() for name in fedmoe) > 0.01
 
 
 @LORA_AND_FULL
@@ -343,7 +357,7 @@ def test_update_without_the_counts_of_every_expert_is_refused():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"ridge": 0.0}, r"strategy.ridge must be > 0, got 0.0"),
+        ({"ridge": 0.0}, r"strategy.ridge must be null or > 0, got 0.0"),
         ({"step": 0.0}, r"strategy.step must be > 0, got 0.0"),
         ({"step": float("inf")}, r"strategy.step must be > 0, got inf"),
         ({"momentum": 1.0}, r"strategy.momentum must be in \[0, 1\), got 1.0"),

@@ -7,6 +7,7 @@ import torch
 from strategies.base import ClientUpdate
 from strategies.fedavg import FedAvg
 from strategies.fedopt import FedAdagrad, FedAdam, FedAvgM, FedYogi
+from tests.strategies.naive_fc_moe import FULL, assert_same, random_round
 
 
 def one_site(value):
@@ -122,6 +123,29 @@ def test_first_steps_by_hand():
     np.testing.assert_allclose(follow(momentum, np.array([[3.0], [3.0]]), start), [[6], [15]])
 
 
+def test_experts_step_further_along_the_same_momentum(deltas):
+    """Torch's SGD at three times the rate for an expert's array, at the rate itself for any other."""
+    names = {"mlp.experts.w": 0.9, "self_attn.q_proj.lora_A": 0.3}
+    strategy = FedAvgM(learning_rate=0.3, momentum=0.7, expert_step=3.0)
+    adapter = {name: START.astype(np.float32)[None] for name in names}
+    state, path = strategy.init_state(adapter), []
+    for delta in deltas:
+        moved = {name: array + delta.astype(np.float32) for name, array in adapter.items()}
+        result = strategy.aggregate(adapter, state, [ClientUpdate(site="a", adapter=moved, num_examples=5)])
+        adapter, state = result.adapter, result.state
+        path.append(adapter)
+    for name, rate in names.items():
+        expected = torch_path(lambda weights, rate=rate: torch.optim.SGD(weights, lr=rate, momentum=0.7), deltas)
+        np.testing.assert_allclose([arrays[name][0] for arrays in path], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_without_momentum_a_step_on_experts_is_fedavgs():
+    adapter, updates = random_round(0, FULL)
+    plain = FedAvg(expert_step=2.5).aggregate(adapter, {}, updates).adapter
+    strategy = FedAvgM(learning_rate=1, momentum=0, expert_step=2.5)
+    assert_same(strategy.aggregate(adapter, strategy.init_state(adapter), updates).adapter, plain, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", [FedAdagrad, FedAdam, FedYogi])
 def test_second_moment_starts_at_its_lower_bound(kind):
     state = kind(tau=0.25).init_state({"w": np.ones((2, 3), np.float32)})
@@ -165,6 +189,7 @@ def test_steps_are_bounded_by_the_learning_rate_however_large_the_updates(kind, 
         (FedYogi, {"beta2": -0.1}, r"strategy.beta2 must be in \[0, 1\), got -0.1"),
         (FedAvgM, {"momentum": 1.0}, r"strategy.momentum must be in \[0, 1\), got 1.0"),
         (FedAvgM, {"learning_rate": float("inf")}, "strategy.learning_rate must be > 0, got inf"),
+        (FedAvgM, {"expert_step": 0.0}, "strategy.expert_step must be > 0, got 0.0"),
     ],
 )
 def test_settings_out_of_range_are_refused(kind, settings, message):
