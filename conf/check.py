@@ -8,13 +8,12 @@ from conf.partitions import Files, PartitionConfig
 from conf.schema import Config, Mode
 from strategies.clair import Clair, RefinedRank
 from strategies.fc_moe import Importance
+from strategies.fc_moe_plus import FcMoePlus
 from strategies.fedavg import Weights
 from strategies.screen import OnReject, ScreenKind
 
 UNSCREENED = ("clair", "scaffold", "local_only", "centralised")
 """Strategies that judge sites themselves, count on every site's update, get no adapters or have one site."""
-_EQUAL_SAY = ("fedalign_moe", "fc_moe_plus")
-"""Strategies under which a site's say in an expert does not grow with its examples or tokens."""
 
 
 def check_config(config: Config) -> None:
@@ -83,10 +82,11 @@ def _check_clair(config: Config) -> None:
             f"strategy.refined_rank=exact makes adapters too large to train on: it needs rounds=1, got {config.rounds}"
         )
     uncounted = (getattr(strategy, "weights", None), getattr(strategy, "importance", None))
+    equal_say = strategy.name == "fedalign_moe" or (isinstance(strategy, FcMoePlus) and strategy.ridge is not None)
     if (
         config.screen.kind is not ScreenKind.off
         and config.screen.on_reject is OnReject.downweight
-        and (Weights.uniform in uncounted or Importance.uniform in uncounted or strategy.name in _EQUAL_SAY)
+        and (Weights.uniform in uncounted or Importance.uniform in uncounted or equal_say)
     ):
         raise ValueError(
             f"screen.on_reject=downweight lowers examples and tokens, which strategy={strategy.name} does not weigh by "

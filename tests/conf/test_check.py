@@ -170,3 +170,7 @@ def test_number_of_sites_that_the_data_decide_is_checked_too():
 def test_strategy_where_it_cannot_work_is_refused(overrides, message):
     with pytest.raises(ValueError, match=message):
         load_config(overrides)
+
+
+def test_a_mean_by_examples_can_be_downweighted():
+    load_config("strategy=fc_moe_plus strategy.ridge=null screen=clair screen.on_reject=downweight")
