@@ -54,7 +54,7 @@ def comparison(
     answered = any(row.get("rouge_l") for row in _done(tested))
     columns = [
         "method", _measure(tested), "minus FedAvg", "FC-MoE plus minus it", "last round",
-        *(["ROUGE-L"] if answered else ["loss"]), _ROUNDS, "MB", "expert norm", "tuned",
+        *(["ROUGE-L"] if answered else ["loss"]), _ROUNDS, "MB", "expert growth", "tuned",
     ]  # fmt: skip
     blank = [""] * (len(columns) - 2)
     lines = {}
