@@ -29,7 +29,7 @@ import numpy as np
 from benchmarks.cells import finished, stored_rows
 from benchmarks.federation import Federation, simulated
 from benchmarks.firm_contenders import CONTENDERS, DPO, FSMGDA, WORKLOADS, Cell, cells, contenders_of
-from benchmarks.firm_tables import LEADER, markdown
+from benchmarks.firm_tables import Runs, markdown
 from benchmarks.render import HERE, write_results
 from conf.alignment import FirmConfig
 from conf.compose import load_config
@@ -38,6 +38,8 @@ from strategies.base import ClientUpdate
 from strategies.fedavg import mean_by_examples
 from strategies.simplex import minimiser
 
+LEADER = "firm_halves"
+"""Contender that the others are subtracted from."""
 LAST = 3
 """Rounds at the end that are evaluated; their mean is what counts."""
 
@@ -217,16 +219,31 @@ def _arguments() -> argparse.Namespace:
 
 def report(workload: str, rewards: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The results file: settings, and the tables as Markdown."""
-    titles = {name: contender.title for name, contender in CONTENDERS.items()}
-    shares = {name: contender.shares for name, contender in CONTENDERS.items()}
-    rivals = [name for name, contender in CONTENDERS.items() if contender.is_main and name != LEADER]
+    found = {
+        name: Runs(
+            contender.title,
+            tuple(sorted({*contender.shares, *(CONTENDERS[contender.adds_to].shares if contender.adds_to else ())})),
+            [row for row in rows if row["contender"] in {name, contender.adds_to}],
+        )
+        for name, contender in CONTENDERS.items()
+        if any(row["contender"] == name for row in rows)
+    }
+    leaders = {LEADER, *(name for name, contender in CONTENDERS.items() if contender.adds_to == LEADER)}
+    leader = Runs(
+        CONTENDERS[LEADER].title, CONTENDERS[LEADER].shares, [row for row in rows if row["contender"] in leaders]
+    )
+    rivals = [
+        found[name]
+        for name, contender in CONTENDERS.items()
+        if name in found and name not in leaders and (contender.is_main or contender.adds_to)
+    ]
     return {
         "workload": workload,
         "rewards": list(rewards),
         "settings": list(WORKLOADS[workload].settings),
         "seeds": sorted({row["seed"] for row in rows}),
         "runs": len(rows),
-        "markdown": markdown(rows, titles, shares, rivals),
+        "markdown": markdown([*found.values()], leader, rivals),
     }
 
 

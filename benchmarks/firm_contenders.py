@@ -37,11 +37,13 @@ class Contender:
     is_main: bool = True
     """Whether it is a method by itself; else one value of a sweep, which waits for the methods."""
     workloads: tuple[str, ...] = ("tiny", "smollm2")
+    adds_to: str | None = None
+    """Name of the contender whose runs count as its own too."""
 
 
 BETA = 0.3
 """Of FIRM: between MGDA, which knows no preference, and linear scalarisation, which knows nothing else."""
-BETWEEN = (0.15, 0.2, 0.25, 0.35, 0.4, 0.45)
+BETWEEN = (0.2, 0.35, 0.4, 0.45)
 """Preferences between the others, where linear scalarisation might have ends that those miss."""
 _ALL = ("tiny", "tiny_kl", "smollm2")
 
@@ -57,6 +59,13 @@ CONTENDERS: dict[str, Contender] = {
     "fedcmoo": Contender("FedCMOO", ("strategy=fedcmoo",), EQUAL),
     FSMGDA: Contender("FSMGDA", ("strategy=firm", "method.beta=inf"), EQUAL),
     DPO: Contender("DPO on pairs, mixed by preference", ("strategy=firm",), workloads=("smollm2",)),
+    "firm_between": Contender(
+        f"FIRM, beta {BETA}, halves, nine preferences", (*_FIRM, _HALVES), BETWEEN, False, adds_to="firm_halves"
+    ),
+    "scalarised_between": Contender(
+        "linear scalarisation, nine preferences", ("strategy=firm", "method.beta=inf"), BETWEEN, False,
+        adds_to="scalarised",
+    ),
     **{
         f"beta_{beta:g}": Contender(
             f"FIRM, halves, beta {beta:g}", ("strategy=firm", f"method.beta={beta:g}", _HALVES), THREE_SHARES,
@@ -76,9 +85,6 @@ CONTENDERS: dict[str, Contender] = {
             ("firm", "FIRM, halves", (*_FIRM, _HALVES)), ("mgda", "local MGDA", ("strategy=firm", "method.beta=0")),
         )
     },
-    "scalarised_between": Contender(
-        "linear scalarisation, between those", ("strategy=firm", "method.beta=inf"), BETWEEN, is_main=False
-    ),
     "firm_weighted": Contender(
         f"FIRM, halves, weighted, beta {BETA}", (*_FIRM, _HALVES, "method.regulariser=weighted"), THREE_SHARES,
         is_main=False,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,18 +19,19 @@ THREE_SHARES = (0.1, 0.5, 0.9)
 EQUAL = (0.5,)
 FRONTS = {"at 0.1, 0.5, 0.9": THREE_SHARES, "at equal preference": EQUAL}
 """Column -> preferences whose ends make its fronts: only such as were run with the same ones compare."""
-LEADER = "firm_halves"
-"""Contender that the others are subtracted from."""
+_NOISE = 0.02
+"""Of a reward's mean over some 200 answers and three rounds."""
 
 
-@dataclass(frozen=True)
 class Runs:
-    """A contender's runs that did not fail."""
+    """A contender's runs."""
 
-    title: str
-    shares: tuple[float, ...]
-    """Preferences that it is to be run with."""
-    rows: Sequence[Row]
+    def __init__(self, title: str, shares: tuple[float, ...], rows: Sequence[Row]) -> None:
+        """Rows of ``benchmarks.firm`` in any order; ``shares``: the preferences that there are to be runs with."""
+        self.title = title
+        self.shares = shares
+        self.rows = [row for row in rows if "failed" not in row]
+        self.failed = [f"{title}, seed {row['seed']}: {row['failed']}" for row in rows if "failed" in row]
 
     def at(self, seed: int, shares: Sequence[float]) -> list[Row]:
         """The seed's runs with these preferences; empty if one is missing."""
@@ -44,39 +44,40 @@ class Runs:
         return [value for front in fronts if front and not np.isnan(value := measure(front))]
 
 
-def markdown(
-    rows: Sequence[Row], titles: Mapping[str, str], shares: Mapping[str, tuple[float, ...]], rivals: Sequence[str]
-) -> str:
-    """Contenders by their fronts; ``LEADER`` minus each of ``rivals``, paired by seed; where every preference ends."""
-    good = [row for row in rows if "failed" not in row]
-    if not good:
+def markdown(every: Sequence[Runs], leader: Runs, rivals: Sequence[Runs]) -> str:
+    """All by their fronts; ``leader`` minus each of ``rivals``, paired by seed; where every preference ends.
+
+    Args:
+        every: Contenders with the runs that they have, one or more.
+        leader: Its runs with whatever preferences a rival has.
+        rivals: Of ``every``.
+    """
+    found = [runs for runs in every if runs.rows]
+    if not found:
         return "No run has finished."
-    every = {
-        name: Runs(title, shares[name], [row for row in good if row["contender"] == name])
-        for name, title in titles.items()
-    }
-    found = {name: runs for name, runs in every.items() if runs.rows}
     lines = _table(
         [
-            "", "preferences", "hypervolume", *FRONTS, "preference respected", "disagreement", "drift", "KL", "uploads",
-            "s",
+            "", "preferences", "hypervolume", *FRONTS, "above (0, 0)", "preference respected", "disagreement", "drift",
+            "KL", "uploads", "s",
         ],
-        [_summary(runs) for runs in found.values()],
+        [_summary(runs) for runs in found],
     )  # fmt: skip
-    pairs = [_differences(found[LEADER], found[name]) for name in rivals if name in found] if LEADER in found else []
+    pairs = [cells for runs in rivals if (cells := _differences(leader, runs))]
     lines += ["", *_table(
-        [f"{titles[LEADER]}, minus", "hypervolume", "at its preferences", "drift", "disagreement", "seeds"],
-        [cells for cells in pairs if cells],
-    )] if any(pairs) else []  # fmt: skip
-    names = _objectives(good[0])
+        [
+            f"{leader.title}, minus", "preferences", "hypervolume", "above (0, 0)", "drift", "disagreement", "seeds",
+        ],
+        pairs,
+    )] if pairs else []  # fmt: skip
+    names = _objectives(found[0].rows[0])
     ends = _table(
         ["", f"preference for {names[0]}", *names, "KL", "seeds"],
-        [_ends(runs, share) for runs in found.values() for share in sorted({row["share"] for row in runs.rows})],
+        [_ends(runs, share) for runs in found for share in sorted({row["share"] for row in runs.rows})],
     )
-    starts = np.array([row["start"] for row in {row["seed"]: row for row in good}.values()])
+    starts = np.array([row["start"] for row in {row["seed"]: row for row in found[0].rows}.values()])
     told = zip(names, starts.T.tolist(), strict=True)
     base = f"The untrained base: {', '.join(f'{name} {rounded_with_interval(values)}' for name, values in told)}."
-    failed = [f"{titles[row['contender']]}, seed {row['seed']}: {row['failed']}" for row in rows if "failed" in row]
+    failed = [line for runs in every for line in runs.failed]
     return "\n".join([*lines, "", *ends, "", base, *(["", "Failed: " + "; ".join(failed)] if failed else [])])
 
 
@@ -86,6 +87,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 def _summary(runs: Runs) -> list[str]:
     volumes = [runs.over_seeds(_volume, shares) for shares in (runs.shares, *FRONTS.values())]
+    volumes.append(runs.over_seeds(_volume_above_zero, runs.shares))
     respected = runs.over_seeds(_respected, runs.shares) if len(runs.shares) > 1 else []
     means = [runs.over_seeds(measure, runs.shares) for measure in (_disagreement, _drift, _kl)]
     sizes = [np.mean([row[key] for row in runs.rows]) for key in ("uploads", "seconds")]
@@ -96,21 +98,18 @@ def _summary(runs: Runs) -> list[str]:
 
 
 def _differences(leader: Runs, rival: Runs) -> list[str]:
-    """Of the seeds in which both have been run with all their preferences; empty if there are none."""
-    columns: list[list[float]] = []
-    for seed in sorted({row["seed"] for row in rival.rows}):
-        whole, theirs = leader.at(seed, leader.shares), rival.at(seed, rival.shares)
-        alike = leader.at(seed, rival.shares)
-        if whole and theirs:
-            fronts = [_volume(whole) - _volume(theirs), _volume(alike) - _volume(theirs) if alike else np.nan]
-            rest = [measure(alike or whole) - measure(theirs) for measure in (_drift, _disagreement)]
-            columns.append(fronts + rest)
+    """At the rival's preferences, of the seeds in which both have been run with them; empty if there are none."""
+    columns = [
+        [measure(ours) - measure(theirs) for measure in (_volume, _volume_above_zero, _drift, _disagreement)]
+        for seed in sorted({row["seed"] for row in rival.rows})
+        if (ours := leader.at(seed, rival.shares)) and (theirs := rival.at(seed, rival.shares))
+    ]
     if not columns:
         return []
     told = [
         "" if np.isnan(column).any() else with_interval(column, 4, sign="+") for column in np.array(columns).T.tolist()
     ]
-    return [rival.title, *told, str(len(columns))]
+    return [rival.title, ", ".join(f"{share:g}" for share in rival.shares), *told, str(len(columns))]
 
 
 def _ends(runs: Runs, share: float) -> list[str]:
@@ -133,9 +132,17 @@ def _volume(front: Sequence[Row]) -> float:
     return hypervolume(np.array([_end(row) for row in front]), np.array(front[0]["start"]))
 
 
+def _volume_above_zero(front: Sequence[Row]) -> float:
+    return hypervolume(np.array([_end(row) for row in front]), np.zeros(len(front[0]["start"])))
+
+
 def _respected(front: Sequence[Row]) -> float:
-    """Share of the steps to a higher preference that raise its reward."""
-    return float(np.mean(np.diff([_end(row)[0] for row in front]) > 0))
+    """Share of the steps to a higher preference that neither lower its reward nor raise the other by more than noise.
+
+    Each reward counts by itself.
+    """
+    steps = np.diff([_end(row) for row in front], axis=0)
+    return float(np.mean([steps[:, 0] > -_NOISE, steps[:, 1] < _NOISE]))
 
 
 def _disagreement(front: Sequence[Row]) -> float:

@@ -52,9 +52,10 @@ class ObjectiveGradients:
         """(M, M) inner products of the gradients, summed over parameters in float64.
 
         A gradient of few samples is mostly noise, and so is its square. With P > 1 parts only products of different
-        parts count, P / (P - 1) times: where these are independent samples of equal size, an unbiased estimate for the
-        gradients without noise ("double sampling": Chen et al. 2023, MoDo, https://arxiv.org/abs/2305.20057). What
-        is below zero by chance is cut off (``positive_part``).
+        parts count, P / (P - 1) times: where parts are independent, an estimate without that bias of what the gradients
+        without noise would give, up to a factor that all entries share ("double sampling": Chen et al. 2023, MoDo,
+        https://arxiv.org/abs/2305.20057). It is not positive semidefinite by itself: what is below zero by chance is
+        cut off (``positive_part``), and that, as all that is made of it, has a bias again.
         """
         num_parts = len(self._sums_P)
         if num_parts == 1:
@@ -64,12 +65,12 @@ class ObjectiveGradients:
 
     def combined(self, weights_M: NDArray[np.floating]) -> list[Tensor]:
         """The sum of the gradients, each times its weight: a tensor for each parameter."""
-        weighted = [
-            [float(weight) * one for one in gradient]
-            for part in self._sums_P
-            for weight, gradient in zip(weights_M, part, strict=True)
-        ]
-        return [torch.stack(column).sum(dim=0) for column in zip(*weighted, strict=True)]
+        totals = [torch.zeros_like(parameter) for parameter in self._parameters]
+        for part in self._sums_P:
+            for weight, gradient in zip(weights_M, part, strict=True):
+                for total, one in zip(totals, gradient, strict=True):
+                    total.add_(one, alpha=float(weight))
+        return totals
 
     def combine(self, weights_M: NDArray[np.floating], loss_scale: float = 1.0) -> None:
         """Add the gradients, each times its weight and ``loss_scale``, to those that the parameters hold."""

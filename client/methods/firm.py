@@ -51,7 +51,8 @@ class Firm(Method):
     (``client.alignment.min_norm``), and the step goes along sum_j lambda_j g_j. beta = 0 is MGDA at each site,
     beta = inf linear scalarisation. Ours too: the estimators (GRPO's groups, or PPO with a value head per objective),
     KL to the base model in every objective, the smoothing of lambda, and Q from two halves of a step's prompts
-    (``method.gram=halves``), which keeps the noise of a rollout from passing for steepness.
+    (``method.gram=halves``), which keeps the noise of a rollout from passing for steepness. Halves are not quite
+    independent with a critic, whose advantages are whitened over both, nor in later steps on the same rollout.
 
     Only the adapter is sent. Value heads and lambda stay in the private store, and Adam's moments if they are kept;
     mean rewards, KL and, if ``method.send_weights``, the round's mean lambda are among the metrics. Under
@@ -144,10 +145,11 @@ class InClientAlignment(LocalRule):
         experience = self._experience
         assert experience is not None
         self._num_steps += 1
-        num_parts = self._weights.num_parts
+        sequences = experience.rollout.sequences
+        # A single prompt has no halves: then its gradients are compared as they are.
+        num_parts = min(self._weights.num_parts, len(sequences) // self._config.group_size)
         parameters = [*step.adapted.parameters_by_name().values()]
         gradients = ObjectiveGradients(parameters, len(self._rewards.names), num_parts)
-        sequences = experience.rollout.sequences
         for part, chosen in enumerate(_by_prompts(len(sequences), self._config.group_size, num_parts)):
             for indices in step.passes([sequences[index] for index in chosen]):
                 losses_M = self._losses(step, experience, [chosen[index] for index in indices])

@@ -10,8 +10,8 @@ import pytest
 
 from benchmarks.federation import simulated
 from benchmarks.firm import Apart, evaluated, played, report, run_cell
-from benchmarks.firm_contenders import CONTENDERS, WORKLOADS, Cell, Workload, cells
-from benchmarks.firm_tables import LEADER, markdown
+from benchmarks.firm_contenders import BETWEEN, CONTENDERS, WORKLOADS, Cell, Workload, cells
+from benchmarks.firm_tables import Runs, markdown
 from conf.compose import load_config
 from strategies.adapters import difference, dot
 from strategies.fedavg import mean_by_examples
@@ -136,35 +136,55 @@ FRONT = ((0.1, 1, 4), (0.5, 2, 2), (0.9, 3, 1))
 
 def test_table_by_hand():
     """b has a run at 0.5 alone, where it is worse than the base in one reward; c lacks one of two preferences."""
-    rows = [row("a", *point[:1], 0, *point[1:]) for point in FRONT]
-    rows += [row("b", 0.5, 0, -1, 9), row("c", 0.1, 0, 1, 1), row("d", 0.5, 0, 1, 1) | {"disagreement": []}]
-    rows.append({"contender": "b", "share": 0.5, "seed": 1, "failed": "round 1: nan"})
-    shares = {"a": (0.1, 0.5, 0.9), "b": (0.5,), "c": (0.1, 0.9), "d": (0.5,)}
-    page = markdown(rows, {"a": "A", "b": "B", "c": "C", "d": "D"}, shares, ["b"])
-    assert "| A | 3 | 7 | 7 | 4 | 1.00 | 0 | 1 | 0.1 | 1.00 | 3 |" in page
+    front = Runs("A", (0.1, 0.5, 0.9), [row("a", share, 0, *point) for share, *point in FRONT])
+    failed = {"contender": "b", "share": 0.5, "seed": 1, "failed": "round 1: nan"}
+    others = [
+        Runs("B", (0.5,), [row("b", 0.5, 0, -1, 9), failed]),
+        Runs("C", (0.1, 0.9), [row("c", 0.1, 0, 1, 1)]),
+        Runs("D", (0.5,), [row("d", 0.5, 0, 1, 1) | {"disagreement": []}]),
+    ]
+    page = markdown([front, *others], front, [])
+    assert "| A | 3 | 7 | 7 | 4 | 7 | 1.00 | 0 | 1 | 0.1 | 1.00 | 3 |" in page
     assert "| A | 0.9 | 3 | 1 | 0.1 | 1 |" in page
-    assert "| B | 1 | 0 |  | 0 |  | 0 | 1 |" in page
-    assert "| C | 2 |  |  |  |  |  |  |  | 1.00 |" in page
-    assert "| D | 1 | 1 |  | 1 |  |  | 1 |" in page
+    assert "| B | 1 | 0 |  | 0 | 0 |  | 0 | 1 |" in page
+    assert "| C | 2 |  |  |  |  |  |  |  |  | 1.00 |" in page
+    assert "| D | 1 | 1 |  | 1 | 1 |  |  | 1 |" in page
     assert "The untrained base: x 0, y 0." in page
     assert "Failed: B, seed 1: round 1: nan" in page
-    assert markdown(rows[-1:], {"b": "B"}, shares, []) == "No run has finished."
+    assert markdown([Runs("B", (0.5,), [failed])], front, []) == "No run has finished."
 
 
 def test_volumes_are_above_each_seeds_own_base():
     """From (0, 0) the front dominates 7; from (1, 1) only (2, 2) is left, with 1: a mean of 4."""
-    rows = [row("a", *point[:1], 0, *point[1:]) for point in FRONT]
-    rows += [row("a", *point[:1], 1, *point[1:]) | {"start": [1.0, 1.0]} for point in FRONT]
-    page = markdown(rows, {"a": "A"}, {"a": (0.1, 0.5, 0.9)}, [])
-    assert "| A | 3 | 4 ± 38 | 4 ± 38 | 2.5 ± 19 |" in page
+    rows = [row("a", share, 0, *point) for share, *point in FRONT]
+    rows += [row("a", share, 1, *point) | {"start": [1.0, 1.0]} for share, *point in FRONT]
+    runs = Runs("A", (0.1, 0.5, 0.9), rows)
+    assert "| A | 3 | 4 ± 38 | 4 ± 38 | 2.5 ± 19 | 7 ± 0 |" in markdown([runs], runs, [])
 
 
-def test_pairs_differ_over_whole_fronts_and_at_the_rivals_preferences():
-    """Seed 1 of the leader is not complete, so it pairs with nothing."""
-    rows = [row(LEADER, *point[:1], 0, *point[1:]) for point in FRONT] + [row(LEADER, 0.5, 1, 2, 2)]
-    rows += [row("b", 0.5, seed, 1, 1) | {"drift": [3.0]} for seed in (0, 1)]
-    rows += [row("c", share, 0, 1, 1) | {"disagreement": []} for share in (0.1, 0.3)]
-    titles = {LEADER: "F", "b": "B", "c": "C"}
-    page = markdown(rows, titles, {LEADER: (0.1, 0.5, 0.9), "b": (0.5,), "c": (0.1, 0.3)}, ["b", "c"])
-    assert "| B | +6.0000 | +3.0000 | -2.0000 | +0.0000 | 1 |" in page
-    assert "| C | +6.0000 |  | +0.0000 |  | 1 |" in page
+def test_a_preference_is_respected_within_noise_in_both_rewards():
+    """Of four changes the second of the first reward, -0.5, goes against it; +0.01 of the other does not."""
+    runs = Runs("A", (0.1, 0.5, 0.9), [row("a", 0.1, 0, 1, 1), row("a", 0.5, 0, 2, 1.01), row("a", 0.9, 0, 1.5, 0)])
+    assert "| 0.75 | 0 | 1 | 0.1 |" in markdown([runs], runs, [])
+
+
+def test_pairs_differ_at_the_rivals_preferences():
+    """Seed 1 of the leader lacks c's second preference; the leader's volume at 0.5 is 4, at 0.1 and 0.9 it is 6."""
+    leader = Runs("F", (0.1, 0.5, 0.9), [row("f", share, 0, *point) for share, *point in FRONT])
+    leader.rows.append(row("f", 0.5, 1, 2, 2))
+    one = Runs("B", (0.5,), [row("b", 0.5, seed, 1, 1) | {"drift": [3.0]} for seed in (0, 1)])
+    two = Runs(
+        "C", (0.1, 0.9), [row("c", share, s, 1, 1) | {"disagreement": []} for share in (0.1, 0.9) for s in (0, 1)]
+    )
+    page = markdown([leader, one, two], leader, [one, two])
+    assert "| B | 0.5 | +3.0000 ± 0.0000 | +3.0000 ± 0.0000 | -2.0000 ± 0.0000 | +0.0000 ± 0.0000 | 2 |" in page
+    assert "| C | 0.1, 0.9 | +5.0000 | +5.0000 | +0.0000 |  | 1 |" in page
+
+
+def test_runs_between_count_with_those_that_they_add_to():
+    """(2, 2) between (1, 4) and (3, 1): of the nine preferences three are there, so the sum is not told yet."""
+    rows = [row("scalarised", share, 0, *point) for share, *point in (FRONT[0], FRONT[2])]
+    rows += [row("scalarised_between", share, 0, 2, 2) for share in BETWEEN]
+    assert "| linear scalarisation, nine preferences | 9 |  |" in report("tiny", ("x", "y"), rows)["markdown"]
+    rows += [row("scalarised", share, 0, 0, 0) for share in (0.3, 0.5, 0.7)]
+    assert "| linear scalarisation, nine preferences | 9 | 7 |" in report("tiny", ("x", "y"), rows)["markdown"]

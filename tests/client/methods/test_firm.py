@@ -49,13 +49,13 @@ def site_with(base_config, folder, method, **train_settings):
     return make_site(replace(config, data=DATA), folder)
 
 
-def gradients_of(adapted, config, *, micro_batch=4, seed=0, steps=1, private=None, last_mask=None):
+def gradients_of(adapted, config, *, num_prompts=2, micro_batch=4, seed=0, steps=1, private=None, last_mask=None):
     """What ``steps`` steps without an optimiser leave in the parameters, flattened, and the rule.
 
     ``last_mask`` is that of a pass that was made before.
     """
     adapted.load_adapter(noisy(adapted.initial_adapter(0), seed=3))
-    prompts = Firm(config).encode(TRAIN[:2], adapted.tokenizer, DATA)
+    prompts = Firm(config).encode(TRAIN[:num_prompts], adapted.tokenizer, DATA)
     rule = InClientAlignment(config, named_rewards(config.rewards, adapted), private or {})
     parameters = adapted.parameters_by_name()
     torch.manual_seed(seed)
@@ -119,6 +119,21 @@ def test_halves_weigh_by_what_two_prompts_have_in_common_and_step_along_all(adap
     assert np.linalg.norm(found - expected) < 1e-4 * np.linalg.norm(expected)
     _, of_whole = gradients_of(adapted, firm(beta=0.3, kl=0.3))
     assert abs(of_whole.to_keep()["firm/weights"] - weights).max() > 1e-3
+
+
+@pytest.mark.parametrize("micro_batch", [1, 3])
+def test_halves_are_the_same_in_whatever_passes(adapted, micro_batch):
+    whole, one = gradients_of(adapted, firm(beta=0.3, gram=Gram.halves), micro_batch=4)
+    parts, other = gradients_of(adapted, firm(beta=0.3, gram=Gram.halves), micro_batch=micro_batch)
+    np.testing.assert_allclose(parts, whole, atol=1e-5 * np.abs(whole).max())
+    np.testing.assert_allclose(other.to_keep()["firm/weights"], one.to_keep()["firm/weights"], atol=1e-4)
+
+
+def test_a_single_prompt_has_no_halves(adapted):
+    """As the last of an epoch may be: its step is that of the whole."""
+    halves, _ = gradients_of(adapted, firm(beta=0.3, gram=Gram.halves), num_prompts=1)
+    whole, _ = gradients_of(adapted, firm(beta=0.3), num_prompts=1)
+    np.testing.assert_array_equal(halves, whole)
 
 
 @pytest.mark.parametrize("estimator", Estimator)
