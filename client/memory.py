@@ -50,6 +50,8 @@ class Passes:
     sequences: Sequence[TokenSequence]
     per_example: int = 1
     """How many of them come of one training example."""
+    kept_gradients: int = 0
+    """How many gradients of the whole adapter a step holds beside the one that it goes along."""
 
     def of_step(self, batch_size: int) -> int:
         """How many sequences an optimiser step goes over."""
@@ -192,13 +194,15 @@ def choose_micro_batch(adapted: AdaptedModel, passes: Passes, config: TrainConfi
     if isinstance(config.micro_batch, int):
         wanted = min(wanted, config.micro_batch)
     memory = training_memory(adapted, passes.sequences, config)
-    if memory.fits(wanted, free):
+    kept = passes.kept_gradients * memory.adapter_bytes
+    if memory.fits(wanted, free - kept):
         return wanted
-    fitting = memory.largest_fit(wanted, free)
+    fitting = memory.largest_fit(wanted, free - kept)
     if fitting and config.micro_batch == AUTO:
         return fitting
     advice = f"train.micro_batch={fitting} (or auto)" if fitting else SMALLER
-    raise ValueError(f"{memory.describe(wanted)}; {amount(free)} are free on {adapted.device}: set {advice}")
+    needed = memory.describe(wanted) + (f", and {amount(kept)} for the objectives' gradients" if kept else "")
+    raise ValueError(f"{needed}; {amount(free)} are free on {adapted.device}: set {advice}")
 
 
 def free_bytes(device: torch.device) -> int:

@@ -29,7 +29,7 @@ from client.model import AdaptedModel
 from client.private import under
 from client.prompts import PromptSequence, prompt_sequences
 from client.text import Example, TokenSequence, collate, response_sequence
-from conf.alignment import Estimator, FirmConfig, preference_of
+from conf.alignment import Estimator, FirmConfig, Gram, preference_of
 from conf.methods import MethodConfig
 from conf.schema import DataConfig
 from strategies.adapters import Arrays
@@ -75,10 +75,12 @@ class Firm(Method):
         return prompt_sequences(examples, tokenizer, data, self.config.max_new_tokens)
 
     def passes_over(self, sequences: Sequence[TokenSequence]) -> Passes:
-        """Prompts with completions of full length, as many as a rollout has of each."""
+        """Prompts with completions of full length, as many as a rollout has of each; a gradient of each objective."""
         full = [0] * self.config.max_new_tokens
         longest = [response_sequence(prompt.prompt_ids, full) for prompt in _as_prompts(sequences)]
-        return Passes(longest * self.config.group_size, per_example=self.config.group_size)
+        kept = self.config.num_objectives() * (2 if self.config.gram is Gram.halves else 1)
+        # One more, since autograd makes them one by one.
+        return Passes(longest * self.config.group_size, self.config.group_size, kept_gradients=kept + 1)
 
     def local_rule(self, adapted: AdaptedModel, broadcast: Arrays, private: Arrays) -> LocalRule:
         """Policy gradients, combined by the site's own weights, or by the server's if it sends any (FedCMOO).

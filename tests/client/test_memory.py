@@ -173,6 +173,17 @@ def test_what_does_not_fit_is_refused_with_numbers_and_a_way_out(adapted):
         choose_micro_batch(adapted, Passes(sequences), replace(whole, micro_batch="auto"), 0)
 
 
+def test_gradients_that_a_step_keeps_apart_take_their_room(adapted):
+    sequences = eight_sequences()
+    config = TrainConfig(batch_size=6, micro_batch="auto")
+    memory = TrainingMemory(adapted, Shape.of(sequences), gradient_checkpointing=False)
+    apart, free = Passes(sequences, kept_gradients=5), free_for(adapted, sequences, 4)
+    assert choose_micro_batch(adapted, apart, config, free + 5 * memory.adapter_bytes) == 4
+    assert choose_micro_batch(adapted, apart, config, free + 5 * memory.adapter_bytes - 1) == 3
+    with pytest.raises(ValueError, match=r"of 6 x 15 tokens, and [\d.]+ MiB for the objectives' gradients; [\d.]+ MiB"):
+        choose_micro_batch(adapted, apart, replace(config, micro_batch=6), free)
+
+
 def test_each_of_several_processes_keeps_to_its_part_of_the_machine(monkeypatch):
     monkeypatch.setattr(client.memory, "_processes", 1)
     alone, machine = client.memory.free_bytes(CPU), psutil.virtual_memory().total

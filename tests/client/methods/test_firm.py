@@ -129,6 +129,15 @@ def test_halves_are_the_same_in_whatever_passes(adapted, micro_batch):
     np.testing.assert_allclose(other.to_keep()["firm/weights"], one.to_keep()["firm/weights"], atol=1e-4)
 
 
+def test_passes_are_whole_rollouts_and_make_room_for_each_objectives_gradients(adapted):
+    """Four of two objectives and two halves, and the one that is being made."""
+    prompts = Firm(firm()).encode(TRAIN[:2], adapted.tokenizer, DATA)
+    passes = Firm(firm(gram=Gram.halves)).passes_over(prompts)
+    assert [len(sequence.input_ids) for sequence in passes.sequences] == [len(p.prompt_ids) + 6 for p in prompts] * 2
+    assert (passes.of_step(batch_size=1), passes.kept_gradients) == (2, 5)
+    assert Firm(firm()).passes_over(prompts).kept_gradients == 3
+
+
 def test_a_single_prompt_has_no_halves(adapted):
     """As the last of an epoch may be: its step is that of the whole."""
     halves, _ = gradients_of(adapted, firm(beta=0.3, gram=Gram.halves), num_prompts=1)
