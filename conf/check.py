@@ -129,6 +129,11 @@ def _check_alignment(config: Config) -> None:
         raise ValueError(
             "strategy=fedcmoo takes no method.preference, its server weighs the objectives: strategy=firm does"
         )
+    if config.strategy.name == "fedcmoo" and isinstance(method, FirmConfig):
+        usual = FirmConfig()
+        for key in ("regulariser", "beta", "gram", "rho"):
+            if getattr(method, key) != getattr(usual, key):
+                raise ValueError(f"strategy=fedcmoo weighs at its server, where method.{key} counts for nothing")
     if isinstance(method, DpoConfig) and data.rejected_column is None:
         raise ValueError("method=dpo compares two responses: set data.rejected_column, and data.path to such data")
     if isinstance(method, DpoConfig) and method.objectives and data.objective_column is None:

@@ -79,6 +79,8 @@ def test_aggregation_of_firms_updates_is_replaceable():
             "strategy=fedcmoo method.preference=[0.3,0.7]",
             "strategy=fedcmoo takes no method.preference",
         ),
+        ("strategy=fedcmoo method.beta=1", "weighs at its server, where method.beta counts for nothing"),
+        ("strategy=fedcmoo method.gram=halves", "where method.gram counts for nothing"),
         (
             "strategy=firm method.max_new_tokens=249",
             "method.max_new_tokens=249 leaves less than 8 tokens of data.max_length=256 for",
