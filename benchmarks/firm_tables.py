@@ -62,7 +62,9 @@ def markdown(every: Sequence[Runs], leader: Runs, rivals: Sequence[Runs]) -> str
         ],
         [_summary(runs) for runs in found],
     )  # fmt: skip
-    pairs = [cells for runs in rivals if (cells := _differences(leader, runs))]
+    pairs = [
+        cells for runs in rivals for shares in _compared(leader, runs) if (cells := _differences(leader, runs, shares))
+    ]
     lines += ["", *_table(
         [
             f"{leader.title}, minus", "preferences", "hypervolume", "above (0, 0)", "drift", "disagreement", "seeds",
@@ -97,19 +99,26 @@ def _summary(runs: Runs) -> list[str]:
     ]  # fmt: skip
 
 
-def _differences(leader: Runs, rival: Runs) -> list[str]:
-    """At the rival's preferences, of the seeds in which both have been run with them; empty if there are none."""
+def _compared(leader: Runs, rival: Runs) -> list[tuple[float, ...]]:
+    """The leader's preferences for a pair: the rival's; where it has but one end, whatever is preferred, all as well."""
+    return [rival.shares] if len(rival.shares) > 1 else [rival.shares, leader.shares]
+
+
+def _differences(leader: Runs, rival: Runs, shares: tuple[float, ...]) -> list[str]:
+    """Of the seeds in which both have been run, the leader with ``shares``; empty if there are none."""
     columns = [
         [measure(ours) - measure(theirs) for measure in (_volume, _volume_above_zero, _drift, _disagreement)]
         for seed in sorted({row["seed"] for row in rival.rows})
-        if (ours := leader.at(seed, rival.shares)) and (theirs := rival.at(seed, rival.shares))
+        if (ours := leader.at(seed, shares)) and (theirs := rival.at(seed, rival.shares))
     ]
     if not columns:
         return []
     told = [
         "" if np.isnan(column).any() else with_interval(column, 4, sign="+") for column in np.array(columns).T.tolist()
     ]
-    return [rival.title, ", ".join(f"{share:g}" for share in rival.shares), *told, str(len(columns))]
+    preferences = ", ".join(f"{share:g}" for share in shares)
+    against = "" if shares == rival.shares else " against its one end"
+    return [rival.title, preferences + against, *told, str(len(columns))]
 
 
 def _ends(runs: Runs, share: float) -> list[str]:

@@ -178,6 +178,7 @@ def test_pairs_differ_at_the_rivals_preferences():
     )
     page = markdown([leader, one, two], leader, [one, two])
     assert "| B | 0.5 | +3.0000 ± 0.0000 | +3.0000 ± 0.0000 | -2.0000 ± 0.0000 | +0.0000 ± 0.0000 | 2 |" in page
+    assert "| B | 0.1, 0.5, 0.9 against its one end | +6.0000 | +6.0000 | -2.0000 | +0.0000 | 1 |" in page
     assert "| C | 0.1, 0.9 | +5.0000 | +5.0000 | +0.0000 |  | 1 |" in page
 
 
