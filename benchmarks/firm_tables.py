@@ -100,7 +100,7 @@ def _summary(runs: Runs) -> list[str]:
 
 
 def _compared(leader: Runs, rival: Runs) -> list[tuple[float, ...]]:
-    """The leader's preferences for a pair: the rival's; where it has but one end, whatever is preferred, all as well."""
+    """The leader's preferences for a pair: the rival's; all as well, where that has one end whatever is preferred."""
     return [rival.shares] if len(rival.shares) > 1 else [rival.shares, leader.shares]
 
 
