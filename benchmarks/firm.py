@@ -223,7 +223,7 @@ def report(workload: str, rewards: Sequence[str], rows: Sequence[Mapping[str, An
         name: Runs(
             contender.title,
             tuple(sorted({*contender.shares, *(CONTENDERS[contender.adds_to].shares if contender.adds_to else ())})),
-            [row for row in rows if row["contender"] in {name, contender.adds_to}],
+            [row for of in (contender.adds_to, name) for row in rows if row["contender"] == of],
         )
         for name, contender in CONTENDERS.items()
         if any(row["contender"] == name for row in rows)

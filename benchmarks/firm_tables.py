@@ -33,6 +33,11 @@ class Runs:
         self.rows = [row for row in rows if "failed" not in row]
         self.failed = [f"{title}, seed {row['seed']}: {row['failed']}" for row in rows if "failed" in row]
 
+    @property
+    def own_shares(self) -> list[float]:
+        """Preferences of runs that are no other contender's as well, in order: the last rows are a contender's own."""
+        return sorted({row["share"] for row in self.rows if row["contender"] == self.rows[-1]["contender"]})
+
     def at(self, seed: int, shares: Sequence[float]) -> list[Row]:
         """The seed's runs with these preferences; empty if one is missing."""
         found = [row for row in self.rows if row["seed"] == seed and row["share"] in shares]
@@ -74,7 +79,7 @@ def markdown(every: Sequence[Runs], leader: Runs, rivals: Sequence[Runs]) -> str
     names = _objectives(found[0].rows[0])
     ends = _table(
         ["", f"preference for {names[0]}", *names, "KL", "seeds"],
-        [_ends(runs, share) for runs in found for share in sorted({row["share"] for row in runs.rows})],
+        [_ends(runs, share) for runs in found for share in runs.own_shares],
     )
     starts = np.array([row["start"] for row in {row["seed"]: row for row in found[0].rows}.values()])
     told = zip(names, starts.T.tolist(), strict=True)

@@ -188,4 +188,7 @@ def test_runs_between_count_with_those_that_they_add_to():
     rows += [row("scalarised_between", share, 0, 2, 2) for share in BETWEEN]
     assert "| linear scalarisation, nine preferences | 9 |  |" in report("tiny", ("x", "y"), rows)["markdown"]
     rows += [row("scalarised", share, 0, 0, 0) for share in (0.3, 0.5, 0.7)]
-    assert "| linear scalarisation, nine preferences | 9 | 7 |" in report("tiny", ("x", "y"), rows)["markdown"]
+    page = report("tiny", ("x", "y"), rows)["markdown"]
+    assert "| linear scalarisation, nine preferences | 9 | 7 |" in page
+    assert "| linear scalarisation, nine preferences | 0.4 | 2 | 2 | 0.1 | 1 |" in page
+    assert "| linear scalarisation, nine preferences | 0.1 | 1" not in page  # stands with those of the five
