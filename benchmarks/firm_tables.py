@@ -27,7 +27,7 @@ class Runs:
     """A contender's runs."""
 
     def __init__(self, title: str, shares: tuple[float, ...], rows: Sequence[Row]) -> None:
-        """Rows of ``benchmarks.firm`` in any order; ``shares``: the preferences that there are to be runs with."""
+        """Rows of ``benchmarks.firm``, its own last; ``shares``: the preferences that there are to be runs with."""
         self.title = title
         self.shares = shares
         self.rows = [row for row in rows if "failed" not in row]
