@@ -201,6 +201,7 @@ def main() -> None:
             file.write(json.dumps(row) + "\n")
         print(row["contender"], row["share"], row["seed"], row["ends"][-1:], row.get("seconds"), flush=True)
         write_results(results, tables())
+    write_results(results, tables())  # their form may have changed though no run was missing
     print(tables()["markdown"])
 
 
