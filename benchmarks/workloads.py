@@ -26,7 +26,8 @@ Rows = dict[str, list[dict[str, str]]]
 """Split -> rows."""
 
 KEY_CONTENDERS = (
-    "fedavg", "noise", "fedavg_step", "fedavgm", "fedalign_moe", "fc_moe", "fc_moe_plus", "local_only", "centralised"
+    "fedavg", "noise", "fedavg_step", "fedavgm", "fedalign_moe", "fc_moe", "fc_moe_plus", "fc_moe_plus_as_shipped",
+    "local_only", "centralised"
 )  # fmt: skip
 """Who is compared where not everyone is."""
 ABLATED = (*KEY_CONTENDERS, "fc_moe_no_projection", "fc_moe_no_retention", "fc_moe_no_importance")

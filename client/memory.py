@@ -8,6 +8,7 @@ The latter are counted as they are made and freed, so they are those of this mod
 from __future__ import annotations
 
 import ctypes
+import math
 import sys
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -108,11 +109,18 @@ class TrainingMemory:
         present = self.base_bytes + self.adapter_bytes
         return present + self.optimizer_bytes + self.activation_bytes(num_sequences)
 
+    def at_most(self, num_sequences: int) -> int:
+        """More than gradients, moments and activations take: nothing grows faster than in proportion.
+
+        Often that is proof enough, and saves the pass over two sequences.
+        """
+        return self.optimizer_bytes + math.ceil(num_sequences * self._headroom * self._one)
+
     def fits(self, num_sequences: int, free_bytes: int) -> bool:
         """Whether gradients, moments and activations fit into ``free_bytes``."""
-        spare = free_bytes - self.optimizer_bytes
-        # Nothing grows faster than in proportion: often that is proof enough, and saves the pass over two sequences.
-        return num_sequences * self._headroom * self._one <= spare or self.activation_bytes(num_sequences) <= spare
+        if self.at_most(num_sequences) <= free_bytes:
+            return True
+        return self.optimizer_bytes + self.activation_bytes(num_sequences) <= free_bytes
 
     def largest_fit(self, num_sequences: int, free_bytes: int) -> int:
         """As many sequences, at most ``num_sequences``, as fit into ``free_bytes``; 0 if not even one does."""
@@ -178,14 +186,14 @@ def training_memory(adapted: AdaptedModel, sequences: Sequence[TokenSequence], c
     return known[key]
 
 
-def choose_micro_batch(adapted: AdaptedModel, passes: Passes, config: TrainConfig, free: int) -> int:
+def choose_micro_batch(adapted: AdaptedModel, passes: Passes, config: TrainConfig, free: int | None = None) -> int:
     """Sequences of a forward and backward pass: ``train.micro_batch``, or with ``auto`` as many as fit.
 
     Args:
         adapted: The model; see ``training_memory``.
         passes: What it will be trained on.
         config: The settings under ``train.``.
-        free: Bytes that training may take, ``free_bytes``.
+        free: Bytes that training may take; None: all that the model's device has.
 
     Raises:
         ValueError: If they do not fit; the message has the numbers and what to set.
@@ -195,6 +203,8 @@ def choose_micro_batch(adapted: AdaptedModel, passes: Passes, config: TrainConfi
         wanted = min(wanted, config.micro_batch)
     memory = training_memory(adapted, passes.sequences, config)
     kept = passes.kept_gradients * memory.adapter_bytes
+    if free is None:
+        free = free_bytes(adapted.device, enough=memory.at_most(wanted) + kept)
     if memory.fits(wanted, free - kept):
         return wanted
     fitting = memory.largest_fit(wanted, free - kept)
@@ -205,16 +215,24 @@ def choose_micro_batch(adapted: AdaptedModel, passes: Passes, config: TrainConfi
     raise ValueError(f"{needed}; {amount(free)} are free on {adapted.device}: set {advice}")
 
 
-def free_bytes(device: torch.device) -> int:
-    """Memory that this process can still take: of the machine or container, or of the GPU and the process's share."""
+def free_bytes(device: torch.device, enough: float = math.inf) -> int:
+    """Memory that this process can still take: of the machine or container, or of the GPU and the process's share.
+
+    On a CPU, glibc gives back what earlier rounds freed only if there is not ``enough`` without: it takes its time.
+    """
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         held, used = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
         share = int(torch.cuda.get_per_process_memory_fraction(device) * total)
         return min(free + held - used, share - used)
-    if sys.platform == "linux":
-        # What earlier rounds freed is still this process's; glibc gives it back when asked.
+    found = _free_of_machine()
+    if found < enough and sys.platform == "linux":
         ctypes.CDLL(None).malloc_trim(0)
+        found = _free_of_machine()
+    return found
+
+
+def _free_of_machine() -> int:
     machine = psutil.virtual_memory()
     free = min(machine.available, free_of_cgroups())
     if _processes > 1:  # libraries are in memory once for all of them, so what is shared does not count

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from client.checkpointing import checkpointed_layers
 from client.local_rule import LocalRule, Step, StepLoss
-from client.memory import SMALLER, Passes, choose_micro_batch, free_bytes
+from client.memory import SMALLER, Passes, choose_micro_batch
 from client.model import AdaptedModel
 from client.routing import ExpertTokenCounter
 from client.runtime import configure_torch
@@ -89,7 +89,7 @@ def train(
     configure_torch(config)
     # Before memory is measured: a graft that an adapter lacks takes none.
     adapted.load_adapter(start)
-    micro_batch = choose_micro_batch(adapted, passes or Passes(sequences), config, free_bytes(adapted.device))
+    micro_batch = choose_micro_batch(adapted, passes or Passes(sequences), config)
     # Spawned, so that the order of the sequences is the generator's own stream.
     torch.manual_seed(int(generator.spawn(1)[0].integers(2**63)))
     adapted.model.train()

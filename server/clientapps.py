@@ -22,6 +22,7 @@ from pathlib import Path
 
 from client.worker.place import CODE_ROOT, runtime_folder
 from client.worker.wire import STARTER, check_peer, receive
+from server.pulls import ask_again_soon
 
 POLL_SECONDS = "0.05"
 """Time between Flower's looks for a message that has arrived at the SuperNode; its default is 1."""
@@ -94,6 +95,7 @@ def _quoted(text: str) -> str:
 def main() -> None:
     """Fork a ClientApp for every call on the socket that is standard input; end with whoever started this process."""
     parent = os.pidfd_open(int(sys.argv[1]))
+    ask_again_soon()
     from flwr.supernode.cli import flwr_clientapp  # noqa: PLC0415 - what takes the time
 
     listener = socket.socket(fileno=0)

@@ -1,4 +1,4 @@
-"""Flower's SuperNode, which looks for messages more often for a while after the last one.
+"""Flower's SuperNode, which looks for messages more often for a while after the last one, and for their parts sooner.
 
 Flower 1.41 waits 3 s between two looks, and the server's next request always comes just after a look: twice a round,
 most of what a small round takes outside training. A site that waits for days keeps to Flower's pace. ``python -m
@@ -11,8 +11,7 @@ import math
 import time
 from typing import Any
 
-from flwr.supernode import start_client_internal
-from flwr.supernode.cli import flower_supernode
+from server.pulls import ask_again_soon
 
 POLL_SECONDS = 0.25
 """Between looks, as long as messages are expected."""
@@ -42,6 +41,10 @@ class EagerTime:
 
 def main() -> None:
     """Run Flower's command."""
+    ask_again_soon()
+    from flwr.supernode import start_client_internal  # noqa: PLC0415 - imports what that is for
+    from flwr.supernode.cli import flower_supernode  # noqa: PLC0415
+
     # A constant in the middle of a function: there is nothing else to hold on to.
     vars(start_client_internal)["time"] = EagerTime()
     flower_supernode()

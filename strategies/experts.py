@@ -5,6 +5,8 @@ Shapes: C sites, E experts of one MoE layer; an expert array is (E, ...) with th
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -122,9 +124,12 @@ def weighted_mean(
 def expert_slices(arrays: Mapping[str, NDArray[np.floating]], num_sites: int, limit: int = 2**23) -> list[slice]:
     """Ranges of experts whose values over all sites number at most ``limit`` (or one expert), covering one layer.
 
+    All take as long, give or take an expert: threads that share them end together.
+
     The default keeps a float64 copy of one range of every site's update at 64 MiB, whatever the layer's size.
     """
     count = num_experts(arrays)
     values_per_expert = num_sites * sum(array[0].size for array in arrays.values())
-    step = max(1, limit // max(1, values_per_expert))
-    return [slice(start, min(start + step, count)) for start in range(0, count, step)]
+    num_slices = math.ceil(count / max(1, limit // max(1, values_per_expert)))
+    edges = [count * place // num_slices for place in range(num_slices + 1)]
+    return list(itertools.starmap(slice, itertools.pairwise(edges)))

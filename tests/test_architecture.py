@@ -31,6 +31,7 @@ ONLY_IN = {
         "server/clientapps.py",
         "server/exchange.py",
         "server/gate.py",
+        "server/pulls.py",
         "server/roster.py",
         "server/rounds.py",
         "server/supernode.py",

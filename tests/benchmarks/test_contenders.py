@@ -127,6 +127,14 @@ def test_fc_moe_plus_by_the_mean_differs_in_the_equal_say_alone():
     assert CONTENDERS["fc_moe_plus_mean"].knobs == CONTENDERS["fc_moe_plus"].knobs
 
 
+def test_fc_moe_plus_as_shipped_has_the_defaults_and_shares_its_runs_where_those_are_what_is_tuned():
+    shipped = CONTENDERS["fc_moe_plus_as_shipped"]
+    values = [f"{knob.key}={knob.start:g}" for knob in shipped.knobs]
+    assert load_config([*shipped.settings, *values]) == load_config(shipped.settings)
+    everyone_alike = {name: tuned(name, lambda _: 0.0).settings for name in ("fc_moe_plus", "fc_moe_plus_as_shipped")}
+    assert len(set(everyone_alike.values())) == 1
+
+
 def test_controls_of_fedavg_differ_in_what_they_are_called_by():
     fedavg = load_config(CONTENDERS["fedavg"].settings)
     for router in RouterTraining:

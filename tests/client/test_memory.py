@@ -193,6 +193,27 @@ def test_each_of_several_processes_keeps_to_its_part_of_the_machine(monkeypatch)
     assert client.memory.free_bytes(CPU) <= min(1.1 * alone, machine / 2)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's memory")
+def test_what_was_freed_is_given_back_only_where_there_is_not_enough_without():
+    blocks = [bytearray(1 << 16) for _ in range(2000)]
+    del blocks[:-1]  # glibc gives back by itself what is free above all that is in use
+    held = psutil.Process().memory_info().rss
+    assert client.memory.free_bytes(CPU, enough=1) > 0
+    assert psutil.Process().memory_info().rss > held - (1 << 20)
+    client.memory.free_bytes(CPU)
+    assert psutil.Process().memory_info().rss < held - (100 << 20)
+    assert len(blocks) == 1
+
+
+def test_training_has_enough_with_what_is_never_less_than_it_takes(adapted, monkeypatch):
+    sequences, asked = eight_sequences(), []
+    monkeypatch.setattr(client.memory, "free_bytes", lambda device, enough: asked.append(enough) or enough)
+    assert choose_micro_batch(adapted, Passes(sequences, kept_gradients=5), TrainConfig(batch_size=4)) == 4
+    memory = TrainingMemory(adapted, Shape.of(sequences), gradient_checkpointing=False)
+    assert asked == [memory.at_most(4) + 5 * memory.adapter_bytes]
+    assert memory.at_most(4) > free_for(adapted, sequences, 4)
+
+
 @pytest.mark.parametrize("room", [1, 2])
 def test_where_measuring_itself_finds_no_room_a_second_sequence_counts_as_much_as_the_first(adapted, monkeypatch, room):
     """What four need is less than four times what one does, but nothing is known of that without room for two."""
