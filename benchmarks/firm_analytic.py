@@ -35,6 +35,8 @@ LOCAL_STEPS = (1, Schedule().local_steps, 20)
 
 SHARES = (0.1, 0.3, 0.5, 0.7, 0.9)
 """Preference for the first objective; the others share the rest."""
+MANY_SHARES = tuple(count / 20 for count in range(1, 20))
+"""In search of ends between those of ``SHARES``."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ BEDS = {
         Schedule(learning_rate=2.0),
         2,
     ),
-    # Held to the preference as firmly as elsewhere, it goes where weighted sums go: to the ends.
+    # Held to the preference as firmly as elsewhere, it goes where weighted sums go: to the ends. Chosen on other seeds.
     "bumps": Bed("Two bumps, a concave front", Bumps.drawn, Schedule(), 2, beta=0.03),
 }
 
@@ -96,6 +98,7 @@ def without_preference(beta: float) -> dict[str, Method]:
 LEADER = "FIRM, anchor"
 SWEPT = (LEADER, "linear scalarisation", "local MGDA")
 """Methods whose sites and local steps are varied, at equal preference; the others are subtracted from the first."""
+MANY = f", {len(MANY_SHARES)} preferences"
 
 MEASURES = ("distance", "disagreement", "drift", "uploads", "bound")
 COLUMNS = {
@@ -130,10 +133,10 @@ def play(problem: Problem, method: Play, num_objectives: int, rng: np.random.Gen
     }
 
 
-def preferences(num_objectives: int) -> list[Weights]:
-    """For the first objective as in ``SHARES``, the others alike."""
+def preferences(num_objectives: int, shares: Sequence[float] = SHARES) -> list[Weights]:
+    """For the first objective as in ``shares``, the others alike."""
     rest = num_objectives - 1
-    return [np.array([share, *[(1 - share) / rest] * rest]) for share in SHARES]
+    return [np.array([share, *[(1 - share) / rest] * rest]) for share in shares]
 
 
 class Front:
@@ -172,6 +175,7 @@ def of_seed(bed: Bed, seed: int) -> dict[str, dict[str, Measured]]:
     return {
         "methods": {"optima of the weighted sums": draw.exact()}
         | {title: draw.measured(method, schedule) for title, method in led.items()}
+        | {f"{title}{MANY}": draw.measured(led[title], schedule, MANY_SHARES) for title in SWEPT[:2]}
         | {title: draw.measured_once(method, schedule) for title, method in others.items()},
         "betas": {f"{beta:g}": draw.measured(anchored(beta), schedule) for beta in BETAS},
         "sites": {f"{n}, {title}": draws[n].at_equal(one, schedule) for n in SITES for title, one in swept.items()},
@@ -186,12 +190,12 @@ class Draw:
         self._problem = bed.draw(np.random.default_rng([seed, 0]), num_sites)
         self._front = Front(self._problem)
         self._seed = seed
-        self._wishes = preferences(bed.num_objectives)
+        self._num_objectives = bed.num_objectives
         self._equal = np.full(bed.num_objectives, 1 / bed.num_objectives)
 
-    def measured(self, method: Method, schedule: Schedule) -> Measured:
+    def measured(self, method: Method, schedule: Schedule, shares: Sequence[float] = SHARES) -> Measured:
         """Means over the runs with all preferences, the hypervolume of their ends, and of the equal preference's."""
-        runs = [self._run(method, wish, schedule) for wish in self._wishes]
+        runs = [self._run(method, wish, schedule) for wish in preferences(self._num_objectives, shares)]
         ends = [one["losses"] for one in runs]
         return _means(runs) | {
             "hypervolume": self._front.share(ends),
@@ -211,7 +215,8 @@ class Draw:
 
     def exact(self) -> Measured:
         """Of the points that linear scalarisation aims at."""
-        *ends, equal = [self._problem.losses(self._problem.best(wish)) for wish in (*self._wishes, self._equal)]
+        wishes = preferences(self._num_objectives)
+        *ends, equal = [self._problem.losses(self._problem.best(wish)) for wish in (*wishes, self._equal)]
         shares = {"hypervolume": self._front.share(ends), "equal": self._front.share([equal])}
         return shares | {"respected": _respected(ends)}
 
@@ -268,8 +273,8 @@ def _differences(rows: Mapping[str, Mapping[str, Sequence[float]]]) -> list[str]
     """``LEADER`` minus its rivals, paired by seed."""
     keys = ("hypervolume", "equal", "drift", "disagreement")
     lines = [[f"{LEADER}, minus", *(COLUMNS[key] for key in keys)], ["---"] * (len(keys) + 1)]
-    for rival in SWEPT[1:]:
-        pairs = [np.subtract(rows[LEADER][key], rows[rival][key]).tolist() for key in keys]
+    for leader, rival in (*((LEADER, rival) for rival in SWEPT[1:]), (f"{LEADER}{MANY}", f"{SWEPT[1]}{MANY}")):
+        pairs = [np.subtract(rows[leader][key], rows[rival][key]).tolist() for key in keys]
         lines.append([rival, *(f"{mean:+.3g} ± {half:.2g}" for mean, half in map(interval, pairs))])
     return [f"| {' | '.join(line)} |" for line in lines]
 

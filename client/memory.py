@@ -1,8 +1,9 @@
-"""How much memory local training takes, found out before a round: by one pass over one sequence, not by a formula.
+"""How much memory local training takes, found out before a round: by passes over one sequence, not by a formula.
 
 What a step needs beside the base model and the adapter are the adapter's gradients and moments, and what a forward
 and backward pass makes: activations kept for the backward pass, logits, temporary tensors, layers computed again.
 The latter are counted as they are made and freed, so they are those of this model, dtype and way of running experts.
+Where a step begins with sampling, the KV cache of all its sequences is counted likewise.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import ctypes
 import math
 import sys
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -20,6 +21,7 @@ import psutil
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
+from transformers import GenerationConfig
 
 from client.cgroups import free_of_cgroups
 from client.checkpointing import checkpointed_layers
@@ -53,6 +55,8 @@ class Passes:
     """How many of them come of one training example."""
     kept_gradients: int = 0
     """How many gradients of the whole adapter a step holds beside the one that it goes along."""
+    are_sampled: bool = False
+    """Whether the model writes a step's sequences itself first, all at a time."""
 
     def of_step(self, batch_size: int) -> int:
         """How many sequences an optimiser step goes over."""
@@ -90,19 +94,27 @@ class TrainingMemory:
         # Weakly, since what is known of a model lasts as long as the model.
         self._adapted = weakref.ref(adapted)
         self._shape = shape
-        self._gradient_checkpointing = gradient_checkpointing
         trained = adapted.parameters_by_name().values()
         base = adapted.base.model
         self.base_bytes = _storage_bytes([*base.parameters(), *base.buffers()])
         self.adapter_bytes = _storage_bytes(trained)
         checkpointing_headroom = _CPU_CHECKPOINTING_HEADROOM if gradient_checkpointing else _CPU_HEADROOM
-        self._headroom = _CUDA_HEADROOM if adapted.device.type == "cuda" else checkpointing_headroom
+        on_gpu = adapted.device.type == "cuda"
         self.optimizer_bytes = 3 * self.adapter_bytes
         """A gradient and Adam's two moments of every trained value."""
+        step = partial(step_peak_bytes, gradient_checkpointing=gradient_checkpointing)
+        self._step = _Growth(partial(self._measured, step), _CUDA_HEADROOM if on_gpu else checkpointing_headroom)
+        self._sampling = _Growth(
+            partial(self._measured, sampling_peak_bytes), _CUDA_HEADROOM if on_gpu else _CPU_HEADROOM
+        )
 
     def activation_bytes(self, num_sequences: int) -> int:
         """What a forward and backward pass over so many sequences takes at its highest point."""
-        return int(self._headroom * (self._one + (num_sequences - 1) * self._another))
+        return self._step.of(num_sequences)
+
+    def sampling_bytes(self, num_sequences: int) -> int:
+        """What writing so many sequences at a time takes at its highest point: the KV cache, and a layer at work."""
+        return self._sampling.of(num_sequences)
 
     def total_bytes(self, num_sequences: int) -> int:
         """Everything that training takes, base model and adapter included."""
@@ -114,7 +126,7 @@ class TrainingMemory:
 
         Often that is proof enough, and saves the pass over two sequences.
         """
-        return self.optimizer_bytes + math.ceil(num_sequences * self._headroom * self._one)
+        return self.optimizer_bytes + self._step.at_most(num_sequences)
 
     def fits(self, num_sequences: int, free_bytes: int) -> bool:
         """Whether gradients, moments and activations fit into ``free_bytes``."""
@@ -129,43 +141,67 @@ class TrainingMemory:
     def describe(self, num_sequences: int) -> str:
         """What ``num_sequences`` at a time need, in words and numbers."""
         optimizer, activations = self.optimizer_bytes, self.activation_bytes(num_sequences)
-        present = f"base model ({amount(self.base_bytes)}) and adapter ({amount(self.adapter_bytes)})"
         return (
-            f"training needs {amount(optimizer + activations)} beside {present}: {amount(optimizer)} for gradients and "
-            f"moments, {amount(activations)} for activations of {num_sequences} x {self._shape.num_tokens} tokens"
+            f"training needs {amount(optimizer + activations)} beside {self._present()}: {amount(optimizer)} for "
+            f"gradients and moments, {amount(activations)} for activations of {num_sequences} x "
+            f"{self._shape.num_tokens} tokens"
         )
 
-    @cached_property
-    def _one(self) -> int:
+    def describe_sampling(self, num_sequences: int) -> str:
+        """What writing ``num_sequences`` at a time needs, in words and numbers."""
+        optimizer, sampling = self.optimizer_bytes, self.sampling_bytes(num_sequences)
+        return (
+            f"sampling needs {amount(optimizer + sampling)} beside {self._present()}: {amount(optimizer)} for "
+            f"gradients and moments, {amount(sampling)} for {num_sequences} x {self._shape.num_tokens} tokens at a time"
+        )
+
+    def _present(self) -> str:
+        return f"base model ({amount(self.base_bytes)}) and adapter ({amount(self.adapter_bytes)})"
+
+    def _measured(self, peak_bytes: Callable[[AdaptedModel, Sequence[TokenSequence]], int], num_sequences: int) -> int:
+        adapted = self._adapted()
+        assert adapted is not None
         try:
-            return self._measured(1)
+            return peak_bytes(adapted, [self._shape.sequence()] * num_sequences)
         except torch.OutOfMemoryError:
             # Raised anew: a library's words may quote data, and its tensors end with its traceback.
             pass
-        adapted = self._adapted()
-        assert adapted is not None
-        present = f"base model ({amount(self.base_bytes)}) and adapter ({amount(self.adapter_bytes)})"
-        raise ValueError(
-            f"not even 1 x {self._shape.num_tokens} tokens can be trained on beside {present}: "
+        raise _NoRoomError(
+            f"not even {num_sequences} x {self._shape.num_tokens} tokens can be trained on beside {self._present()}: "
             f"{amount(free_bytes(adapted.device))} are free on {adapted.device}: set {SMALLER}"
         )
+
+
+class _NoRoomError(ValueError):
+    """Measuring itself found no room."""
+
+
+class _Growth:
+    """Bytes at the highest point of a computation over so many sequences, from those over one and over two."""
+
+    def __init__(self, measured: Callable[[int], int], headroom: float) -> None:
+        self._measured = measured
+        self._headroom = headroom
+
+    def of(self, num_sequences: int) -> int:
+        """With what is taken beside what is counted."""
+        return int(self._headroom * (self._one + (num_sequences - 1) * self._another))
+
+    def at_most(self, num_sequences: int) -> int:
+        """No less than ``of``, without the measurement over two sequences."""
+        return math.ceil(num_sequences * self._headroom * self._one)
+
+    @cached_property
+    def _one(self) -> int:
+        return self._measured(1)
 
     @cached_property
     def _another(self) -> int:
         """What each further sequence adds; as much as the first, which is the most, where there is no room to tell."""
         try:
             return max(0, self._measured(2) - self._one)
-        except torch.OutOfMemoryError:
+        except _NoRoomError:
             return self._one
-
-    def _measured(self, num_sequences: int) -> int:
-        adapted = self._adapted()
-        assert adapted is not None
-        return step_peak_bytes(
-            adapted,
-            [self._shape.sequence()] * num_sequences,
-            gradient_checkpointing=self._gradient_checkpointing,
-        )
 
 
 _measured: weakref.WeakKeyDictionary[AdaptedModel, dict[tuple[Shape, bool], TrainingMemory]] = (
@@ -203,8 +239,15 @@ def choose_micro_batch(adapted: AdaptedModel, passes: Passes, config: TrainConfi
         wanted = min(wanted, config.micro_batch)
     memory = training_memory(adapted, passes.sequences, config)
     kept = passes.kept_gradients * memory.adapter_bytes
+    sampled = passes.of_step(config.batch_size) if passes.are_sampled else 0
+    sampling = memory.optimizer_bytes + memory.sampling_bytes(sampled) if sampled else 0
     if free is None:
-        free = free_bytes(adapted.device, enough=memory.at_most(wanted) + kept)
+        free = free_bytes(adapted.device, enough=max(memory.at_most(wanted) + kept, sampling))
+    if sampling > free:
+        raise ValueError(
+            f"{memory.describe_sampling(sampled)}; {amount(free)} are free on {adapted.device}: set a smaller "
+            "train.batch_size, method.group_size or data.max_length, or model.dtype=bfloat16"
+        )
     if memory.fits(wanted, free - kept):
         return wanted
     fitting = memory.largest_fit(wanted, free - kept)
@@ -269,6 +312,26 @@ def step_peak_bytes(adapted: AdaptedModel, sequences: Sequence[TokenSequence], *
         for parameter in parameters:
             parameter.grad = None
         adapted.model.train(was_training)
+    peak: int = live.peak
+    return peak
+
+
+def sampling_peak_bytes(adapted: AdaptedModel, sequences: Sequence[TokenSequence]) -> int:
+    """Bytes alive at the highest point of reading the sequences into a KV cache and writing one token more.
+
+    That is no less than writing the last of their tokens one by one takes, and more the shorter the prompts are.
+    """
+    network: Any = adapted.model
+    tokens_BT = torch.tensor([sequence.input_ids for sequence in sequences], device=adapted.device)
+    batch = {"input_ids": tokens_BT, "attention_mask": torch.ones_like(tokens_BT)}
+    known = [*adapted.model.parameters(), *adapted.model.buffers(), *batch.values()]
+    config = GenerationConfig(  # type: ignore[no-untyped-call]
+        do_sample=False, max_new_tokens=1, pad_token_id=adapted.tokenizer.pad_token_id
+    )
+    dtype = adapted.base.model.dtype
+    autocast = torch.autocast(adapted.device.type, dtype=dtype, enabled=dtype != torch.float32)
+    with adapted.evaluating(), torch.no_grad(), autocast, _LiveBytes(known) as live:
+        network.generate(**batch, generation_config=config)
     peak: int = live.peak
     return peak
 

@@ -80,7 +80,9 @@ class Firm(Method):
         longest = [response_sequence(prompt.prompt_ids, full) for prompt in _as_prompts(sequences)]
         kept = self.config.num_objectives() * (2 if self.config.gram is Gram.halves else 1)
         # One more, since autograd makes them one by one.
-        return Passes(longest * self.config.group_size, self.config.group_size, kept_gradients=kept + 1)
+        return Passes(
+            longest * self.config.group_size, self.config.group_size, kept_gradients=kept + 1, are_sampled=True
+        )
 
     def local_rule(self, adapted: AdaptedModel, broadcast: Arrays, private: Arrays) -> LocalRule:
         """Policy gradients, combined by the site's own weights, or by the server's if it sends any (FedCMOO).

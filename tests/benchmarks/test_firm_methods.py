@@ -106,6 +106,10 @@ def test_tables_have_a_row_for_every_method(monkeypatch):
     names = {**firm_analytic.with_preference(1.0), **firm_analytic.without_preference(1.0)}
     for name in (*names, "optima of the weighted sums"):
         assert page.count(f"| {name} |") == (2 if name in firm_analytic.SWEPT[1:] else 1)
+    assert page.count("| linear scalarisation, 19 preferences |") == 2
+    many, few = (found["methods"][f"FIRM, anchor{title}"] for title in (", 19 preferences", ""))
+    assert many["hypervolume"] > few["hypervolume"]
+    assert many["equal"] == few["equal"]
     assert "| linear scalarisation | +" in page or "| linear scalarisation | -" in page  # the difference to it
     for name in ("2, FIRM, anchor", "16, local MGDA", "20, linear scalarisation"):
         assert f"| {name} |" in page

@@ -11,9 +11,19 @@ import pytest
 import torch
 
 import client.memory
+from client.alignment.rollouts import sample
 from client.base_model import load_base
-from client.memory import Passes, Shape, TrainingMemory, _LiveBytes, choose_micro_batch, step_peak_bytes
+from client.memory import (
+    Passes,
+    Shape,
+    TrainingMemory,
+    _LiveBytes,
+    choose_micro_batch,
+    sampling_peak_bytes,
+    step_peak_bytes,
+)
 from client.model import AdaptedModel
+from client.prompts import PromptSequence
 from client.text import TokenSequence
 from client.throughput import matrix_weights
 from conf.model import LoraConfig, Precision, Quantization
@@ -203,6 +213,37 @@ def test_what_was_freed_is_given_back_only_where_there_is_not_enough_without():
     client.memory.free_bytes(CPU)
     assert psutil.Process().memory_info().rss < held - (100 << 20)
     assert len(blocks) == 1
+
+
+@pytest.mark.parametrize(("num_prompts", "per_prompt", "new_tokens"), [(1, 1, 8), (2, 3, 24), (3, 8, 40)])
+def test_sampling_takes_no_more_than_is_counted_and_not_much_less(adapted, num_prompts, per_prompt, new_tokens):
+    """Less the shorter the prompt is: what is counted reads all tokens at a time, in a model of only two layers."""
+    shape = Shape(num_tokens=48, num_targets=new_tokens, packed=False)
+    prompt = PromptSequence(**vars(shape.sequence()), prompt="", prompt_ids=[5] * (48 - new_tokens))
+    torch.manual_seed(0)
+    with _LiveBytes([*adapted.model.parameters(), *adapted.model.buffers()]) as live:
+        sample(adapted, [prompt] * num_prompts, per_prompt=per_prompt, max_new_tokens=new_tokens, temperature=1.0)
+    sequences = [shape.sequence()] * (num_prompts * per_prompt)
+    assert live.peak <= sampling_peak_bytes(adapted, sequences) <= 4 * live.peak
+    memory = TrainingMemory(adapted, shape, gradient_checkpointing=False)
+    assert memory.sampling_bytes(len(sequences)) >= sampling_peak_bytes(adapted, sequences)
+
+
+def test_a_rollout_that_does_not_fit_is_refused_with_numbers_though_its_passes_would(adapted):
+    """The passes go over one sequence at a time, the rollout is written at once."""
+    sequences = eight_sequences()
+    memory = TrainingMemory(adapted, Shape.of(sequences), gradient_checkpointing=False)
+    needed = memory.optimizer_bytes + memory.sampling_bytes(8)
+    config = TrainConfig(batch_size=4, micro_batch=1)
+    passes = Passes(sequences, per_example=2, are_sampled=True)
+    assert memory.fits(1, needed - 1)
+    assert choose_micro_batch(adapted, passes, config, needed) == 1
+    with pytest.raises(
+        ValueError,
+        match=r"sampling needs \d+\.\d MiB beside base model .* for 8 x 15 tokens at a time; [\d.]+ MiB are free on "
+        r"cpu: set a smaller train\.batch_size, method\.group_size",
+    ):
+        choose_micro_batch(adapted, passes, config, needed - 1)
 
 
 def test_training_has_enough_with_what_is_never_less_than_it_takes(adapted, monkeypatch):
