@@ -20,6 +20,7 @@ import numpy as np
 
 from benchmarks.word_base import WORD, WORD_BASE, table, word_base_sha256
 from client.bases import cache_root
+from conf.compose import load_config
 from conf.seeds import generator_for
 
 Rows = dict[str, list[dict[str, str]]]
@@ -59,11 +60,16 @@ class Workload:
     @cached_property
     def version(self) -> str:
         """Changes with what the workload is made by: results of another version are not used."""
-        base = "" if self.model or self.rows is None else word_base_sha256()
         functions = [self.rows, _drawn, cut, *(part for part in (in_roles, _sampled) if self._uses(part))]
         made_by = [inspect.getsource(function) for function in functions if function is not None]
         settings = repr((self.rounds, self.settings, self.labels, self.model))
-        return hashlib.sha256("".join([base, *made_by, settings]).encode()).hexdigest()[:8]
+        return hashlib.sha256("".join([self._base(), *made_by, settings]).encode()).hexdigest()[:8]
+
+    def _base(self) -> str:
+        """What its base model is made of; the embedded default's is the project's own."""
+        if self.model:
+            return repr(load_config(self.model).model)
+        return "" if self.rows is None else word_base_sha256()
 
     def _uses(self, part: Callable[..., Any]) -> bool:
         return self.rows is not None and part.__name__ in self.rows.__code__.co_names
