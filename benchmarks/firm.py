@@ -38,7 +38,7 @@ from strategies.base import ClientUpdate
 from strategies.fedavg import mean_by_examples
 from strategies.simplex import minimiser
 
-LEADER = "firm_halves"
+LEADER = "firm_smooth"
 """Contender that the others are subtracted from."""
 LAST = 3
 """Rounds at the end that are evaluated; their mean is what counts."""

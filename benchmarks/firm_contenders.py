@@ -43,22 +43,36 @@ class Contender:
 
 BETA = 0.3
 """Of FIRM: between MGDA, which knows no preference, and linear scalarisation, which knows nothing else."""
+RHO = 0.25
+"""Of FIRM where weights are smoothed: a step's own count a quarter, since a rollout's are mostly noise."""
 BETWEEN = (0.2, 0.35, 0.4, 0.45)
 """Preferences between the others, where linear scalarisation might have ends that those miss."""
 _ALL = ("tiny", "tiny_kl", "smollm2")
 
 _FIRM = ("strategy=firm", f"method.beta={BETA}")
 _HALVES = "method.gram=halves"
+_SMOOTH = f"method.rho={RHO}"
 
 CONTENDERS: dict[str, Contender] = {
-    "firm_halves": Contender(f"FIRM, beta {BETA}, gram of halves (ours)", (*_FIRM, _HALVES), workloads=_ALL),
+    "firm_smooth": Contender(
+        f"FIRM, beta {BETA}, rho {RHO}, gram of halves (ours)", (*_FIRM, _HALVES, _SMOOTH), workloads=_ALL
+    ),
+    "firm_halves": Contender(f"FIRM, beta {BETA}, gram of halves", (*_FIRM, _HALVES)),
     "scalarised": Contender("linear scalarisation", ("strategy=firm", "method.beta=inf"), workloads=_ALL),
     "mgda": Contender("local MGDA (beta 0)", ("strategy=firm", "method.beta=0"), EQUAL, workloads=_ALL),
     "firm": Contender(f"FIRM, beta {BETA}", _FIRM),
+    "firm_rho": Contender(f"FIRM, beta {BETA}, rho {RHO}", (*_FIRM, _SMOOTH)),
     "mgda_halves": Contender("local MGDA, gram of halves", ("strategy=firm", "method.beta=0", _HALVES), EQUAL),
+    "mgda_smooth": Contender(
+        f"local MGDA, gram of halves, rho {RHO}", ("strategy=firm", "method.beta=0", _HALVES, _SMOOTH), EQUAL
+    ),
     "fedcmoo": Contender("FedCMOO", ("strategy=fedcmoo",), EQUAL),
     FSMGDA: Contender("FSMGDA", ("strategy=firm", "method.beta=inf"), EQUAL),
     DPO: Contender("DPO on pairs, mixed by preference", ("strategy=firm",), workloads=("smollm2",)),
+    "smooth_between": Contender(
+        f"FIRM, beta {BETA}, rho {RHO}, halves, nine preferences", (*_FIRM, _HALVES, _SMOOTH), BETWEEN, False,
+        adds_to="firm_smooth",
+    ),
     "firm_between": Contender(
         f"FIRM, beta {BETA}, halves, nine preferences", (*_FIRM, _HALVES), BETWEEN, False, adds_to="firm_halves"
     ),

@@ -30,7 +30,7 @@ def test_every_cell_is_a_run_of_its_own_with_valid_settings(workload, monkeypatc
     monkeypatch.setattr("benchmarks.workloads.Workload.source", lambda *_: ["data.path=embedded"])
     found = cells(list(CONTENDERS), workload, WORKLOADS[workload].rewards, [0, 1], "cpu")
     assert len(set(found)) == len(found)
-    names = {"tiny_kl": {"firm_halves", "scalarised", "mgda"}, "tiny": CONTENDERS.keys() - {"dpo"}}
+    names = {"tiny_kl": {"firm_smooth", "scalarised", "mgda"}, "tiny": CONTENDERS.keys() - {"dpo"}}
     assert {cell.contender for cell in found} == names.get(workload, CONTENDERS.keys())
     for cell in found[: len(found) // 2 : 14]:
         config = load_config(cell.overrides(Path("../shared/data")))
