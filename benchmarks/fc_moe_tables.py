@@ -15,7 +15,10 @@ from server.intervals import with_interval
 
 BASELINE = "fedavg"
 OURS = "fc_moe_plus"
-SUMMARISED = ("fedavg", "fedavg_step", "fedavgm", "fedalign_moe", "fc_moe", "fc_moe_plus", "local_only", "centralised")
+SUMMARISED = (
+    "fedavg", "fedavg_step", "fedavgm", "fedalign_moe", "fc_moe", "fc_moe_plus", "fc_moe_plus_as_shipped", "local_only",
+    "centralised",
+)  # fmt: skip
 
 _DIGITS = {
     "kept": 2, "negative": 3, "opposed": 3, "pairs": 3, "step": 2, "factor": 4, "largest_weight": 2, "largest_share": 2

@@ -40,6 +40,8 @@ from strategies.simplex import minimiser
 
 LEADER = "firm_smooth"
 """Contender that the others are subtracted from."""
+RECONSTRUCTED = "firm_rho", ("scalarised", "mgda")
+"""Contender without what is ours, and whom that is compared with."""
 LAST = 3
 """Rounds at the end that are evaluated; their mean is what counts."""
 
@@ -229,22 +231,26 @@ def report(workload: str, rewards: Sequence[str], rows: Sequence[Mapping[str, An
         for name, contender in CONTENDERS.items()
         if any(row["contender"] == name for row in rows)
     }
-    leaders = {LEADER, *(name for name, contender in CONTENDERS.items() if contender.adds_to == LEADER)}
+    extended = {LEADER, *(name for name, contender in CONTENDERS.items() if contender.adds_to == LEADER)}
     leader = Runs(
-        CONTENDERS[LEADER].title, CONTENDERS[LEADER].shares, [row for row in rows if row["contender"] in leaders]
+        CONTENDERS[LEADER].title, CONTENDERS[LEADER].shares, [row for row in rows if row["contender"] in extended]
     )
     rivals = [
         found[name]
         for name, contender in CONTENDERS.items()
-        if name in found and name not in leaders and (contender.is_main or contender.adds_to)
+        if name in found and name not in extended and (contender.is_main or contender.adds_to)
     ]
+    pairings = [(leader, rivals)]
+    reconstructed, others = RECONSTRUCTED
+    if reconstructed in found:
+        pairings.append((found[reconstructed], [found[name] for name in others if name in found]))
     return {
         "workload": workload,
         "rewards": list(rewards),
         "settings": list(WORKLOADS[workload].settings),
         "seeds": sorted({row["seed"] for row in rows}),
         "runs": len(rows),
-        "markdown": markdown([*found.values()], leader, rivals),
+        "markdown": markdown([*found.values()], pairings),
     }
 
 

@@ -49,13 +49,16 @@ class Runs:
         return [value for front in fronts if front and not np.isnan(value := measure(front))]
 
 
-def markdown(every: Sequence[Runs], leader: Runs, rivals: Sequence[Runs]) -> str:
-    """All by their fronts; ``leader`` minus each of ``rivals``, paired by seed; where every preference ends.
+Pairing = tuple[Runs, Sequence[Runs]]
+"""A leader, its runs with whatever preferences a rival has, and its rivals."""
+
+
+def markdown(every: Sequence[Runs], pairings: Sequence[Pairing]) -> str:
+    """All by their fronts; each leader minus its rivals, paired by seed; where every preference ends.
 
     Args:
         every: Contenders with the runs that they have, one or more.
-        leader: Its runs with whatever preferences a rival has.
-        rivals: Of ``every``.
+        pairings: The rivals are of ``every``.
     """
     found = [runs for runs in every if runs.rows]
     if not found:
@@ -67,15 +70,7 @@ def markdown(every: Sequence[Runs], leader: Runs, rivals: Sequence[Runs]) -> str
         ],
         [_summary(runs) for runs in found],
     )  # fmt: skip
-    pairs = [
-        cells for runs in rivals for shares in _compared(leader, runs) if (cells := _differences(leader, runs, shares))
-    ]
-    lines += ["", *_table(
-        [
-            f"{leader.title}, minus", "preferences", "hypervolume", "above (0, 0)", "drift", "disagreement", "seeds",
-        ],
-        pairs,
-    )] if pairs else []  # fmt: skip
+    lines += [line for leader, rivals in pairings for line in _paired(leader, rivals)]
     names = _objectives(found[0].rows[0])
     ends = _table(
         ["", f"preference for {names[0]}", *names, "KL", "seeds"],
@@ -102,6 +97,15 @@ def _summary(runs: Runs) -> list[str]:
         runs.title, str(len(runs.shares)), *map(_told, volumes), f"{np.mean(respected):.2f}" if respected else "",
         *map(_told, means), f"{sizes[0]:.2f}", f"{sizes[1]:.0f}",
     ]  # fmt: skip
+
+
+def _paired(leader: Runs, rivals: Sequence[Runs]) -> list[str]:
+    """A blank line and the table of the leader minus its rivals; nothing if no seed has both."""
+    pairs = [
+        cells for runs in rivals for shares in _compared(leader, runs) if (cells := _differences(leader, runs, shares))
+    ]
+    head = [f"{leader.title}, minus", "preferences", "hypervolume", "above (0, 0)", "drift", "disagreement", "seeds"]
+    return ["", *_table(head, pairs)] if pairs else []
 
 
 def _compared(leader: Runs, rival: Runs) -> list[tuple[float, ...]]:

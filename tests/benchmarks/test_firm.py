@@ -143,7 +143,7 @@ def test_table_by_hand():
         Runs("C", (0.1, 0.9), [row("c", 0.1, 0, 1, 1)]),
         Runs("D", (0.5,), [row("d", 0.5, 0, 1, 1) | {"disagreement": []}]),
     ]
-    page = markdown([front, *others], front, [])
+    page = markdown([front, *others], [])
     assert "| A | 3 | 7 | 7 | 4 | 7 | 1.00 | 0 | 1 | 0.1 | 1.00 | 3 |" in page
     assert "| A | 0.9 | 3 | 1 | 0.1 | 1 |" in page
     assert "| B | 1 | 0 |  | 0 | 0 |  | 0 | 1 |" in page
@@ -151,7 +151,7 @@ def test_table_by_hand():
     assert "| D | 1 | 1 |  | 1 | 1 |  |  | 1 |" in page
     assert "The untrained base: x 0, y 0." in page
     assert "Failed: B, seed 1: round 1: nan" in page
-    assert markdown([Runs("B", (0.5,), [failed])], front, []) == "No run has finished."
+    assert markdown([Runs("B", (0.5,), [failed])], []) == "No run has finished."
 
 
 def test_volumes_are_above_each_seeds_own_base():
@@ -159,13 +159,13 @@ def test_volumes_are_above_each_seeds_own_base():
     rows = [row("a", share, 0, *point) for share, *point in FRONT]
     rows += [row("a", share, 1, *point) | {"start": [1.0, 1.0]} for share, *point in FRONT]
     runs = Runs("A", (0.1, 0.5, 0.9), rows)
-    assert "| A | 3 | 4 ± 38 | 4 ± 38 | 2.5 ± 19 | 7 ± 0 |" in markdown([runs], runs, [])
+    assert "| A | 3 | 4 ± 38 | 4 ± 38 | 2.5 ± 19 | 7 ± 0 |" in markdown([runs], [])
 
 
 def test_a_preference_is_respected_within_noise_in_both_rewards():
     """Of four changes the second of the first reward, -0.5, goes against it; +0.01 of the other does not."""
     runs = Runs("A", (0.1, 0.5, 0.9), [row("a", 0.1, 0, 1, 1), row("a", 0.5, 0, 2, 1.01), row("a", 0.9, 0, 1.5, 0)])
-    assert "| 0.75 | 0 | 1 | 0.1 |" in markdown([runs], runs, [])
+    assert "| 0.75 | 0 | 1 | 0.1 |" in markdown([runs], [])
 
 
 def test_pairs_differ_at_the_rivals_preferences():
@@ -176,7 +176,7 @@ def test_pairs_differ_at_the_rivals_preferences():
     two = Runs(
         "C", (0.1, 0.9), [row("c", share, s, 1, 1) | {"disagreement": []} for share in (0.1, 0.9) for s in (0, 1)]
     )
-    page = markdown([leader, one, two], leader, [one, two])
+    page = markdown([leader, one, two], [(leader, [one, two])])
     assert "| B | 0.5 | +3.0000 ± 0.0000 | +3.0000 ± 0.0000 | -2.0000 ± 0.0000 | +0.0000 ± 0.0000 | 2 |" in page
     assert "| B | 0.1, 0.5, 0.9 against its one end | +6.0000 | +6.0000 | -2.0000 | +0.0000 | 1 |" in page
     assert "| C | 0.1, 0.9 | +5.0000 | +5.0000 | +0.0000 |  | 1 |" in page
