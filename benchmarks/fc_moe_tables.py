@@ -166,12 +166,20 @@ def averaging(tested: Mapping[str, Outcome]) -> str:
         runs = [row.get("averaging") or {} for row in good(result.rows).values()]
         found = [run for run in runs if run.get("kept") is not None]
         if found:
-            cells = (_mean_of([run.get(measure) for run in found], digits) for measure, digits in _DIGITS.items())
+            cells = (_of_runs(measure, [run.get(measure) for run in found]) for measure in _DIGITS)
             lines.append([CONTENDERS[name].title, *cells])
     if not lines:
         return ""
     table = _table(["method", *(MEASURES[measure] for measure in _DIGITS)], lines)
-    return f"What aggregation did to experts, mean over rounds, experts and runs\n\n{table}"
+    return f"What aggregation did to experts, mean over rounds, experts and runs (step: median of the runs)\n\n{table}"
+
+
+def _of_runs(measure: str, values: Sequence[float | None]) -> str:
+    """Their mean; of the step, which is in lengths of a mean update that may be next to nothing, their median."""
+    known = [value for value in values if value is not None]
+    if measure == "step" and known:
+        known = [float(np.median(known))]
+    return _mean_of(known, _DIGITS[measure])
 
 
 def _methods(tested: Mapping[str, Outcome]) -> dict[str, Outcome]:

@@ -172,6 +172,8 @@ def test_what_averaging_did_is_shown_of_runs_that_measured_it():
     table = averaging({"fedavg": Outcome((), rows), "fedmoe": Outcome((), {0: row(0, 0.5)})})
     assert cells_of(table, "FedAvg |")[1:] == ["0.45", "0.500", "0.500", "0.500", "0.50", "", "0.50", "0.50"]
     assert "FedMoE" not in table
+    far = {seed: row(seed, 0.5, averaging=measured | {"step": step}) for seed, step in enumerate((1.0, 2.0, -90.0))}
+    assert cells_of(averaging({"fedavg": Outcome((), far)}), "FedAvg |")[5] == "1.00"
     assert cells_of(averaging({"fedavg": Outcome((), {1: rows[1]})}), "FedAvg |")[1:4] == ["0.40", "0.500", ""]
     nothing = Outcome((), {0: row(0, 0.5, averaging=dict.fromkeys(MEASURES))})
     assert averaging({"local_only": nothing}) == ""
