@@ -10,7 +10,8 @@ import torch
 
 from client.base_model import load_base
 from client.grafting.selection import select_experts
-from client.memory import Passes, Shape, TrainingMemory, choose_micro_batch, free_bytes, step_peak_bytes
+from client.live_bytes import step_peak_bytes
+from client.memory import Passes, Shape, TrainingMemory, choose_micro_batch, free_bytes
 from client.model import AdaptedModel
 from client.runtime import configure_torch, gpu_is_lost, resolve_device
 from conf.methods import GraftConfig

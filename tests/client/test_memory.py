@@ -13,15 +13,8 @@ import torch
 import client.memory
 from client.alignment.rollouts import sample
 from client.base_model import load_base
-from client.memory import (
-    Passes,
-    Shape,
-    TrainingMemory,
-    _LiveBytes,
-    choose_micro_batch,
-    sampling_peak_bytes,
-    step_peak_bytes,
-)
+from client.live_bytes import LiveBytes, sampling_peak_bytes, step_peak_bytes
+from client.memory import Passes, Shape, TrainingMemory, choose_micro_batch
 from client.model import AdaptedModel
 from client.prompts import PromptSequence
 from client.text import TokenSequence
@@ -54,7 +47,7 @@ def memory(adapted):
 def test_live_bytes_by_hand():
     """Two tensors of 400 bytes and their sum; views and what was there before cost nothing; what goes is let go."""
     given = torch.ones(100)
-    with _LiveBytes([given]) as live:
+    with LiveBytes([given]) as live:
         given.view(10, 10)
         first, second = given + 1, given + 2
         both = first + second
@@ -74,7 +67,7 @@ def test_activations_of_a_linear_map_by_hand():
     """y = relu(x W), its sum backwards: y and relu(y) are kept while their gradients are made."""
     weight, inputs = torch.nn.Parameter(torch.ones(16, 1024)), torch.ones(4, 16)
     weight.grad = torch.zeros_like(weight)
-    with _LiveBytes([weight, weight.grad, inputs]) as live:
+    with LiveBytes([weight, weight.grad, inputs]) as live:
         (inputs @ weight).relu().sum().backward()
     product, gradient = 4 * 1024 * 4, weight.nbytes
     # At the end of the pass: the product's gradient and the weight's, before it is added to what is there.
@@ -221,7 +214,7 @@ def test_sampling_takes_no_more_than_is_counted_and_not_much_less(adapted, num_p
     shape = Shape(num_tokens=48, num_targets=new_tokens, packed=False)
     prompt = PromptSequence(**vars(shape.sequence()), prompt="", prompt_ids=[5] * (48 - new_tokens))
     torch.manual_seed(0)
-    with _LiveBytes([*adapted.model.parameters(), *adapted.model.buffers()]) as live:
+    with LiveBytes([*adapted.model.parameters(), *adapted.model.buffers()]) as live:
         sample(adapted, [prompt] * num_prompts, per_prompt=per_prompt, max_new_tokens=new_tokens, temperature=1.0)
     sequences = [shape.sequence()] * (num_prompts * per_prompt)
     assert live.peak <= sampling_peak_bytes(adapted, sequences) <= 4 * live.peak
