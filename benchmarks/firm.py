@@ -1,7 +1,6 @@
 """FIRM and its rivals on a language model: rewards, hypervolume over preferences, drift, bytes.
 
     python -m benchmarks.firm --workload tiny --budget-minutes 60 --jobs 2
-    python -m benchmarks.firm --workload tiny_kl
     bouquet reward train heads/helpful --objective helpful model=smollm2_moe data.path=...; so heads/harmless; then
     python -m benchmarks.firm --workload smollm2 --rewards helpful:heads/helpful harmless:heads/harmless --device cuda
 
