@@ -134,7 +134,7 @@ def test_passes_are_whole_rollouts_and_make_room_for_each_objectives_gradients(a
     prompts = Firm(firm()).encode(TRAIN[:2], adapted.tokenizer, DATA)
     passes = Firm(firm(gram=Gram.halves)).passes_over(prompts)
     assert [len(sequence.input_ids) for sequence in passes.sequences] == [len(p.prompt_ids) + 6 for p in prompts] * 2
-    assert (passes.of_step(batch_size=1), passes.kept_gradients) == (2, 5)
+    assert (passes.of_step(batch_size=1), passes.kept_gradients, passes.are_sampled) == (2, 5, True)
     assert Firm(firm()).passes_over(prompts).kept_gradients == 3
 
 
