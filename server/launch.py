@@ -33,6 +33,7 @@ from server.services import certs, server_cli, site_cli
 from server.view import View
 
 FAILED, BAD_SETTINGS, INTERRUPTED = 1, 2, 130
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _CLEANING_SECONDS = 60.0
 """How long after a signal another has no effect."""
 
@@ -62,6 +63,10 @@ def main() -> None:
     except RuntimeError as error:
         errors.print(f"[red]error:[/] {escape(str(error))}")
         sys.exit(FAILED)
+    finally:
+        # All is cleaned up. Python gives up our handlers before it ends: an interrupt then would be the exit code.
+        for each in _ENDING:
+            signal.signal(each, signal.SIG_IGN)
 
 
 def _end_in_order() -> None:
@@ -77,7 +82,7 @@ def _end_in_order() -> None:
             os.write(2, b"\nstopping; this takes some seconds\n")
         raise KeyboardInterrupt
 
-    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for each in _ENDING:
         if signal.getsignal(each) is not signal.SIG_IGN:  # as nohup has it
             signal.signal(each, interrupt)
 
