@@ -196,6 +196,17 @@ def test_each_of_several_processes_keeps_to_its_part_of_the_machine(monkeypatch)
     assert client.memory.free_bytes(CPU) <= min(1.1 * alone, machine / 2)
 
 
+def test_the_slow_count_of_memory_is_made_only_where_the_quick_one_does_not_find_enough(monkeypatch):
+    counts = []
+    slow = psutil.Process.memory_full_info
+    monkeypatch.setattr(psutil.Process, "memory_full_info", lambda process: counts.append(process) or slow(process))
+    monkeypatch.setattr(client.memory, "_processes", 2)
+    assert client.memory.free_bytes(CPU, enough=1) > 0
+    assert not counts
+    assert client.memory.free_bytes(CPU, enough=psutil.virtual_memory().total) > 0
+    assert counts
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's memory")
 def test_what_was_freed_is_given_back_only_where_there_is_not_enough_without():
     blocks = [bytearray(1 << 16) for _ in range(2000)]
