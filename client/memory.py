@@ -271,7 +271,7 @@ def free_bytes(device: torch.device, enough: float = math.inf) -> int:
 
 
 def _free_of_machine(enough: float) -> int:
-    """Bytes; to count what is shared with other processes takes 20 ms, so it counts as held where ``enough`` is left."""
+    """Bytes; what is shared with other processes is looked up, in 20 ms, only where not ``enough`` is left without."""
     machine = psutil.virtual_memory()
     free = min(machine.available, free_of_cgroups())
     if _processes > 1:
