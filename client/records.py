@@ -44,11 +44,12 @@ def to_arrays(record: ArrayRecord, dtype: DTypeLike = np.float32) -> dict[str, N
     if not record:
         return {}
     content, expected = record[_PACKED].data, np.dtype(dtype).newbyteorder("<")
+    expected_name = expected.name  # put together at every look
     offset = _LENGTH_BYTES + int.from_bytes(content[:_LENGTH_BYTES], "big")
     arrays = {}
     for name, declared, shape in json.loads(content[_LENGTH_BYTES:offset]):
-        if declared != expected.name:
-            raise ValueError(f"{name} must be {expected.name}, got {declared}")
+        if declared != expected_name:
+            raise ValueError(f"{name} must be {expected_name}, got {declared}")
         if not all(type(length) is int and length >= 0 for length in shape):
             raise ValueError(f"{name} has the shape {shape}")
         count = math.prod(shape)

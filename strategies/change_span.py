@@ -34,8 +34,9 @@ class Side:
 
         Where these depend on each other, as many basis vectors are 0 as are too many.
         """
-        products_EVM = _received_and_summed(self.gram, weights_CE)
-        gram_EMM = _received_and_summed(np.swapaxes(products_EVM, -1, -2), weights_CE)
+        sums_EVM = _received_and_summed(weights_CE, rank=self.gram.shape[-1] // (1 + len(weights_CE)))
+        products_EVM = self.gram @ sums_EVM
+        gram_EMM = np.asarray(np.swapaxes(sums_EVM, -1, -2) @ products_EVM, np.float64)
         length_EM = np.sqrt(np.maximum(np.diagonal(gram_EMM, axis1=-2, axis2=-1), 0.0))
         inverse_EM = np.divide(1.0, length_EM, out=np.zeros_like(length_EM), where=length_EM > 0)
         squares_EM, turned_EMM = np.linalg.eigh(gram_EMM * inverse_EM[:, :, None] * inverse_EM[:, None, :])
@@ -65,12 +66,14 @@ class Coordinates:
         return np.asarray(weights_EKV.astype(np.float32) @ self.side.vectors)
 
 
-def _received_and_summed(rows_EKV: NDArray[np.floating], weights_CE: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(E, K, M) the columns of what was received, then the sites' columns summed with their weights."""
-    num_experts, num_rows = rows_EKV.shape[:2]
-    blocks = rows_EKV.reshape(num_experts, num_rows, 1 + len(weights_CE), -1)
-    summed_EKR = np.einsum("ekcr,ce->ekr", blocks[:, :, 1:], weights_CE)
-    return np.concatenate([blocks[:, :, 0], summed_EKR], axis=-1)
+def _received_and_summed(weights_CE: NDArray[np.float64], rank: int) -> NDArray[np.float32]:
+    """(E, V, M) the sums that a side's vectors make: those received, then the sites' changes with their weights."""
+    num_sites, num_experts = weights_CE.shape
+    sums_EURM = np.zeros((num_experts, 1 + num_sites, rank, 2 * rank), np.float32)
+    vector_R = np.arange(rank)
+    sums_EURM[:, 0, vector_R, vector_R] = 1.0
+    sums_EURM[:, 1:, vector_R, rank + vector_R] = weights_CE.T[..., None]
+    return sums_EURM.reshape(num_experts, -1, 2 * rank)
 
 
 def side_of(received_ERN: NDArray[np.floating], trained: Sequence[NDArray[np.floating]]) -> Side:
@@ -82,9 +85,7 @@ def side_of(received_ERN: NDArray[np.floating], trained: Sequence[NDArray[np.flo
     vectors = np.empty((num_experts, (1 + len(trained)) * rank, width), np.float32)
     vectors[:, :rank] = received_ERN
     for site, after_ERN in enumerate(trained, start=1):
-        change = vectors[:, site * rank : (site + 1) * rank]
-        change[...] = after_ERN  # first, since those of B lie across
-        change -= vectors[:, :rank]
+        np.subtract(after_ERN, vectors[:, :rank], out=vectors[:, site * rank : (site + 1) * rank])
     return Side(vectors=vectors, gram=vectors @ np.swapaxes(vectors, -1, -2))
 
 
@@ -105,9 +106,9 @@ class Changes:
         a, b = A[:, R:, R:], B[:, R:, R:]
         after_a = a + spread.T @ A[:, :R, R:]
         after_after = after_a + (A[:, R:, :R] + spread.T @ A[:, :R, :R]) @ spread
-        mixed = _block_sums((B[:, R:, :R] @ spread) * after_a, R)
-        found = _block_sums(b * after_after + (spread.T @ B[:, :R, :R] @ spread) * a, R)
-        return np.asarray(found + mixed + np.swapaxes(mixed, -1, -2), np.float64)
+        half = (B[:, R:, :R] @ spread) * after_a + 0.5 * (b * after_after + (spread.T @ B[:, :R, :R] @ spread) * a)
+        found = _block_sums(half, R)
+        return np.asarray(found + np.swapaxes(found, -1, -2), np.float64)
 
     def weighted_sum(self, weights_CE: NDArray[np.float64]) -> WeightedSum:
         """``sum_i w_i change_i``, in the span of A and ``sum_i w_i a_i``, of B and ``sum_i w_i b_i``.
