@@ -1,9 +1,10 @@
 """FIRM and its rivals on a language model: rewards, hypervolume over preferences, drift, bytes.
 
     python -m benchmarks.firm --workload tiny --budget-minutes 60 --jobs 2
-    bouquet reward train heads/helpful --objective helpful model=smollm2_moe data.path=...; so heads/harmless; then
-    python -m benchmarks.firm --workload smollm2 --rewards helpful:heads/helpful harmless:heads/harmless --device cuda
+    python -m benchmarks.firm --workload heads --jobs 2
+    python -m benchmarks.firm --workload smollm2 --device cuda
 
+Reward heads that are missing are trained first, as ``bouquet reward train`` does.
 Every run is a cell; finished cells are appended to ``results/firm_WORKLOAD.jsonl``, and a restart computes what is
 missing. The tables are made from the cells and written beside them (``.json``) after every cell. A run is one of
 ``bouquet run`` with the cell's settings, played without Flower; FSMGDA trains every objective by itself at each site,
@@ -30,8 +31,10 @@ from benchmarks.federation import Federation, simulated
 from benchmarks.firm_contenders import CONTENDERS, DPO, FSMGDA, WORKLOADS, Cell, cells, contenders_of
 from benchmarks.firm_tables import Runs, markdown
 from benchmarks.render import HERE, write_results
+from client.alignment.reward_models import LinearHead
 from conf.alignment import FirmConfig
 from conf.compose import load_config
+from server.reward import train as train_head
 from strategies.adapters import Arrays, difference, dot, spread
 from strategies.base import ClientUpdate
 from strategies.fedavg import mean_by_examples
@@ -186,6 +189,7 @@ def main() -> None:
     stored = results.with_suffix(".jsonl")
     stored.parent.mkdir(exist_ok=True)
     rewards = given.rewards or WORKLOADS[given.workload].rewards
+    train_missing_heads(given.workload, rewards, given.data, given.device)
     names = given.methods or contenders_of(given.workload)
     rows = {Cell.of(row): row for row in stored_rows(stored)}
     wanted = cells(names, given.workload, rewards, given.seeds, given.device)
@@ -219,6 +223,26 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def train_missing_heads(workload: str, rewards: Sequence[str], data: Path, device: str) -> None:
+    """Train the linear heads among the rewards (``objective:folder``) whose folders there are not, on all pairs."""
+    of = WORKLOADS[workload]
+    kept = [word for word in of.settings if word.startswith(("data.", "model"))]
+    for objective, _, folder in (spec.partition(":") for spec in rewards):
+        if folder and not Path(folder).exists():
+            place = [f"data.path={data / str(of.source)}", f"device={device}"]
+            train_head(Path(folder), [*of.base, *kept, *place], objective)
+
+
+def _heads(rewards: Sequence[str]) -> list[str]:
+    """What the linear heads among them are worth, for the page."""
+    folders = [Path(folder) for _, _, folder in (spec.partition(":") for spec in rewards) if folder]
+    lines = []
+    for facts in (LinearHead.load(folder).facts for folder in folders if folder.is_dir()):
+        told = ", ".join(f"{name} {share:.3f}" for name, share in facts.accuracy.items())
+        lines.append(f"Head `{facts.objective}`, of {facts.num_pairs} pairs; accuracy: {told}.")
+    return lines
+
+
 def report(workload: str, rewards: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The results file: settings, and the tables as Markdown."""
     found = {
@@ -249,7 +273,7 @@ def report(workload: str, rewards: Sequence[str], rows: Sequence[Mapping[str, An
         "settings": list(WORKLOADS[workload].settings),
         "seeds": sorted({row["seed"] for row in rows}),
         "runs": len(rows),
-        "markdown": markdown([*found.values()], pairings),
+        "markdown": "\n\n".join([markdown([*found.values()], pairings), *_heads(rewards)]),
     }
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.firm_tables import ALL_SHARES, EQUAL, THREE_SHARES
+from benchmarks.word_base import word_base_sha256
+from benchmarks.workloads import ON_WORDS
 from benchmarks.workloads import WORKLOADS as FC_MOE_WORKLOADS
 
 DPO = "dpo"
@@ -23,6 +25,26 @@ class Workload:
     source: str | None
     """A file of the data folder, or the workload of ``benchmarks.fc_moe`` whose model and prompts these are; None: what
     the settings say."""
+    base: tuple[str, ...] = ()
+    """Settings of the base model, where they say where it lies on this machine: in no cell, but in their version."""
+    has_sweeps: bool = True
+    """Whether values of beta, local steps and sites are compared on it too, or methods alone."""
+
+    @property
+    def has_pairs(self) -> bool:
+        """Whether its data are pairs of a preferred response and another."""
+        return any(setting.startswith("data.rejected_column=") for setting in self.settings)
+
+    @property
+    def version(self) -> str:
+        """Of prompts and base model, where they are those of ``benchmarks.fc_moe``; else empty."""
+        if self.source in FC_MOE_WORKLOADS:
+            return FC_MOE_WORKLOADS[self.source].version
+        return word_base_sha256()[:8] if self.base == ON_WORDS else ""
+
+    def compares(self, contender: Contender) -> bool:
+        """Whether the contender is run on it."""
+        return (self.has_pairs or not contender.of_pairs) and (self.has_sweeps or contender.is_main)
 
 
 @dataclass(frozen=True)
@@ -36,7 +58,8 @@ class Contender:
     """Preferences it is run with; equal ones alone for methods that take none."""
     is_main: bool = True
     """Whether it is a method by itself; else one value of a sweep, which waits for the methods."""
-    workloads: tuple[str, ...] = ("tiny", "smollm2")
+    of_pairs: bool = False
+    """Whether it is trained on preference pairs."""
     adds_to: str | None = None
     """Name of the contender whose runs count as its own too."""
 
@@ -64,7 +87,7 @@ CONTENDERS: dict[str, Contender] = {
     ),
     "fedcmoo": Contender("FedCMOO", ("strategy=fedcmoo",), EQUAL),
     FSMGDA: Contender("FSMGDA", ("strategy=firm", "method.beta=inf"), EQUAL),
-    DPO: Contender("DPO on pairs, mixed by preference", ("strategy=firm",), workloads=("smollm2",)),
+    DPO: Contender("DPO on pairs, mixed by preference", ("strategy=firm",), of_pairs=True),
     "smooth_between": Contender(
         f"FIRM, beta {BETA}, rho {RHO}, halves, nine preferences", (*_FIRM, _HALVES, _SMOOTH), BETWEEN, False,
         adds_to="firm_smooth",
@@ -101,6 +124,11 @@ CONTENDERS: dict[str, Contender] = {
     ),
 }  # fmt: skip
 
+_PAIRS = (
+    "data.split_column=split", "data.prompt_column=prompt", "data.response_column=chosen",
+    "data.rejected_column=rejected", "data.objective_column=objective", "data.context_column=null",
+    "partition=dirichlet", "partition.column=objective", "partition.alpha=0.3", "partition.num_sites=4",
+)  # fmt: skip
 WORKLOADS: dict[str, Workload] = {
     "tiny": Workload(
         (
@@ -112,15 +140,24 @@ WORKLOADS: dict[str, Workload] = {
         ("brevity", "sentiment"),
         "dolly",
     ),
+    "heads": Workload(
+        (
+            *_PAIRS, "rounds=8", "train.max_steps=4", "train.batch_size=8", "train.learning_rate=1e-2",
+            "lora.rank=4", "lora.alpha=8", "data.max_length=96", "method.group_size=8", "method.max_new_tokens=16",
+            "method.eval_prompts=64", "eval.max_examples=64", "method.kl=0.3",
+        ),
+        ("helpful:benchmarks/heads/words/helpful", "harmless:benchmarks/heads/words/harmless"),
+        "preferences.parquet",
+        base=ON_WORDS,
+        has_sweeps=False,
+    ),
     "smollm2": Workload(
         (
-            "model=smollm2_moe", "data.split_column=split", "data.prompt_column=prompt", "data.response_column=chosen",
-            "data.rejected_column=rejected", "data.objective_column=objective", "data.context_column=null",
-            "partition=dirichlet", "partition.column=objective", "partition.alpha=0.3", "partition.num_sites=4",
-            "rounds=30", "train.max_steps=8", "train.batch_size=8", "train.learning_rate=2e-4", "method.group_size=4",
-            "method.max_new_tokens=64", "method.eval_prompts=64", "eval.max_examples=64",
+            "model=smollm2_moe", *_PAIRS, "rounds=30", "train.max_steps=8", "train.batch_size=8",
+            "train.learning_rate=2e-4", "method.group_size=4", "method.max_new_tokens=64", "method.eval_prompts=64",
+            "eval.max_examples=64", "method.kl=0.3",
         ),
-        ("helpful:heads/helpful", "harmless:heads/harmless"),
+        ("helpful:benchmarks/heads/smollm2/helpful", "harmless:benchmarks/heads/smollm2/harmless"),
         "preferences.parquet",
     ),
 }  # fmt: skip
@@ -138,7 +175,7 @@ class Cell:
     settings: tuple[str, ...]
     """All that is set but the place of the data."""
     version: str
-    """Of prompts and base model, where they are those of a workload of ``benchmarks.fc_moe``; else empty."""
+    """Of the workload: see there."""
 
     @classmethod
     def of(cls, row: Mapping[str, Any]) -> Cell:
@@ -148,11 +185,12 @@ class Cell:
 
     def overrides(self, data: Path) -> list[str]:
         """The settings of its run, with the data in the folder ``data``; FedCMOO takes no preference."""
-        source = WORKLOADS[self.workload].source
+        of = WORKLOADS[self.workload]
+        source = of.source
         if source in FC_MOE_WORKLOADS:
             place = FC_MOE_WORKLOADS[source].source(data, self.seed, "test")
         else:
-            place = [f"data.path={data / source}"] if source else []
+            place = [*of.base, *([f"data.path={data / source}"] if source else [])]
         preference = [f"method.preference=[{self.share},{round(1 - self.share, 9)}]"]
         none = self.contender in {"fedcmoo", FSMGDA}
         return [*self.settings, *place, f"seed={self.seed}", *([] if none else preference)]
@@ -160,17 +198,16 @@ class Cell:
 
 def contenders_of(workload: str) -> list[str]:
     """Names of all that are compared on it."""
-    return [name for name, contender in CONTENDERS.items() if workload in contender.workloads]
+    return [name for name, contender in CONTENDERS.items() if WORKLOADS[workload].compares(contender)]
 
 
 def cells(names: Sequence[str], workload: str, rewards: Sequence[str], seeds: Sequence[int], device: str) -> list[Cell]:
     """Every contender's runs on the workload: first the methods, then the sweeps, each seed by seed."""
-    common = (*WORKLOADS[workload].settings, f"method.rewards=[{','.join(rewards)}]", f"device={device}")
-    source = WORKLOADS[workload].source
-    version = FC_MOE_WORKLOADS[source].version if source in FC_MOE_WORKLOADS else ""
-    chosen = [(name, CONTENDERS[name]) for name in names if workload in CONTENDERS[name].workloads]
+    of = WORKLOADS[workload]
+    common = (*of.settings, f"method.rewards=[{','.join(rewards)}]", f"device={device}")
+    chosen = [(name, CONTENDERS[name]) for name in names if of.compares(CONTENDERS[name])]
     return [
-        Cell(workload, name, share, seed, (*contender.settings[:1], *common, *contender.settings[1:]), version)
+        Cell(workload, name, share, seed, (*contender.settings[:1], *common, *contender.settings[1:]), of.version)
         for is_main in (True, False)
         for seed in seeds
         for name, contender in chosen

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from benchmarks.federation import simulated
-from benchmarks.firm import Apart, evaluated, played, report, run_cell
+from benchmarks.firm import Apart, evaluated, played, report, run_cell, train_missing_heads
 from benchmarks.firm_contenders import BETWEEN, CONTENDERS, WORKLOADS, Cell, Workload, cells
 from benchmarks.firm_tables import Runs, markdown
+from benchmarks.render import HERE
+from client.alignment.reward_models import LinearHead
 from conf.compose import load_config
 from strategies.adapters import difference, dot
 from strategies.fedavg import mean_by_examples
@@ -24,13 +28,15 @@ def toy(monkeypatch):
     monkeypatch.setitem(WORKLOADS, "toy", Workload((), ("length", "format"), None))
 
 
-@pytest.mark.parametrize("workload", ["tiny", "smollm2"])
+@pytest.mark.parametrize("workload", ["tiny", "heads", "smollm2"])
 def test_every_cell_is_a_run_of_its_own_with_valid_settings(workload, monkeypatch):
     # The data of another benchmark's workload are made from data sets that a clone lacks; ``test_fc_moe`` has them.
     monkeypatch.setattr("benchmarks.workloads.Workload.source", lambda *_: ["data.path=embedded"])
     found = cells(list(CONTENDERS), workload, WORKLOADS[workload].rewards, [0, 1], "cpu")
     assert len(set(found)) == len(found)
-    assert {cell.contender for cell in found} == CONTENDERS.keys() - ({"dpo"} if workload == "tiny" else set())
+    left_out = {"tiny": {"dpo"}, "heads": {name for name, of in CONTENDERS.items() if not of.is_main}, "smollm2": set()}
+    assert {cell.contender for cell in found} == CONTENDERS.keys() - left_out[workload]
+    assert not any(str(HERE) in setting for cell in found for setting in cell.settings)
     for cell in found[: len(found) // 2 : 14]:
         config = load_config(cell.overrides(Path("../shared/data")))
         assert config.method.num_objectives() == 2
@@ -83,6 +89,23 @@ def pairs_file(folder):
         f"data.path={path}", "data.prompt_column=instruction", "data.context_column=null", "data.rejected_column=worse",
         "data.objective_column=by",
     )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_heads_that_are_missing_are_trained_on_the_pairs_of_their_objective_and_told_of(tmp_path, monkeypatch):
+    path, *columns = pairs_file(tmp_path)
+    base = tuple(word for word in tiny(tmp_path, "") if word.startswith(("model", "data.template")))
+    source = path.removeprefix(f"data.path={tmp_path}/")
+    monkeypatch.setitem(WORKLOADS, "toy", Workload(tuple(columns), ("length", "format"), source, base=base))
+    rewards = [f"length:{tmp_path / 'length'}", f"format:{tmp_path / 'format'}", "brevity"]
+    train_missing_heads("toy", rewards, tmp_path, "cpu")
+    weights = [LinearHead.load(tmp_path / name).weight_D for name in ("length", "format")]
+    assert not torch.equal(*weights)
+    (tmp_path / "pairs.jsonl").unlink()
+    train_missing_heads("toy", rewards, tmp_path, "cpu")
+    page = report("toy", rewards, [row("firm_smooth", 0.5, 0, 1, 2)])["markdown"]
+    assert page.count("Head `") == 2
+    assert re.search(r"Head `format`, of \d+ pairs; accuracy: training [01]\.\d{3}, held_out [01]\.\d{3}", page)
 
 
 @pytest.mark.slow
