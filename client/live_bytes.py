@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import GenerationConfig
 
 from client.checkpointing import checkpointed_layers
+from client.evaluation.generation import generated
 from client.evaluation.held_out import response_nll
 from client.model import AdaptedModel
 from client.text import TokenSequence, collate
@@ -44,17 +45,14 @@ def sampling_peak_bytes(adapted: AdaptedModel, sequences: Sequence[TokenSequence
 
     That is no less than writing the last of their tokens one by one takes, and more the shorter the prompts are.
     """
-    network: Any = adapted.model
     tokens_BT = torch.tensor([sequence.input_ids for sequence in sequences], device=adapted.device)
     batch = {"input_ids": tokens_BT, "attention_mask": torch.ones_like(tokens_BT)}
     known = [*adapted.model.parameters(), *adapted.model.buffers(), *batch.values()]
     config = GenerationConfig(  # type: ignore[no-untyped-call]
         do_sample=False, max_new_tokens=1, pad_token_id=adapted.tokenizer.pad_token_id
     )
-    dtype = adapted.base.model.dtype
-    autocast = torch.autocast(adapted.device.type, dtype=dtype, enabled=dtype != torch.float32)
-    with adapted.evaluating(), torch.no_grad(), autocast, LiveBytes(known) as live:
-        network.generate(**batch, generation_config=config)
+    with adapted.evaluating(), LiveBytes(known) as live:
+        generated(adapted, batch, config)
     peak: int = live.peak
     return peak
 

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 from transformers import GenerationConfig
 
-from client.evaluation.generation import left_padded
+from client.evaluation.generation import generated, left_padded
 from client.evaluation.held_out import reading_hidden_states, response_logits
 from client.model import AdaptedModel
 from client.prompts import PromptSequence
@@ -51,7 +50,7 @@ def sample(
     """
     repeated = [prompt for prompt in prompts for _ in range(per_prompt)]
     # All at a time, so that the draws do not depend on train.micro_batch.
-    with adapted.evaluating(), torch.no_grad():
+    with adapted.evaluating():
         sequences = _sampled(adapted, repeated, max_new_tokens, temperature)
     texts = [_completion_text(adapted, sequence) for sequence in sequences]
     return Rollout(sequences, [prompt.prompt for prompt in repeated], texts)
@@ -90,30 +89,15 @@ def _sampled(
 ) -> list[TokenSequence]:
     padding, end = adapted.tokenizer.pad_token_id, adapted.tokenizer.eos_token_id
     batch = left_padded([prompt.prompt_ids for prompt in prompts], padding, adapted.device)
-    # Everything that shapes the distribution is said, since the base's own generation settings would fill it in.
     config = GenerationConfig(  # type: ignore[no-untyped-call]
         do_sample=True,
         temperature=temperature,
-        top_k=0,
-        top_p=1.0,
-        min_p=0.0,
-        typical_p=1.0,
-        epsilon_cutoff=0.0,
-        eta_cutoff=0.0,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
-        min_new_tokens=0,
-        suppress_tokens=[],
-        begin_suppress_tokens=[],
-        num_beams=1,
+        top_k=0,  # all: transformers' own is 50
         max_new_tokens=max_new_tokens,
         eos_token_id=end,
         pad_token_id=padding,
     )
-    network: Any = adapted.model
-    dtype = adapted.base.model.dtype
-    with torch.autocast(adapted.device.type, dtype=dtype, enabled=dtype != torch.float32):
-        output_BT = network.generate(**batch, generation_config=config)
+    output_BT = generated(adapted, batch, config)
     completions = output_BT[:, batch["input_ids"].shape[1] :].tolist()
     return [
         response_sequence(prompt.prompt_ids, _until(completion, end))

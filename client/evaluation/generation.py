@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,13 +37,10 @@ def greedy(
         processor: What changes the next token's log-probabilities before the choice; None: nothing.
     """
     adapted.load_adapter(adapter)
-    network: Any = adapted.model
-    network.eval()
-    tokenizer, dtype = adapted.tokenizer, adapted.base.model.dtype
+    adapted.model.eval()
+    tokenizer = adapted.tokenizer
     config = GenerationConfig(  # type: ignore[no-untyped-call]
         do_sample=False,
-        num_beams=1,
-        repetition_penalty=1.0,
         max_new_tokens=max_new_tokens,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -54,12 +51,33 @@ def greedy(
     for first in range(0, len(by_length), batch_size):
         chosen = by_length[first : first + batch_size]
         batch = left_padded([prompts[index] for index in chosen], tokenizer.pad_token_id, adapted.device)
-        with torch.no_grad(), torch.autocast(adapted.device.type, dtype=dtype, enabled=dtype != torch.float32):
-            tokens_BT = network.generate(**batch, generation_config=config, logits_processor=processors)
-        new_BT = tokens_BT[:, batch["input_ids"].shape[1] :].tolist()
+        new_BT = generated(adapted, batch, config, processors)[:, batch["input_ids"].shape[1] :].tolist()
         for index, new in zip(chosen, new_BT, strict=True):
             answers[index] = new[: new.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in new else new
     return answers
+
+
+def generated(
+    adapted: AdaptedModel,
+    batch: Mapping[str, torch.Tensor],
+    config: GenerationConfig,
+    processors: LogitsProcessorList | None = None,
+) -> torch.Tensor:
+    """(B, T) tokens of prompts and of what the loaded adapter makes of them, with a KV cache.
+
+    Whatever ``config`` leaves open is as transformers has it for every model: the base's own generation settings, which
+    would shape what is written, do not count.
+    """
+    network: Any = adapted.model
+    base, dtype = network.get_base_model(), adapted.base.model.dtype
+    config.use_cache = True
+    own, base.generation_config = base.generation_config, GenerationConfig()  # type: ignore[no-untyped-call]
+    try:
+        with torch.no_grad(), torch.autocast(adapted.device.type, dtype=dtype, enabled=dtype != torch.float32):
+            tokens_BT: torch.Tensor = network.generate(**batch, generation_config=config, logits_processor=processors)
+    finally:
+        base.generation_config = own
+    return tokens_BT
 
 
 def left_padded(prompts: Sequence[Sequence[int]], pad_token_id: int, device: torch.device) -> dict[str, torch.Tensor]:

@@ -228,7 +228,7 @@ def test_sampling_takes_no_more_than_is_counted_and_not_much_less(adapted, num_p
     with LiveBytes([*adapted.model.parameters(), *adapted.model.buffers()]) as live:
         sample(adapted, [prompt] * num_prompts, per_prompt=per_prompt, max_new_tokens=new_tokens, temperature=1.0)
     sequences = [shape.sequence()] * (num_prompts * per_prompt)
-    assert live.peak <= sampling_peak_bytes(adapted, sequences) <= 4 * live.peak
+    assert live.peak <= sampling_peak_bytes(adapted, sequences) <= 5 * live.peak
     memory = TrainingMemory(adapted, shape, gradient_checkpointing=False)
     assert memory.sampling_bytes(len(sequences)) >= sampling_peak_bytes(adapted, sequences)
 

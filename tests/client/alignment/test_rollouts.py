@@ -85,11 +85,24 @@ def test_generation_settings_of_the_base_do_not_shape_what_is_sampled(adapted, p
     plain = rollout_of(adapted, prompts).completions
     for name, value in {
         "min_p": 0.9, "typical_p": 0.1, "epsilon_cutoff": 0.5, "no_repeat_ngram_size": 1, "top_k": 1,
-        "suppress_tokens": [*range(60)], "repetition_penalty": 9.0,
+        "suppress_tokens": [*range(60)], "repetition_penalty": 9.0, "bad_words_ids": [[7], [8]], "num_beams": 2,
+        "exponential_decay_length_penalty": (1, 9.0), "min_new_tokens": NEW_TOKENS,
     }.items():  # fmt: skip
         monkeypatch.setattr(own, name, value)
     torch.manual_seed(0)
     assert rollout_of(adapted, prompts).completions == plain
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_every_token_but_the_first_is_read_by_itself(adapted, prompts, monkeypatch, use_cache):
+    """With the KV cache of what stands before, whatever the base's own settings say."""
+    monkeypatch.setattr(adapted.model.get_base_model().generation_config, "use_cache", use_cache)
+    widths = []
+    embedding = adapted.model.get_input_embeddings()
+    handle = embedding.register_forward_hook(lambda _module, inputs, _output: widths.append(inputs[0].shape[1]))
+    rollout_of(adapted, prompts)
+    handle.remove()
+    assert widths == [max(len(prompt.prompt_ids) for prompt in prompts)] + [1] * (NEW_TOKENS - 1)
 
 
 def test_at_a_low_temperature_each_token_is_the_likeliest(adapted, prompts):
