@@ -152,19 +152,24 @@ def pair_features(
 def _classifier(name: str, source: str, device: torch.device) -> Reward:
     """A sequence classifier as a reward: its one logit, or of two labels the second's log-odds; kept by the process.
 
-    Prompt and completion are given as a chat if its tokenizer has a template for one, else as a pair of texts.
+    Prompt and completion are given as a chat if its tokenizer has a template for one, else as a pair of texts. Of what
+    is too long the prompt's beginning is left out.
 
     Raises:
-        ValueError: If it cannot be loaded or has more than two labels.
+        ValueError: If it cannot be loaded, lacks weights of a classifier or has more than two labels.
     """
     try:
         with without_progress_bars():
-            model: Any = AutoModelForSequenceClassification.from_pretrained(source)
+            loaded: Any = AutoModelForSequenceClassification.from_pretrained(source, output_loading_info=True)
         tokenizer: Any = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"reward {name!r}: no reward head and no sequence classifier at {source!r}: {error}"
         ) from error
+    model, found = loaded
+    if found["missing_keys"]:  # which transformers would draw at random
+        lacking = ", ".join(sorted(found["missing_keys"])[:4])
+        raise ValueError(f"reward {name!r}: {source} is no sequence classifier: it has no weights for {lacking}")
     num_labels = int(model.config.num_labels)
     if num_labels > 2:
         raise ValueError(
@@ -191,13 +196,29 @@ def _classifier(name: str, source: str, device: torch.device) -> Reward:
 
 def _classifier_inputs(tokenizer: Any, model: Any, prompts: Sequence[str], completions: Sequence[str]) -> Any:
     limit = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None) or 512)
-    padded = {"padding": True, "truncation": True, "max_length": limit, "return_tensors": "pt"}
-    if tokenizer.chat_template is None:
-        return tokenizer(list(prompts), list(completions), **padded)
-    chats = [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}, {"role": "assistant", "content": text}], tokenize=False
-        )
-        for prompt, text in zip(prompts, completions, strict=True)
-    ]
-    return tokenizer(chats, add_special_tokens=False, **padded)
+    pairs = zip(prompts, completions, strict=True)
+    # A completion that is too long by itself loses its end.
+    ids = [_with_room_for(completion, prompt, tokenizer, limit)[:limit] for prompt, completion in pairs]
+    return tokenizer.pad({"input_ids": ids}, return_tensors="pt")
+
+
+def _with_room_for(completion: str, prompt: str, tokenizer: Any, limit: int) -> list[int]:
+    """Tokens of both, of the prompt as much of its end as there is room for."""
+    while True:
+        ids = _read_as(prompt, completion, tokenizer)
+        excess = len(ids) - limit
+        if excess <= 0 or not prompt:
+            return ids
+        prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        shorter = tokenizer.decode(prompt_ids[excess:])
+        prompt = shorter if len(shorter) < len(prompt) else ""
+
+
+def _read_as(prompt: str, completion: str, tokenizer: Any) -> list[int]:
+    if tokenizer.chat_template is not None:
+        chat = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+        ids: list[int] = tokenizer.apply_chat_template(chat, return_dict=False)
+        return ids
+    if tokenizer.num_special_tokens_to_add(pair=True) > tokenizer.num_special_tokens_to_add(pair=False):
+        return list(tokenizer(prompt, completion)["input_ids"])
+    return list(tokenizer(f"{prompt}\n{completion}")["input_ids"])  # nothing would stand between the two

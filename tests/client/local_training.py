@@ -64,7 +64,16 @@ def length(arrays):
 
 def live_tensor_bytes():
     """Bytes of all tensors that this process holds."""
-    gc.collect()
-    tensors = [held for held in gc.get_objects() if issubclass(type(held), torch.Tensor)]
-    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
+    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in _live_tensors()}
     return sum(storages.values())
+
+
+def live_copies(weight):
+    """In how many places this process holds the values of ``weight``, its own included."""
+    alike = (held for held in _live_tensors() if held.shape == weight.shape and held.dtype == weight.dtype)
+    return len({held.untyped_storage()._cdata for held in alike if torch.equal(held, weight)})
+
+
+def _live_tensors():
+    gc.collect()
+    return [held for held in gc.get_objects() if issubclass(type(held), torch.Tensor)]

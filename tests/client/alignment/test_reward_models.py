@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from client.alignment.reward_models import LinearHead, named_rewards, pair_features
 from client.alignment.reward_training import Pairs, accuracy, bradley_terry_weights, train_head
@@ -37,9 +37,9 @@ def head(adapted):
     )
 
 
-def save_classifier(folder, num_labels=1):
+def save_classifier(folder, num_labels=1, **settings):
     torch.manual_seed(0)
-    config = tiny_config("llama", num_labels=num_labels)
+    config = tiny_config("llama", num_labels=num_labels, **settings)
     AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
@@ -122,6 +122,31 @@ def test_a_classifier_scores_a_pair_of_texts_by_its_logits(adapted, tmp_path, nu
             float(logits[0] if num_labels == 1 else logits[1] - logits[0]), rel=1e-3, abs=1e-5
         )
     assert len(tokenizer) <= VOCAB_SIZE
+
+
+@pytest.mark.parametrize("has_chat", [True, False])
+def test_of_what_is_too_long_the_prompts_beginning_is_left_out(adapted, tmp_path, has_chat):
+    """The classifier reads 64 places: completions of one long prompt still differ, and a cut prompt is its end."""
+    folder = save_classifier(tmp_path / "classifier", max_position_embeddings=64)
+    if not has_chat:
+        (folder / "chat_template.jinja").unlink()
+    reward = named_rewards([f"kind:{folder}"], adapted)
+    long = "word " * 60
+    one, other, same, at_end, answer = reward.score(
+        [long, long, f"something else {long}", f"{long}, or?", "x"], ["yes", "no", "yes", "yes", "y" * 99]
+    )[:, 0]
+    assert one != other
+    assert one == pytest.approx(same, rel=1e-5)
+    assert one != pytest.approx(at_end, rel=1e-5)
+    assert np.isfinite(answer)
+
+
+def test_a_language_model_is_no_classifier(adapted, tmp_path):
+    """transformers would give it a head of random numbers, other ones at every site."""
+    AutoModelForCausalLM.from_config(tiny_config("llama")).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"reward 'kind': .* is no sequence classifier: it has no weights for score"):
+        named_rewards([f"kind:{tmp_path}"], adapted)
 
 
 def test_what_is_no_classifier_is_refused_by_name(adapted, tmp_path):

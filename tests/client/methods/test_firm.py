@@ -11,6 +11,7 @@ from benchmarks.federation import simulated
 from client.alignment.experience import gather
 from client.alignment.min_norm import min_norm_weights, normalised_gram, positive_part
 from client.alignment.reward_models import named_rewards
+from client.alignment.reward_training import train_head
 from client.base_model import base_model_loads
 from client.evaluation.examination import examine
 from client.evaluation.measured import BASE, GLOBAL
@@ -18,11 +19,12 @@ from client.local_rule import Step
 from client.methods.firm import Firm, InClientAlignment
 from client.model import adapted_model
 from client.private import under
+from client.text import Example
 from conf.alignment import Estimator, FirmConfig, Gram, Regulariser
 from conf.compose import load_config
 from conf.model import LoraConfig
 from conf.schema import DataConfig, Template
-from tests.client.local_training import live_tensor_bytes
+from tests.client.local_training import live_copies
 from tests.client.test_site import TRAIN, assert_same, first_global, make_site, noisy, settings_for
 from tests.client.tiny_models import save_tiny_base
 
@@ -262,14 +264,25 @@ def test_expert_tokens_are_those_of_the_passes_that_train(base_config, tmp_path)
     assert 2 * config.group_size * min(prompts) <= tokens - completions <= 2 * config.group_size * max(prompts)
 
 
-def test_one_base_model_serves_policy_reference_and_critic(base_config, tmp_path):
-    site = site_with(base_config, tmp_path, firm(estimator=Estimator.ppo))
+def test_one_base_model_serves_policy_reference_reward_and_critic(base_config, tmp_path):
+    """Looked at in every pass: of writing, of the reference, of a reward head, of the critic and of training."""
+    site = site_with(
+        base_config, tmp_path, firm(rewards=[f"loud:{tmp_path / 'head'}", "length"], estimator=Estimator.ppo)
+    )
+    adapted = site.adapted
+    loud = [Example(f"Say {word}.", "", f"{word}!!!", f"no {word}") for word in ("sun", "tree", "road", "door")]
+    train_head(adapted, loud, {}, objective="loud", data=DATA, penalty=0.1).save(tmp_path / "head")
+    weight = max(adapted.base.model.parameters(), key=torch.Tensor.numel)
+    copies = []
+    embedding = adapted.model.get_input_embeddings()
+    handle = embedding.register_forward_hook(lambda *_: copies.append(live_copies(weight)))
+    before, loads = live_copies(weight), base_model_loads()
     site.train(1, first_global(site))
-    held, loads = live_tensor_bytes(), base_model_loads()
-    site.train(2, first_global(site))
-    base_bytes = sum(parameter.nbytes for parameter in site.adapted.base.model.parameters())
-    assert live_tensor_bytes() - held < base_bytes / 10
+    handle.remove()
+    assert len(copies) > 10
+    assert set(copies) == {before}
     assert base_model_loads() == loads
+    assert live_copies(weight.detach().clone()) == before + 1
 
 
 def test_a_reward_that_fails_ends_the_round_by_name(base_config, tmp_path):
