@@ -68,6 +68,8 @@ _PLUS_SWEEPS = {
     "ridge": (0.03, 0.1, 1.0, 3.0),
 }  # fmt: skip
 """Of ``fc_moe_plus``; its ridge is not tuned and 0.3."""
+_PLUS_OFF = {"step": 1.0, "flatten": 0.0, "momentum": 0.0}
+"""Values that take a part of the rule away: such an ablation finds its own learning rate."""
 
 CONTENDERS: dict[str, Contender] = {
     "fedavg": Contender("FedAvg", ("strategy=fedavg",)),
@@ -101,6 +103,10 @@ CONTENDERS: dict[str, Contender] = {
     "fc_moe_plus_mean": Contender(
         "FC-MoE plus, mean by examples instead of the equal say", ("strategy=fc_moe_plus", "strategy.ridge=null"), _PLUS
     ),
+    "flattening": Contender(
+        "flattening alone",
+        ("strategy=fc_moe_plus", "strategy.ridge=null", "strategy.step=1", "strategy.momentum=0"),
+    ),
     **{
         f"fc_moe_no_{name}": Contender(f"- {title}", ("strategy=fc_moe", setting), follows="fc_moe", retunes=_RATE)
         for name, title, setting in (
@@ -132,9 +138,10 @@ CONTENDERS: dict[str, Contender] = {
         )
     },
     "fc_moe_strength_0.5": Contender(
-        "method.retention.strength 0.5, as printed",
+        "method.retention.strength 0.5, as printed, own learning rate",
         ("strategy=fc_moe",),
         follows="fc_moe",
+        retunes=_RATE,
         instead={"method.retention.strength": 0.5},
     ),
     "fedprox": Contender("FedProx", ("strategy=fedprox",), (_PROXIMAL,)),
@@ -146,8 +153,9 @@ CONTENDERS: dict[str, Contender] = {
         "FedAlign-MoE (routers trained, local)",
         ("strategy=fedalign_moe",),
         (
-            Knob("method.strength", (0.01, 0.1, 1.0, 10.0), 0.1),
-            Knob("method.overlap", (0.0, 0.1, 0.3), 0.1, unsaid=0.1),
+            Knob("method.strength", (0.01, 0.1, 1.0, 10.0, 100.0), 0.1),
+            Knob("method.overlap", (0.0, 0.1, 0.3, 0.6, 1.0), 0.1, unsaid=0.1),
+            Knob("strategy.deviations", (0.0, 1.0, 2.0), 1.0, unsaid=1.0),
         ),
     ),
     "scaffold": Contender("SCAFFOLD", ("strategy=scaffold",)),
@@ -157,7 +165,11 @@ CONTENDERS: dict[str, Contender] = {
     "centralised": Contender("centralised (bound)", ("strategy=centralised",)),
     **{
         f"fc_moe_plus_{knob}_{value:g}": Contender(
-            f"{knob} {value:g}", ("strategy=fc_moe_plus",), follows="fc_moe_plus", instead={f"strategy.{knob}": value}
+            f"{knob} {value:g}" + (", own learning rate" if value == _PLUS_OFF.get(knob) else ""),
+            ("strategy=fc_moe_plus",),
+            follows="fc_moe_plus",
+            retunes=_RATE if value == _PLUS_OFF.get(knob) else (),
+            instead={f"strategy.{knob}": value},
         )
         for knob, values in _PLUS_SWEEPS.items()
         for value in values

@@ -108,7 +108,9 @@ class FirmConfig(AlignmentConfig):
     rho: float = 1.0
     """Share of a step's new weights in those used, the rest being the last step's; 1: no smoothing."""
     kl: float = 0.05
-    """Weight of the KL divergence from the base model."""
+    """Weight of the KL divergence from the base model, in nats a token. With ``estimator=group`` it is a term of every
+    objective's loss (GRPO's), beside advantages whose deviation is 1; with ``ppo`` it is taken off the rewards, in
+    their unit."""
     clip: float = 0.2
     """How far PPO lets the ratio of new to old policy go from 1."""
     steps_per_rollout: int = 1

@@ -50,8 +50,8 @@ class Alignment:
     """One run, over its rounds."""
 
     objectives: tuple[str, ...]
-    preference: tuple[float, ...] | None
-    """Of the run; None: equal."""
+    preference: str
+    """Of the run, for people."""
     gauge: Gauge
     rewards: Mapping[str, Series]
     """Objective -> mean over the sites."""
@@ -86,10 +86,9 @@ def alignment_of(rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any])
         site: {one: _of_site(sites, site, f"lambda/{one}") for one in objectives}
         for site in sorted({str(row["site"]) for row in sites if f"lambda/{objectives[0]}" in row})
     }
-    preference = method.get("preference")
     return Alignment(
         objectives=objectives,
-        preference=tuple(preference) if preference else None,
+        preference=_told_preference(method),
         gauge=gauge,
         rewards={one: _mean_over_sites(sites, f"{name}/{one}") for one in objectives},
         kl=_mean_over_sites(sites, gauge.kl) if gauge.kl else {},
@@ -97,6 +96,13 @@ def alignment_of(rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any])
         disagreement=_disagreement(weights),
         drift={row["round"]: row["drift"] for row in rows if row.get("drift") is not None},
     )
+
+
+def _told_preference(method: Mapping[str, Any]) -> str:
+    preference = method.get("preference")
+    told = " : ".join(f"{share:g}" for share in preference) if preference else "equal"
+    sites = method.get("site_preferences")
+    return f"{told}; {len(sites)} site{'s' * (len(sites) > 1)} otherwise" if sites else told
 
 
 def settings_of(config_yaml: str) -> Mapping[str, Any]:
@@ -143,6 +149,9 @@ class Front:
     """Of each seed that has run with as many preferences as any, and the same ones, above a reference point that all
     fronts share: below the worst reward of any run by a tenth of the range."""
 
+    num_preferences: int
+    """That each of these seeds has run with: hypervolumes of more points are larger."""
+
     @property
     def hypervolume(self) -> str:
         """Mean over seeds, with its 95 % interval (Student's t)."""
@@ -167,7 +176,8 @@ def fronts(runs: Sequence[tuple[Mapping[str, Any], Alignment | None]]) -> list[F
         points = np.array([chosen[index].ends for index in members])
         seeds = np.array([int(runs[index][0].get("seed", 0)) for index in members])
         wishes = [_preference_of(runs[index][0]) for index in members]
-        made.append(Front(label, tuple(members), points, seeds, _hypervolumes(points, seeds, wishes, reference)))
+        volumes, num_preferences = _hypervolumes(points, seeds, wishes, reference)
+        made.append(Front(label, tuple(members), points, seeds, volumes, num_preferences))
     return made
 
 
@@ -176,14 +186,13 @@ def _hypervolumes(
     seeds_N: NDArray[np.int64],
     wishes_N: Sequence[str],
     reference_M: NDArray[np.float64],
-) -> tuple[float, ...]:
-    """Of the seeds that have run with as many preferences as any, and the same ones as the first of them."""
+) -> tuple[tuple[float, ...], int]:
+    """Of the seeds that have run with as many preferences as any, and the same ones as the first of them; how many."""
     wishes = {seed: {wish for wish, of in zip(wishes_N, seeds_N, strict=True) if of == seed} for seed in set(seeds_N)}
     most = max(map(len, wishes.values()))
     whole = next(wishes[seed] for seed in sorted(wishes) if len(wishes[seed]) == most)
-    return tuple(
-        hypervolume(points_NM[seeds_N == seed], reference_M) for seed in sorted(wishes) if wishes[seed] == whole
-    )
+    alike = [seed for seed in sorted(wishes) if wishes[seed] == whole]
+    return tuple(hypervolume(points_NM[seeds_N == seed], reference_M) for seed in alike), most
 
 
 _PREFERENCES = ("method.preference", "method.site_preferences")

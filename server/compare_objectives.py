@@ -24,7 +24,8 @@ def objective_tables(folders: Sequence[Path]) -> list[Table]:
     first = found[min(front_of)]
     assert first is not None
     table = Table(
-        title=f"{first.gauge.told}, last round; hypervolume of a seed's runs with such settings, mean over seeds",
+        title=f"{first.gauge.told}, last round; hypervolume of a seed's runs with such settings (how many), mean over "
+        "seeds",
         title_justify="left",
     )
     table.add_column("run")
@@ -34,8 +35,13 @@ def objective_tables(folders: Sequence[Path]) -> list[Table]:
         one = found[index]
         assert one is not None
         last = [f"{series[max(series)]:.3g}" if series else "-" for series in (one.kl, one.disagreement, one.drift)]
-        preference = " : ".join(f"{share:g}" for share in one.preference) if one.preference else "equal"
-        table.add_row(escape(folders[index].name), preference, *map(number, one.ends), *last, front.hypervolume)
+        table.add_row(
+            escape(folders[index].name),
+            one.preference,
+            *map(number, one.ends),
+            *last,
+            f"{front.hypervolume} ({front.num_preferences})",
+        )
     return [table]
 
 

@@ -84,7 +84,8 @@ def clipped_losses(log_p_T: Tensor, old_log_p_T: Tensor, advantages_TM: Tensor, 
 def kl_estimates(log_p_T: Tensor, reference_log_p_T: Tensor) -> Tensor:
     """(T,) estimate of KL(policy || reference) from the policy's tokens: r - log r - 1 with r = reference / policy.
 
-    The third of http://joschu.net/blog/kl-approx.html: unbiased, and never negative; GRPO's, Eq. 4.
+    The third of http://joschu.net/blog/kl-approx.html: unbiased, and never negative; GRPO's, Eq. 4. As a loss on
+    samples of the policy itself its gradient is that of KL(reference || policy), which flattens far from the reference.
     """
     log_ratio_T = reference_log_p_T - log_p_T
     return log_ratio_T.exp() - log_ratio_T - 1

@@ -141,8 +141,8 @@ class InClientAlignment(LocalRule):
     def accumulate(self, step: Step) -> StepLoss:
         """The gradients of the objectives' losses, combined; a new rollout every ``steps_per_rollout`` steps.
 
-        Batches between two rollouts are passed over. The loss that is reported is what the step is to lower: KL at its
-        weight less the mean rewards at the site's preference.
+        Batches between two rollouts are passed over. The loss that is reported is for people: KL of a completion at its
+        weight less the mean rewards at the site's preference. What the step lowers is in units of an advantage.
         """
         if self._num_steps % self._config.steps_per_rollout == 0:
             self._experience = self._gather(step)

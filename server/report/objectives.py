@@ -245,6 +245,5 @@ def _ends(runs: Sequence[Run], found: Sequence[Alignment | None], styles: _Style
 
 
 def _end(run: Run, one: Alignment, style: str) -> End:
-    preference = "equal" if one.preference is None else " : ".join(f"{share:g}" for share in one.preference)
     last = [series[max(series)] if series else None for series in (one.kl, one.disagreement, one.drift)]
-    return End(run.label, style, preference, list(one.ends), *last)
+    return End(run.label, style, one.preference, list(one.ends), *last)

@@ -27,7 +27,7 @@ def test_numbers_by_hand():
     """Weights (0.2, 0.8) and (0.6, 0.4) are each (0.2, 0.2) from their mean: 0.08."""
     found = alignment_of(ROWS, {"method": {"preference": [0.3, 0.7]}})
     assert found.objectives == ("x", "y")
-    assert found.preference == (0.3, 0.7)
+    assert found.preference == "0.3 : 0.7"
     assert found.rewards == {"x": {1: 2.0, 2: 2.0}, "y": {1: 0.5, 2: 0.5}}
     assert found.kl == pytest.approx({1: 0.3, 2: 0.6})
     assert found.weights["a"] == {"x": {1: 0.2, 2: 0.5}, "y": {1: 0.8, 2: 0.5}}
@@ -40,7 +40,7 @@ def test_numbers_by_hand():
 def test_what_was_measured_on_held_out_prompts_counts_more():
     rows = [*ROWS, site("a", 2, held_out_reward__x=7.0, held_out_reward__y=8.0, held_out_kl=9.0)]
     found = alignment_of(rows, {})
-    assert (found.ends, found.kl, found.preference) == ((7.0, 8.0), {2: 9.0}, None)
+    assert (found.ends, found.kl, found.preference) == ((7.0, 8.0), {2: 9.0}, "equal")
     assert found.gauge is GAUGES["held_out_reward"]
 
 
@@ -58,6 +58,19 @@ def test_objectives_stand_in_the_order_of_their_preferences(method):
     rows = [site("a", 1, held_out_accuracy__x=0.5, held_out_accuracy__y=0.75)]
     found = alignment_of(rows, {"method": method | {"preference": [0.9, 0.1]}})
     assert (found.objectives, found.ends) == (("y", "x"), (0.75, 0.5))
+
+
+@pytest.mark.parametrize(
+    ("method", "told"),
+    [
+        ({"site_preferences": {"a": [1.0, 0.0]}}, "equal; 1 site otherwise"),
+        ({"preference": [0.9, 0.1], "site_preferences": {"a": [1, 0], "b": [0, 1]}}, "0.9 : 0.1; 2 sites otherwise"),
+        ({"preference": None, "site_preferences": {}}, "equal"),
+    ],
+)
+def test_sites_with_preferences_of_their_own_are_told_of(method, told):
+    found = alignment_of(ROWS, {"method": method})
+    assert found.preference == told
 
 
 def test_run_without_rewards_has_no_objectives():
@@ -94,6 +107,7 @@ def test_runs_that_differ_in_preference_are_one_front():
     assert first.hypervolumes == pytest.approx([0.2 * 2.2 + 1.0 * 1.2 + 1.0 * 0.2])
     assert second.hypervolumes == pytest.approx([1.44])
     assert (first.hypervolume, second.hypervolume) == ("1.84", "1.44")
+    assert (first.num_preferences, second.num_preferences) == (3, 1)
     np.testing.assert_array_equal(first.points_NM, [[0, 2], [1, 1], [2, 0]])
 
 
