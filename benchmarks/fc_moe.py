@@ -35,6 +35,7 @@ from benchmarks.render import HERE
 from benchmarks.workloads import WORKLOADS
 from client.assemble import held_out_sets
 from conf.compose import load_config
+from strategies.adapters import NotFiniteError
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def run_cell(cell: Cell, data: Path, device: str = "cpu") -> dict[str, Any]:
         while federation.server_round < config.rounds:
             try:
                 federation.play()
-            except ValueError as error:
+            except NotFiniteError as error:
                 return row | {"failed": f"round {federation.server_round + 1}: {error}"}
             scores.append(judge.score(federation))
         after = expert_norm(federation.whole_adapter(), federation.adapted, config.lora)

@@ -35,7 +35,7 @@ from client.alignment.reward_models import LinearHead
 from conf.alignment import FirmConfig
 from conf.compose import load_config
 from server.reward import train as train_head
-from strategies.adapters import Arrays, difference, dot, spread
+from strategies.adapters import Arrays, NotFiniteError, difference, dot, spread
 from strategies.base import ClientUpdate
 from strategies.fedavg import mean_by_examples
 from strategies.simplex import minimiser
@@ -63,7 +63,7 @@ def run_cell(cell: Cell, data: Path) -> dict[str, Any]:
                     row["kl"].append(np.mean([update.metrics["kl"] for group in groups for update in group]))
                 if federation.config.rounds - federation.server_round < LAST:
                     row["ends"].append(evaluated(federation))
-        except ValueError as error:
+        except NotFiniteError as error:
             return row | {"failed": f"round {federation.server_round + 1}: {error}"}
         sent = federation.bytes_up / len(federation.sites) / federation.server_round
         adapter = sum(array.nbytes for array in federation.adapter.values())

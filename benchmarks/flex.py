@@ -33,6 +33,7 @@ from client.evaluation.general_sets import general_sets
 from client.site import POOLED
 from conf.compose import load_config
 from server.evaluation import put_together, scored_at_server
+from strategies.adapters import NotFiniteError
 from strategies.base import ClientUpdate
 
 
@@ -70,7 +71,7 @@ def run_cell(cell: Cell, data: Path) -> Row:
         try:
             for updates in federation.rounds():
                 spread |= graft_spread(updates)
-        except ValueError as error:
+        except NotFiniteError as error:
             return row | {"failed": f"round {federation.server_round + 1}: {error}"}
         found = losses(federation) if cell.split == "validation" else evaluation(federation)
     return row | found | {

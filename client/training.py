@@ -20,7 +20,7 @@ from client.runtime import configure_torch
 from client.text import TokenSequence
 from client.throughput import Throughput, ThroughputMeter
 from conf.schema import OptimizerState, TrainConfig
-from strategies.adapters import Arrays
+from strategies.adapters import Arrays, NotFiniteError
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 """Adam's running means of the gradient and of its square, as torch names them."""
@@ -170,7 +170,7 @@ class _Loop:
         """One step on the batch ``chosen``: the rule's gradients and the proximal term's, corrected and clipped.
 
         Raises:
-            ValueError: If the loss or a gradient is not finite.
+            NotFiniteError: If the loss or a gradient is not finite.
         """
         self.adamw.zero_grad()
         found = self.rule.accumulate(
@@ -203,7 +203,7 @@ class _Loop:
         config = self.config
         length = torch.nn.utils.clip_grad_norm_(self.adapted.parameters_by_name().values(), config.max_grad_norm)
         if not (torch.isfinite(loss) and torch.isfinite(length)):
-            raise ValueError(
+            raise NotFiniteError(
                 f"training step {number}: loss is {loss.item():.4g} and the gradient's norm {length.item():.4g}; lower "
                 f"train.learning_rate={config.learning_rate} or train.max_grad_norm={config.max_grad_norm}, or set "
                 "model.dtype=float32"

