@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from conf.alignment import BUILT_IN_REWARDS, MIN_PROMPT_TOKENS, AlignmentConfig, DpoConfig, FirmConfig, Gram
+from conf.methods import FcMoeConfig, RetentionKind
 from conf.model import ExpertTraining, ModelSource, Quantization, RouterTraining
 from conf.partitions import Files, PartitionConfig
 from conf.schema import Config, Mode
 from strategies.clair import Clair, RefinedRank
-from strategies.fc_moe import Importance
+from strategies.conflicts import Space
+from strategies.fc_moe import FcMoe, Importance
 from strategies.fc_moe_plus import FcMoePlus
 from strategies.fedavg import Weights
 from strategies.screen import OnReject, ScreenKind
@@ -20,6 +22,7 @@ def check_config(config: Config) -> None:
     """Raise ``ValueError`` naming both settings of the first contradiction found."""
     _check_pair(config)
     _check_clair(config)
+    _check_retention(config)
     _check_routers(config)
     _check_alignment(config)
     _check_graft(config)
@@ -95,6 +98,21 @@ def _check_clair(config: Config) -> None:
     if config.screen.kind is not ScreenKind.off and config.strategy.name in UNSCREENED:
         raise ValueError(
             f"screen={config.screen.kind.name} cannot stand before strategy={config.strategy.name}: set screen=off"
+        )
+
+
+def _check_retention(config: Config) -> None:
+    if not isinstance(config.method, FcMoeConfig):
+        return
+    retention, whole = config.method.retention, config.model.experts is ExpertTraining.full
+    if retention.space is Space.product and whole:
+        raise ValueError("method.retention.space=product needs model.experts=lora, got full")
+    compares = retention.kind in {RetentionKind.filtered, RetentionKind.orthogonal}
+    turns = isinstance(config.strategy, FcMoe) and config.strategy.conflict.space is Space.product
+    if compares and turns and retention.space is Space.factors:
+        raise ValueError(
+            f"method.retention.kind={retention.kind.name} compares factors with those of the round before, which "
+            "strategy.conflict.space=product turns: set method.retention.space=product"
         )
 
 

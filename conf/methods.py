@@ -8,6 +8,7 @@ from enum import Enum
 from typing import ClassVar
 
 from strategies.base import require
+from strategies.conflicts import Space
 
 # Enums carry lower-case member names because OmegaConf matches settings by member name.
 
@@ -49,6 +50,8 @@ class RetentionConfig:
     kind: RetentionKind = RetentionKind.paper
     strength: float = 0.5
     """Lambda of Eq. 6."""
+    space: Space = Space.factors
+    """What a LoRA expert is as a vector: its factors, or (ours) its products B A."""
     norm_guard: float | None = None
     """Largest ratio of the re-anchored expert's norm to the received one's; null: no limit, as in the paper."""
 

@@ -1,9 +1,12 @@
 """FC-MoE at a site: local training starts from experts that lean towards what the site learnt last time.
 
-Shape suffix: E experts of one MoE layer. Each expert is one vector: all its arrays, flattened.
+Shape suffixes: E experts of one MoE layer, each of them one vector: all its arrays, flattened, or all its LoRA
+products; V vectors that a residual is a sum of.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,11 +14,17 @@ from numpy.typing import NDArray
 from client.methods.base import Method
 from client.private import under
 from conf.methods import FcMoeConfig, MethodConfig, RetentionKind
-from strategies.adapters import Arrays, difference
-from strategies.experts import by_layer, dots, is_expert_array, norms
+from strategies import low_rank
+from strategies.adapters import Arrays, check_same_layout, difference
+from strategies.conflicts import Space
+from strategies.experts import by_layer, dots, is_expert_array
+from strategies.low_rank import Factors
 
 _UPDATE = "fc_moe/update/"
 _RECEIVED = "fc_moe/received/"
+_THETA, _DELTA, _STEP = range(3)
+_VECTORS = np.array([[1.0, 0.0, 0.0], [0.0, 1.0, -1.0], [1.0, 0.0, -1.0]])
+"""These three (rows) as sums of the product received, and of those trained and received the last time."""
 
 
 class FcMoe(Method):
@@ -27,9 +36,12 @@ class FcMoe(Method):
     Where that update is zero, so is R; arrays without an expert axis start as received.
 
     Differs from the paper: its Eq. 5 makes R a multiple of Theta, while its prose speaks of the filtered,
-    domain-specific part; ``kind`` offers both readings. With LoRA the vector is the expert's factors A and B.
-    ``norm_guard`` bounds what lambda R may add in one round: R of an expert is shortened, its direction kept, until
-    ||Theta + lambda R|| <= norm_guard ||Theta||. Growth over rounds it slows down to that factor a round.
+    domain-specific part; ``kind`` offers both readings. With LoRA ``space`` says what the vector is: the expert's
+    factors A and B, or its products B A (ours), whose sum is truncated to the adapter's rank. Where the server steps in
+    products it turns the factors too, and only products tell what it changed. ``norm_guard`` bounds what lambda R may
+    add in one round: R of an expert is shortened, its direction kept, until ||Theta + lambda R|| <= norm_guard
+    ||Theta||; an expert whose B is still 0 then stays 0 in products. Growth over rounds it slows down to that factor a
+    round.
     """
 
     def __init__(self, config: MethodConfig) -> None:
@@ -52,52 +64,92 @@ class FcMoe(Method):
             return received
         start = dict(received)
         last_received = by_layer(under(_RECEIVED, private))
+        re_anchored = self._in_products if self.retention.space is Space.product else self._in_arrays
         for layer, experts in by_layer(received).items():
-            residual = self._residual(experts, last_update.get(layer, {}), last_received.get(layer, {}))
-            added = _scaled(residual, self.retention.strength * self._shortening(experts, residual))
-            start |= {name: (array + added[name]).astype(array.dtype) for name, array in experts.items()}
+            start |= re_anchored(experts, last_update.get(layer, {}), last_received.get(layer, {}))
         return start
 
     def remember(self, received: Arrays, trained: Arrays) -> Arrays:
-        """The update of every expert array and, where ``kind`` compares it with the global step, the array received."""
+        """The update of every expert array and, where more than it counts, the array received."""
         if self.retention.kind is RetentionKind.off:
             return {}
         before = {name: array for name, array in received.items() if is_expert_array(name)}
         after = {name: trained[name] for name in before}
         kept = {_UPDATE + name: array for name, array in difference(after, before).items()}
-        if self.retention.kind is not RetentionKind.paper:
+        if self.retention.kind is not RetentionKind.paper or self.retention.space is Space.product:
             kept |= {_RECEIVED + name: array for name, array in before.items()}
         return kept
 
-    def _residual(self, received: Arrays, update: Arrays, last_received: Arrays) -> Arrays:
-        """R of the experts of one layer."""
+    def _in_arrays(self, received: Arrays, update: Arrays, last_received: Arrays) -> Arrays:
+        """The experts of one layer, re-anchored as vectors of what is exchanged."""
+        vectors = [received, update]
+        if self.retention.kind is not RetentionKind.paper:
+            vectors.append(difference(received, last_received))
+        gram_VVE = np.array([[dots(left, right) for right in vectors] for left in vectors])
+        added_EV = self._added(np.moveaxis(gram_VVE, -1, 0))
+        start: dict[str, NDArray[np.floating]] = {}
+        for name, array in received.items():
+            per_expert = (-1, *[1] * (array.ndim - 1))
+            parts = (share_E.reshape(per_expert) * of[name] for share_E, of in zip(added_EV.T, vectors, strict=True))
+            start[name] = (array + sum(parts)).astype(array.dtype)
+        return start
+
+    def _in_products(self, received: Arrays, update: Arrays, last_received: Arrays) -> Arrays:
+        """The LoRA experts of one layer, re-anchored as products: all is in the span of the three that are known."""
+        known = [received, {name: array + update[name] for name, array in last_received.items()}, last_received]
+        check_same_layout(received, last_received)
+        prefixes = low_rank.lora_prefixes(received)
+        terms = {prefix: [low_rank.factors_of(arrays, prefix) for arrays in known] for prefix in prefixes}
+        gram_E33 = np.sum([low_rank.gram(_stacked(of_prefix)) for of_prefix in terms.values()], axis=0)
+        added_EV = self._added(_VECTORS @ gram_E33 @ _VECTORS.T)
+        weights_E3 = added_EV @ _VECTORS + [1.0, 0.0, 0.0]
+        is_added_E11 = np.any(added_EV != 0, axis=-1, keepdims=True)[..., None]
+        start: dict[str, NDArray[np.floating]] = {}
+        for prefix, of_prefix in terms.items():
+            rank = of_prefix[0].A.shape[-2]
+            kept, _ = low_rank.truncate(low_rank.weighted_sum(of_prefix, weights_E3.T), rank)
+            turned = low_rank.turned_towards(kept, of_prefix[0].A)
+            for end, factor in zip((".lora_A", ".lora_B"), turned, strict=True):
+                array = received[prefix + end]
+                start[prefix + end] = np.where(is_added_E11, factor, array).astype(array.dtype)
+        return start
+
+    def _added(self, gram_EVV: NDArray[np.float64]) -> NDArray[np.float64]:
+        """(E, V) what is added to each expert, lambda R, as a sum of V vectors.
+
+        Args:
+            gram_EVV: Inner products of these: Theta, Delta and, but for the paper's kind, g, the global step since.
+        """
+        residual_EV = np.zeros(gram_EVV.shape[:2])
         if self.retention.kind is RetentionKind.paper:  # Eq. 5: (<Delta, Theta> / ||Theta||^2) Theta
-            return _scaled(received, _ratio(dots(update, received), dots(received, received)))
-        step = difference(received, last_received)
-        along_E = _ratio(dots(update, step), dots(step, step))
-        if self.retention.kind is RetentionKind.filtered:  # min(0, <Delta, g>) / ||g||^2 g
-            return _scaled(step, np.minimum(along_E, 0.0))
-        return difference(update, _scaled(step, along_E))  # Delta - (<Delta, g> / ||g||^2) g
-
-    def _shortening(self, received: Arrays, residual: Arrays) -> NDArray[np.float64]:
-        """(E,) largest factor c in [0, 1] with ||Theta + c lambda R|| <= norm_guard ||Theta||."""
-        length_E = norms(received)
-        guard, strength = self.retention.norm_guard, self.retention.strength
-        if guard is None:
-            return np.ones_like(length_E)
-        # ||Theta + c lambda R||^2 = guard^2 ||Theta||^2 is a c^2 + 2 b c - d = 0 with a, d >= 0: its
-        # one root >= 0, written without the difference of near-equal numbers.
-        a_E = strength**2 * dots(residual, residual)
-        b_E = strength * dots(received, residual)
-        d_E = (guard**2 - 1.0) * length_E**2
-        root_E = np.sqrt(b_E**2 + a_E * d_E)
-        c_E = np.where(b_E > 0, _ratio(d_E, b_E + root_E), _ratio(root_E - b_E, a_E))
-        return np.where(a_E > 0, np.minimum(c_E, 1.0), 1.0)
+            residual_EV[:, _THETA] = _ratio(gram_EVV[:, _DELTA, _THETA], gram_EVV[:, _THETA, _THETA])
+        else:
+            along_E = _ratio(gram_EVV[:, _DELTA, _STEP], gram_EVV[:, _STEP, _STEP])
+            if self.retention.kind is RetentionKind.filtered:  # min(0, <Delta, g>) / ||g||^2 g
+                residual_EV[:, _STEP] = np.minimum(along_E, 0.0)
+            else:  # Delta - (<Delta, g> / ||g||^2) g
+                residual_EV[:, _DELTA] = gram_EVV[:, _DELTA, _DELTA] > 0
+                residual_EV[:, _STEP] = -along_E
+        added_EV = self.retention.strength * residual_EV
+        if self.retention.norm_guard is None:
+            return added_EV
+        return added_EV * _shortening(added_EV, gram_EVV, self.retention.norm_guard)[:, None]
 
 
-def _scaled(arrays: Arrays, factor_E: NDArray[np.float64]) -> Arrays:
-    """Each expert times its factor, in float64."""
-    return {name: array * factor_E.reshape(-1, *[1] * (array.ndim - 1)) for name, array in arrays.items()}
+def _shortening(added_EV: NDArray[np.float64], gram_EVV: NDArray[np.float64], guard: float) -> NDArray[np.float64]:
+    """(E,) largest factor c in [0, 1] of what is added with ||Theta + c added|| <= guard ||Theta||."""
+    # ||Theta + c added||^2 = guard^2 ||Theta||^2 is a c^2 + 2 b c - d = 0 with a, d >= 0: its one root >= 0, written
+    # without the difference of near-equal numbers.
+    a_E = np.maximum(np.einsum("ev,evw,ew->e", added_EV, gram_EVV, added_EV), 0.0)
+    b_E = np.einsum("ev,ev->e", gram_EVV[:, _THETA], added_EV)
+    d_E = (guard**2 - 1.0) * np.maximum(gram_EVV[:, _THETA, _THETA], 0.0)
+    root_E = np.sqrt(b_E**2 + a_E * d_E)
+    c_E = np.where(b_E > 0, _ratio(d_E, b_E + root_E), _ratio(root_E - b_E, a_E))
+    return np.where(a_E > 0, np.minimum(c_E, 1.0), 1.0)
+
+
+def _stacked(terms: Sequence[Factors]) -> Factors:
+    return Factors(*map(np.stack, zip(*terms, strict=True)))
 
 
 def _ratio(numerator_E: NDArray[np.float64], denominator_E: NDArray[np.float64]) -> NDArray[np.float64]:

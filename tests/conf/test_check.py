@@ -162,6 +162,14 @@ def test_number_of_sites_that_the_data_decide_is_checked_too():
         ("strategy=fedcmoo model.router=local", "strategy=fedcmoo sends gradients of all that is trained"),
         ("strategy=clair strategy.refined_rank=exact", "strategy.refined_rank=exact .* needs rounds=1, got 5"),
         (
+            ["strategy=fc_moe", "method.retention.space=product", "model.experts=full"],
+            "method.retention.space=product needs model.experts=lora, got full",
+        ),
+        (
+            ["strategy=fc_moe", "strategy.conflict.space=product", "method.retention.kind=orthogonal"],
+            "method.retention.kind=orthogonal compares factors .* set method.retention.space=product",
+        ),
+        (
             "strategy=fedalign_moe model.router=averaged",
             "method=fedalign_moe never sends routers: it needs model.router=local or frozen, got averaged",
         ),

@@ -7,14 +7,16 @@ from hypothesis import strategies as st
 
 from client.methods import method_for
 from conf.methods import FcMoeConfig, RetentionConfig, RetentionKind
+from strategies.conflicts import Space
 
 LAYERS = ("model.layers.0.mlp", "model.layers.1.mlp")
 NUM_EXPERTS = 3
 KINDS = (RetentionKind.paper, RetentionKind.filtered, RetentionKind.orthogonal)
 
 
-def retention(kind, strength=0.5, norm_guard=None):
-    return method_for(FcMoeConfig(retention=RetentionConfig(kind=kind, strength=strength, norm_guard=norm_guard)))
+def retention(kind, strength=0.5, norm_guard=None, space=Space.factors):
+    config = RetentionConfig(kind=kind, strength=strength, norm_guard=norm_guard, space=space)
+    return method_for(FcMoeConfig(retention=config))
 
 
 def random_adapter(seed, scale=1.0):
@@ -223,3 +225,98 @@ def test_a_dense_model_has_nothing_to_retain():
     method = retention(RetentionKind.paper)
     assert method.remember(received, trained) == {}
     assert second_start(method, received, trained, received) == received
+
+
+def with_gate_proj(adapter, seed):
+    """The same with a second projection of 4 to 3: an expert is both."""
+    generator = np.random.default_rng(seed + 100)
+    more = {f"{layer}.experts.gate_proj.lora_A": generator.normal(size=(NUM_EXPERTS, 2, 4)) for layer in LAYERS}
+    more |= {f"{layer}.experts.gate_proj.lora_B": generator.normal(size=(NUM_EXPERTS, 3, 2)) for layer in LAYERS}
+    return adapter | {name: array.astype(np.float32) for name, array in more.items()}
+
+
+def products(adapter, layer, expert):
+    """B A of an expert's projections."""
+    prefixes = (f"{layer}.experts.{name}" for name in ("gate_proj", "up_proj"))
+    pairs = ((adapter[f"{prefix}.lora_B"], adapter[f"{prefix}.lora_A"]) for prefix in prefixes)
+    return [B[expert].astype(np.float64) @ A[expert] for B, A in pairs]
+
+
+def flat(matrices):
+    return np.concatenate([matrix.ravel() for matrix in matrices])
+
+
+def truncated(matrix, rank=2):
+    left, sizes, right = np.linalg.svd(matrix, full_matrices=False)
+    return (left[:, :rank] * sizes[:rank]) @ right[:rank]
+
+
+@pytest.mark.parametrize("guard", [None, 1.1])
+@pytest.mark.parametrize("kind", KINDS)
+def test_in_products_every_kind_equals_its_formula_on_dense_matrices(kind, guard):
+    adapters = [with_gate_proj(adapter, index) for index, adapter in enumerate(two_rounds(seed=3, update_scale=0.3))]
+    start = second_start(retention(kind, 0.8, guard, Space.product), *adapters)
+    for layer, expert in experts():
+        before, after, theta = (products(adapter, layer, expert) for adapter in adapters)
+        added = 0.8 * naive_residual(kind, flat(theta), flat(after) - flat(before), flat(theta) - flat(before))
+        if guard is not None and np.linalg.norm(flat(theta) + added) > guard * np.linalg.norm(flat(theta)):
+            share = np.linspace(0, 1, 100001)[:, None]
+            fitting = np.linalg.norm(flat(theta) + share * added, axis=1) <= guard * np.linalg.norm(flat(theta))
+            added = added * share[fitting].max()
+        parts = np.split(flat(theta) + added, [theta[0].size])
+        expected = [truncated(part.reshape(matrix.shape)) for part, matrix in zip(parts, theta, strict=True)]
+        np.testing.assert_allclose(flat(products(start, layer, expert)), flat(expected), rtol=1e-3, atol=1e-3)
+
+
+def turned(adapter, seed=5):
+    """Other factors of the same products."""
+    generator, found = np.random.default_rng(seed), dict(adapter)
+    for name in adapter:
+        if name.endswith(".lora_A") and ".experts." in name:
+            by = generator.normal(size=(2, 2)) + 2 * np.eye(2)
+            found[name] = (by @ adapter[name]).astype(np.float32)
+            B = name.removesuffix("A") + "B"
+            found[B] = (adapter[B] @ np.linalg.inv(by)).astype(np.float32)
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_in_products_it_does_not_matter_how_the_server_factors(kind):
+    first, trained, second = (with_gate_proj(adapter, index) for index, adapter in enumerate(two_rounds(seed=3)))
+    one, other = (
+        second_start(retention(kind, space=Space.product), first, trained, received)
+        for received in (second, turned(second))
+    )
+    in_factors = second_start(retention(kind), first, trained, turned(second))
+    apart = []
+    for layer, expert in experts():
+        expected = flat(products(one, layer, expert))
+        np.testing.assert_allclose(flat(products(other, layer, expert)), expected, rtol=1e-3, atol=1e-3)
+        apart.append(np.linalg.norm(flat(products(in_factors, layer, expert)) - expected))
+    assert max(apart) > 0.1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_in_products_an_expert_whose_last_update_was_zero_starts_as_received(kind):
+    first, trained, second = (with_gate_proj(adapter, index) for index, adapter in enumerate(two_rounds(seed=3)))
+    for name in trained:
+        if name.startswith(LAYERS[0] + ".experts."):
+            trained[name] = trained[name].copy()
+            trained[name][1] = first[name][1]
+    start = second_start(retention(kind, space=Space.product), first, trained, second)
+    np.testing.assert_array_equal(vector(start, LAYERS[0], 1), vector(second, LAYERS[0], 1))
+
+
+@pytest.mark.parametrize("guard", [None, 2.0])
+@pytest.mark.parametrize("kind", KINDS)
+def test_in_products_nothing_is_added_to_an_expert_that_is_still_zero(kind, guard):
+    """B = 0 at the start, and no step since: orthogonal alone adds the site's own update, if no guard forbids it."""
+    first, trained, _ = (with_gate_proj(adapter, index) for index, adapter in enumerate(two_rounds(seed=3)))
+    first = {name: np.zeros_like(array) if name.endswith("lora_B") else array for name, array in first.items()}
+    start = second_start(retention(kind, 0.5, guard, Space.product), first, trained, first)
+    for layer, expert in experts():
+        own = 0.5 * flat(products(trained, layer, expert))
+        expected = own if kind is RetentionKind.orthogonal and guard is None else np.zeros_like(own)
+        np.testing.assert_allclose(flat(products(start, layer, expert)), expected, atol=1e-5)
+        if not expected.any():
+            np.testing.assert_array_equal(vector(start, layer, expert), vector(first, layer, expert))
