@@ -3,8 +3,8 @@
     python -m benchmarks.render
 
 A results file NAME.json with a key ``table`` ({"columns": [...], "rows": [[...]]}), or with several tables as text
-in a key ``markdown``, goes between the lines ``<!-- NAME -->`` and ``<!-- /NAME -->``. What it has in a key ``summary``
-goes between such lines of the project's README.md, if they are there.
+in a key ``markdown``, goes between the lines ``<!-- NAME -->`` and ``<!-- /NAME -->``; where there is no such file it says
+so there. What it has in a key ``summary`` goes between such lines of the project's README.md, if they are there.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def inserted(page: str, name: str, text: str) -> str:
 
 
 def with_results(page: str, short: str, results: Path) -> tuple[str, str]:
-    """Both pages with the tables of every file in the folder ``results`` that has one.
+    """Both pages with the tables of every file in the folder ``results`` that has one, and a line for each that is not.
 
     Raises:
         ValueError: If ``page`` lacks the markers of a file.
@@ -72,6 +72,9 @@ def with_results(page: str, short: str, results: Path) -> tuple[str, str]:
             page = inserted(page, path.stem, found["markdown"].strip())
         if "summary" in found and f"<!-- {path.stem} -->" in short:
             short = inserted(short, path.stem, found["summary"])
+    for name in re.findall(r"^<!-- (?!/)(.+) -->$", page, re.MULTILINE):
+        if not (results / f"{name}.json").exists():
+            page = inserted(page, name, f"{name}: not run")
     return page, short
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -170,10 +170,17 @@ def _against_each(
     return factor_CEG, conflict_CEG
 
 
-def split(
-    received: Arrays, trained: Sequence[Arrays], granularity: Granularity
-) -> dict[tuple[str, ...], NDArray[np.float32]]:
-    """Names of the arrays in a block -> the updates (E, G, C, D) of its groups, trained minus received.
+class Block(NamedTuple):
+    """The sites' updates of the groups in some arrays, trained minus received."""
+
+    updates: NDArray[np.float32]
+    """(E, G, C, D)"""
+    gram: NDArray[np.float64]
+    """(E, G, C, C) their inner products, multiplied in float32."""
+
+
+def split(received: Arrays, trained: Sequence[Arrays], granularity: Granularity) -> dict[tuple[str, ...], Block]:
+    """Names of the arrays in a block -> the updates of its groups.
 
     Takes expert arrays (E, ...) of one layer, ``trained`` of each site.
     """
@@ -182,25 +189,21 @@ def split(
         projection = name.removesuffix(".lora_A").removesuffix(".lora_B")
         key = {Granularity.expert: "", Granularity.row: name}.get(granularity, projection)
         blocks.setdefault(key, []).append(name)
-    return {tuple(names): _updates(names, received, trained, granularity) for names in blocks.values()}
+    return {tuple(names): _block(names, received, trained, granularity) for names in blocks.values()}
 
 
-def _updates(
-    names: Sequence[str], received: Arrays, trained: Sequence[Arrays], granularity: Granularity
-) -> NDArray[np.float32]:
+def _block(names: Sequence[str], received: Arrays, trained: Sequence[Arrays], granularity: Granularity) -> Block:
     befores = [_as_groups(received[name], name, granularity) for name in names]
     ends = np.cumsum([before.shape[-1] for before in befores])
-    block_EGCD = np.empty((*befores[0].shape[:2], len(trained), ends[-1]), np.float32)
+    updates_EGCD = np.empty((*befores[0].shape[:2], len(trained), ends[-1]), np.float32)
+    gram_EGCC = np.zeros((*updates_EGCD.shape[:3], len(trained)))
     for name, before, end in zip(names, befores, ends, strict=True):
+        part_EGCD = updates_EGCD[..., end - before.shape[-1] : end]
         for site, arrays in enumerate(trained):
-            out = block_EGCD[:, :, site, end - before.shape[-1] : end]
-            np.subtract(_as_groups(arrays[name], name, granularity), before, out=out)
-    return block_EGCD
-
-
-def gram(updates_EGCD: NDArray[np.float32]) -> NDArray[np.float64]:
-    """(E, G, C, C) inner products of the sites' updates, multiplied in float32."""
-    return (updates_EGCD @ np.swapaxes(updates_EGCD, -1, -2)).astype(np.float64)
+            np.subtract(_as_groups(arrays[name], name, granularity), before, out=part_EGCD[:, :, site])
+        # Array by array, while it is in the processor's cache.
+        gram_EGCC += part_EGCD @ np.swapaxes(part_EGCD, -1, -2)
+    return Block(updates_EGCD, gram_EGCC)
 
 
 def weighted(updates_EGCD: NDArray[np.float32], factor_CEG: NDArray[np.float64]) -> NDArray[np.float32]:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from strategies import low_rank
 from strategies.adapters import Arrays
 from strategies.change_span import changes_of
-from strategies.conflicts import ConflictConfig, Granularity, gram, join, measures, resolve, split, weighted
+from strategies.conflicts import ConflictConfig, Granularity, join, measures, resolve, split, weighted
 from strategies.low_rank import Factors
 
 Weigh = Callable[[NDArray[np.float64]], NDArray[np.float64]]
@@ -25,15 +25,14 @@ def step_factors(
 ) -> tuple[dict[str, NDArray[np.floating]], dict[str, NDArray[np.float64]]]:
     """The next expert arrays (E, ...) from those of each site, as vectors of what is exchanged."""
     blocks = split(received, trained, conflict.granularity)
-    grams = {names: gram(updates_EGCD) for names, updates_EGCD in blocks.items()}
-    squared_EC = sum(np.einsum("egcc->ec", gram_EGCC) for gram_EGCC in grams.values())
+    squared_EC = sum(np.einsum("egcc->ec", block.gram) for block in blocks.values())
     norms_CE = np.sqrt(np.transpose(squared_EC))
     weights_CE = weigh(norms_CE)
     stepped: dict[str, NDArray[np.floating]] = {}
     verdicts = []
-    for names, updates_EGCD in blocks.items():
-        factor_CEG, verdict = resolve(grams[names], weights_CE, conflict.against)
-        steps = join(names, weighted(updates_EGCD, factor_CEG), received, conflict.granularity)
+    for names, block in blocks.items():
+        factor_CEG, verdict = resolve(block.gram, weights_CE, conflict.against)
+        steps = join(names, weighted(block.updates, factor_CEG), received, conflict.granularity)
         stepped |= {name: received[name] + step for name, step in steps.items()}
         verdicts.append(verdict)
     return stepped, {"weight": weights_CE} | measures(verdicts, weights_CE, norms_CE)

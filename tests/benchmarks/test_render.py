@@ -35,6 +35,12 @@ def test_summary_goes_to_the_short_page_if_it_has_the_markers(tmp_path):
     assert with_results(PAGE, "nothing", tmp_path) == (page, "nothing")
 
 
+def test_what_was_not_run_is_told(tmp_path):
+    page, short = with_results(PAGE, "nothing", tmp_path)
+    assert page == PAGE.replace("old", "speed: not run")
+    assert with_results(page, short, tmp_path) == (page, short)
+
+
 def test_results_are_written_a_run_a_line_and_read_back_as_they_were(tmp_path):
     results = {"runs": [{"loss": 1.5, "sites": 2}, {"text": "a [b]\n| {c} |", "none": None}], "empty": [], "s": [1, 2]}
     write_results(tmp_path / "deep" / "file.json", results)

@@ -193,8 +193,9 @@ SHAPES = [(2, 3), (5, 2), (2, 4), (6, 2)]
 def test_groups_are_experts_matrices_ranks_or_rows(granularity, expected):
     adapter = {name: np.zeros((3, *shape)) for name, shape in zip(NAMES, SHAPES, strict=True)}
     blocks = split(adapter, [adapter] * 7, granularity)
-    assert [(len(names), (block.shape[1], block.shape[3])) for names, block in blocks.items()] == expected
-    assert all((block.shape[0], block.shape[2]) == (3, 7) for block in blocks.values())
+    shapes = {names: block.updates.shape for names, block in blocks.items()}
+    assert [(len(names), (shape[1], shape[3])) for names, shape in shapes.items()] == expected
+    assert all((shape[0], shape[2]) == (3, 7) for shape in shapes.values())
 
 
 @pytest.mark.parametrize("granularity", Granularity)
@@ -206,7 +207,9 @@ def test_join_undoes_split(granularity):
     )
     joined = {}
     for names, block in split(before, [before, after], granularity).items():
-        joined |= join(names, block[:, :, 1], before, granularity)
+        joined |= join(names, block.updates[:, :, 1], before, granularity)
+        expected = np.einsum("egcd,egbd->egcb", block.updates, block.updates)
+        np.testing.assert_allclose(block.gram, expected, rtol=1e-5)
     assert joined.keys() == before.keys()
     for name in before:
         np.testing.assert_array_equal(joined[name], after[name] - before[name])
@@ -215,7 +218,7 @@ def test_join_undoes_split(granularity):
 def test_rows_of_a_bias_are_one_group():
     bias = {"l.experts.up_bias": np.zeros((3, 5))}
     (block,) = split(bias, [bias] * 7, Granularity.row).values()
-    assert block.shape == (3, 1, 7, 5)
+    assert block.updates.shape == (3, 1, 7, 5)
 
 
 @pytest.mark.parametrize(
