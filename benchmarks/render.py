@@ -3,8 +3,8 @@
     python -m benchmarks.render
 
 A results file NAME.json with a key ``table`` ({"columns": [...], "rows": [[...]]}), or with several tables as text
-in a key ``markdown``, goes between the lines ``<!-- NAME -->`` and ``<!-- /NAME -->``; where there is no such file it says
-so there. What it has in a key ``summary`` goes between such lines of the project's README.md, if they are there.
+in a key ``markdown``, goes between the lines ``<!-- NAME -->`` and ``<!-- /NAME -->``; without such a file they say so.
+What it has in a key ``summary`` goes between such lines of the project's README.md, if they are there.
 """
 
 from __future__ import annotations
