@@ -81,14 +81,13 @@ def summary(title: str, tested: Mapping[str, Outcome]) -> str:
         return ""
     by_accuracy = _by_accuracy(compared)
     columns = ["method", _measure(compared), "minus FedAvg", "sites: mean / worst / spread", _ROUNDS]
-    lines = []
+    lines, most = [], max(len(result.rows) for result in compared.values())
     for name, result in compared.items():
         mean, difference, _, _, _, rounds, *_ = _cells(result, compared[BASELINE].rows, {}, by_accuracy)
         found = (_mean(values, _digits(by_accuracy)) for values in on_sites(result.rows, by_accuracy))
-        lines.append([CONTENDERS[name].title, mean, difference, " / ".join(found), rounds])
-    counts = sorted({len(result.rows) for result in compared.values()})
-    seeds = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
-    return f"{title}, {seeds} seeds\n\n{_table(columns, lines)}"
+        told = CONTENDERS[name].title + (f" ({len(result.rows)} of {most} seeds)" if len(result.rows) < most else "")
+        lines.append([told, mean, difference, " / ".join(found), rounds])
+    return f"{title}, {most} seeds\n\n{_table(columns, lines)}"
 
 
 def sites(tested: Mapping[str, Outcome]) -> str:

@@ -308,8 +308,8 @@ def test_summary_has_the_rows_that_are_there_and_what_counts_first():
         "fc_moe_plus": Outcome((), {0: row(0, 0.75)}),
     }
     text = summary("Toy", tested)
-    assert text.startswith("Toy, 1 to 2 seeds\n\n| method | test accuracy, % | minus FedAvg |")
-    assert cells_of(text, "FC-MoE plus") == ["FC-MoE plus", "75.0", "+25.0", "56.2 / 37.5 / 18.8", "1.0"]
+    assert text.startswith("Toy, 2 seeds\n\n| method | test accuracy, % | minus FedAvg |")
+    assert cells_of(text, "FC-MoE plus") == ["FC-MoE plus (1 of 2 seeds)", "75.0", "+25.0", "56.2 / 37.5 / 18.8", "1.0"]
     assert cells_of(text, "FedAvg")[3] == "41.2 ± 47.6 / 27.5 ± 31.8 / 13.8 ± 15.9"
     assert "FedProx" not in text
     assert "as printed" not in text
