@@ -177,8 +177,8 @@ def _of_runs(measure: str, values: Sequence[float | None]) -> str:
     """Their mean; of the step, which is in lengths of a mean update that may be next to nothing, their median."""
     known = [value for value in values if value is not None]
     if measure == "step" and known:
-        known = [float(np.median(known))]
-    return _mean_of(known, _DIGITS[measure])
+        return _mean_of([float(np.median(known))], _DIGITS[measure])
+    return _mean_of(values, _DIGITS[measure])
 
 
 def _methods(tested: Mapping[str, Outcome]) -> dict[str, Outcome]:
@@ -187,8 +187,10 @@ def _methods(tested: Mapping[str, Outcome]) -> dict[str, Outcome]:
 
 
 def _mean_of(values: Sequence[float | None], digits: int, before: str = "") -> str:
+    """Mean of those that are known, and of how many if not of all."""
     known = [value for value in values if value is not None]
-    return f"{before}{np.mean(known):.{digits}f}" if known else ""
+    told = f" (of {len(known)})" if len(known) < len(values) else ""
+    return f"{before}{np.mean(known):.{digits}f}{told}" if known else ""
 
 
 def _done(tested: Mapping[str, Outcome]) -> list[Row]:

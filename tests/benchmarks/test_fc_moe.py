@@ -50,7 +50,8 @@ def test_table_pairs_by_seed_and_says_what_is_missing():
 
 def test_rules_on_factors_are_compared_by_lora_alone():
     by_lora, in_full = set(compared("clinc", "lora")), set(compared("clinc", "full"))
-    assert by_lora - in_full == {"fc_moe_product", "fc_moe_component", "fc_moe_plus_factors"}
+    of_factors = {"fc_moe_product", "fc_moe_in_products", "fc_moe_component", "fc_moe_plus_factors"}
+    assert by_lora - in_full == of_factors
     assert in_full < by_lora == CONTENDERS.keys()
 
 
@@ -58,7 +59,7 @@ def test_growth_of_experts_is_shown_of_runs_that_measured_it():
     lora = {0: row(0, 0.6, experts="lora"), 1: row(1, 0.6, experts="lora", expert_growth=1.25)}
     tested = {"fedavg": Outcome((), lora), "fc_moe": Outcome((), {0: lora[0]})}
     table = comparison("title", tested, [0])
-    assert cells_of(table, "FedAvg |")[8] == "x 1.25"
+    assert cells_of(table, "FedAvg |")[8] == "x 1.25 (of 1)"
     assert cells_of(table, "FC-MoE |")[8] == ""
 
 
@@ -166,7 +167,8 @@ def test_what_averaging_did_is_shown_of_runs_that_measured_it():
     older = {measure: 0.5 for measure in MEASURES if measure != "opposed"} | {"factor": None, "kept": 0.4}
     rows = {0: row(0, 0.5, averaging=measured), 1: row(1, 0.5, averaging=older), 2: row(2, 0.5)}
     table = averaging({"fedavg": Outcome((), rows), "fedmoe": Outcome((), {0: row(0, 0.5)})})
-    assert cells_of(table, "FedAvg |")[1:] == ["0.45", "0.500", "0.500", "0.500", "0.50", "", "0.50", "0.50"]
+    told = ["0.45", "0.500", "0.500 (of 1)", "0.500", "0.50", "", "0.50", "0.50"]
+    assert cells_of(table, "FedAvg |")[1:] == told
     assert "FedMoE" not in table
     far = {seed: row(seed, 0.5, averaging=measured | {"step": step}) for seed, step in enumerate((1.0, 2.0, -90.0))}
     assert cells_of(averaging({"fedavg": Outcome((), far)}), "FedAvg |")[5] == "1.00"
