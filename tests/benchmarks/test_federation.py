@@ -80,9 +80,10 @@ def test_a_site_that_shares_nothing_leaves_the_whole_adapter_as_it_began(tmp_pat
 @pytest.mark.parametrize(
     "words",
     [
-        ["strategy=fc_moe", "federation.fraction=0.75"],
+        ["strategy=fc_moe", "federation.fraction=0.75", "model.experts=full"],
         ["strategy=fc_moe_plus", "rounds=3"],  # remembers its last step
         ["strategy=fedalign_moe"],  # sends more than adapters, both ways
+        ["strategy=scaffold"],  # keeps something at the server and at the sites
     ],
     ids=lambda words: words[0],
 )
