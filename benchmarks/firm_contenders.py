@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from benchmarks.firm_tables import ALL_SHARES, EQUAL, THREE_SHARES
 from benchmarks.word_base import word_base_sha256
 from benchmarks.workloads import ON_WORDS
 from benchmarks.workloads import WORKLOADS as FC_MOE_WORKLOADS
+from client.alignment.reward_models import HEAD_FILE
 
 DPO = "dpo"
 FSMGDA = "fsmgda"
@@ -35,12 +37,14 @@ class Workload:
         """Whether its data are pairs of a preferred response and another."""
         return any(setting.startswith("data.rejected_column=") for setting in self.settings)
 
-    @property
-    def version(self) -> str:
-        """Of prompts and base model, where they are those of ``benchmarks.fc_moe``; else empty."""
+    def version(self, rewards: Sequence[str]) -> str:
+        """Of prompts and base model, where they are those of ``benchmarks.fc_moe``, and of heads among the rewards."""
+        heads = [Path(folder) / HEAD_FILE for _, _, folder in (spec.partition(":") for spec in rewards) if folder]
+        weights = b"".join(path.read_bytes() for path in heads if path.exists())
+        of_heads = hashlib.sha256(weights).hexdigest()[:8] if weights else ""
         if self.source in FC_MOE_WORKLOADS:
-            return FC_MOE_WORKLOADS[self.source].version
-        return word_base_sha256()[:8] if self.base == ON_WORDS else ""
+            return FC_MOE_WORKLOADS[self.source].version + of_heads
+        return (word_base_sha256()[:8] if self.base == ON_WORDS else "") + of_heads
 
     def compares(self, contender: Contender) -> bool:
         """Whether the contender is run on it."""
@@ -204,10 +208,11 @@ def contenders_of(workload: str) -> list[str]:
 def cells(names: Sequence[str], workload: str, rewards: Sequence[str], seeds: Sequence[int], device: str) -> list[Cell]:
     """Every contender's runs on the workload: first the methods, then the sweeps, each seed by seed."""
     of = WORKLOADS[workload]
+    version = of.version(rewards)
     common = (*of.settings, f"method.rewards=[{','.join(rewards)}]", f"device={device}")
     chosen = [(name, CONTENDERS[name]) for name in names if of.compares(CONTENDERS[name])]
     return [
-        Cell(workload, name, share, seed, (*contender.settings[:1], *common, *contender.settings[1:]), of.version)
+        Cell(workload, name, share, seed, (*contender.settings[:1], *common, *contender.settings[1:]), version)
         for is_main in (True, False)
         for seed in seeds
         for name, contender in chosen

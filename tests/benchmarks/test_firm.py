@@ -98,7 +98,9 @@ def test_heads_that_are_missing_are_trained_on_the_pairs_of_their_objective_and_
     source = path.removeprefix(f"data.path={tmp_path}/")
     monkeypatch.setitem(WORKLOADS, "toy", Workload(tuple(columns), ("length", "format"), source, base=base))
     rewards = [f"length:{tmp_path / 'length'}", f"format:{tmp_path / 'format'}", "brevity"]
+    before = WORKLOADS["toy"].version(rewards)
     train_missing_heads("toy", rewards, tmp_path, "cpu")
+    assert before == "" != WORKLOADS["toy"].version(rewards)
     weights = [LinearHead.load(tmp_path / name).weight_D for name in ("length", "format")]
     assert not torch.equal(*weights)
     (tmp_path / "pairs.jsonl").unlink()
