@@ -118,14 +118,18 @@ CONTENDERS: dict[str, Contender] = {
     **{
         f"fc_moe_{name}": Contender(
             f"FC-MoE, {title}",
-            ("strategy=fc_moe", setting, *(("method.retention.space=product",) if name == "in_products" else ())),
+            ("strategy=fc_moe", *settings.split()),
             follows="fc_moe",
             retunes=(*_RATE, _RETENTION.key) if name in {"filtered", "orthogonal"} else _RATE,
             of_factors=name in {"product", "in_products", "component"},
         )
-        for name, title, setting in (
+        for name, title, settings in (
             ("product", "conflicts in products B A", "strategy.conflict.space=product"),
-            ("in_products", "conflicts and retention in products", "strategy.conflict.space=product"),
+            (
+                "in_products",
+                "conflicts and retention in products",
+                "strategy.conflict.space=product method.retention.space=product",
+            ),
             ("matrix", "conflicts of matrices", "strategy.conflict.granularity=matrix"),
             ("row", "conflicts of rows", "strategy.conflict.granularity=row"),
             ("component", "conflicts of rank components", "strategy.conflict.granularity=component"),

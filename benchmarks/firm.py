@@ -28,7 +28,7 @@ import numpy as np
 
 from benchmarks.cells import finished, stored_rows
 from benchmarks.federation import Federation, simulated
-from benchmarks.firm_contenders import CONTENDERS, DPO, FSMGDA, WORKLOADS, Cell, cells, contenders_of
+from benchmarks.firm_contenders import CONTENDERS, DPO, FSMGDA, WORKLOADS, Cell, cells, contenders_of, heads_among
 from benchmarks.firm_tables import Runs, markdown
 from benchmarks.render import HERE, write_results
 from client.alignment.reward_models import LinearHead
@@ -224,20 +224,19 @@ def _arguments() -> argparse.Namespace:
 
 
 def train_missing_heads(workload: str, rewards: Sequence[str], data: Path, device: str) -> None:
-    """Train the linear heads among the rewards (``objective:folder``) whose folders there are not, on all pairs."""
+    """Train the linear heads among the rewards whose folders there are not, each on all pairs of its objective."""
     of = WORKLOADS[workload]
     kept = [word for word in of.settings if word.startswith(("data.", "model"))]
-    for objective, _, folder in (spec.partition(":") for spec in rewards):
-        if folder and not Path(folder).exists():
+    for objective, folder in heads_among(rewards).items():
+        if not folder.exists():
             place = [f"data.path={data / str(of.source)}", f"device={device}"]
-            train_head(Path(folder), [*of.base, *kept, *place], objective)
+            train_head(folder, [*of.base, *kept, *place], objective)
 
 
 def _heads(rewards: Sequence[str]) -> list[str]:
     """What the linear heads among them are worth, for the page."""
-    folders = [Path(folder) for _, _, folder in (spec.partition(":") for spec in rewards) if folder]
     lines = []
-    for facts in (LinearHead.load(folder).facts for folder in folders if folder.is_dir()):
+    for facts in (LinearHead.load(folder).facts for folder in heads_among(rewards).values() if folder.is_dir()):
         told = ", ".join(f"{name} {share:.3f}" for name, share in facts.accuracy.items())
         lines.append(f"Head `{facts.objective}`, of {facts.num_pairs} pairs; accuracy: {told}.")
     return lines

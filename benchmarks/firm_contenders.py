@@ -39,7 +39,7 @@ class Workload:
 
     def version(self, rewards: Sequence[str]) -> str:
         """Of prompts and base model, where they are those of ``benchmarks.fc_moe``, and of heads among the rewards."""
-        heads = [Path(folder) / HEAD_FILE for _, _, folder in (spec.partition(":") for spec in rewards) if folder]
+        heads = [folder / HEAD_FILE for folder in heads_among(rewards).values()]
         weights = b"".join(path.read_bytes() for path in heads if path.exists())
         of_heads = hashlib.sha256(weights).hexdigest()[:8] if weights else ""
         if self.source in FC_MOE_WORKLOADS:
@@ -66,6 +66,12 @@ class Contender:
     """Whether it is trained on preference pairs."""
     adds_to: str | None = None
     """Name of the contender whose runs count as its own too."""
+
+
+def heads_among(rewards: Sequence[str]) -> dict[str, Path]:
+    """Objective -> folder of its linear head, of the rewards that have a source (``OBJECTIVE:FOLDER``)."""
+    split = (spec.partition(":") for spec in rewards)
+    return {objective: Path(folder) for objective, _, folder in split if folder}
 
 
 BETA = 0.3
@@ -179,7 +185,7 @@ class Cell:
     settings: tuple[str, ...]
     """All that is set but the place of the data."""
     version: str
-    """Of the workload: see there."""
+    """``Workload.version``"""
 
     @classmethod
     def of(cls, row: Mapping[str, Any]) -> Cell:

@@ -57,7 +57,7 @@ def inserted(page: str, name: str, text: str) -> str:
 
 
 def with_results(page: str, short: str, results: Path) -> tuple[str, str]:
-    """Both pages with the tables of every file in the folder ``results`` that has one, and a line for each that is not.
+    """Both pages with the tables of every file in the folder ``results`` that has one, and "not run" where none is.
 
     Raises:
         ValueError: If ``page`` lacks the markers of a file.

@@ -106,6 +106,7 @@ class Changes:
         a, b = A[:, R:, R:], B[:, R:, R:]
         after_a = a + spread.T @ A[:, :R, R:]
         after_after = after_a + (A[:, R:, :R] + spread.T @ A[:, :R, :R]) @ spread
+        # Half of a symmetric matrix: its blocks are summed once.
         half = (B[:, R:, :R] @ spread) * after_a + 0.5 * (b * after_after + (spread.T @ B[:, :R, :R] @ spread) * a)
         found = _block_sums(half, R)
         return np.asarray(found + np.swapaxes(found, -1, -2), np.float64)

@@ -6,7 +6,7 @@ Shape suffixes: N texts, D model width, L labels.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -62,6 +62,7 @@ class HeadFacts:
 
     objective: str
     base_name: str
+    """For people: a folder's without the way to it, since heads are handed on."""
     base_sha256: str
     """Hash of the base model whose hidden states it reads; with another one its numbers mean nothing."""
     template: str
@@ -197,28 +198,28 @@ def _classifier(name: str, source: str, device: torch.device) -> Reward:
 def _classifier_inputs(tokenizer: Any, model: Any, prompts: Sequence[str], completions: Sequence[str]) -> Any:
     limit = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None) or 512)
     pairs = zip(prompts, completions, strict=True)
-    # A completion that is too long by itself loses its end.
-    ids = [_with_room_for(completion, prompt, tokenizer, limit)[:limit] for prompt, completion in pairs]
-    return tokenizer.pad({"input_ids": ids}, return_tensors="pt")
+    return tokenizer.pad([_fitting(*pair, tokenizer, limit) for pair in pairs], return_tensors="pt")
 
 
-def _with_room_for(completion: str, prompt: str, tokenizer: Any, limit: int) -> list[int]:
-    """Tokens of both, of the prompt as much of its end as there is room for."""
+def _fitting(prompt: str, completion: str, tokenizer: Any, limit: int) -> dict[str, list[int]]:
+    """Inputs of one pair: of the prompt as much of its end as there is room for, then of a completion its beginning."""
     while True:
-        ids = _read_as(prompt, completion, tokenizer)
-        excess = len(ids) - limit
+        inputs = _inputs(prompt, completion, tokenizer)
+        excess = len(inputs["input_ids"]) - limit
         if excess <= 0 or not prompt:
-            return ids
+            return {key: values[:limit] for key, values in inputs.items()}
         prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
         shorter = tokenizer.decode(prompt_ids[excess:])
         prompt = shorter if len(shorter) < len(prompt) else ""
 
 
-def _read_as(prompt: str, completion: str, tokenizer: Any) -> list[int]:
+def _inputs(prompt: str, completion: str, tokenizer: Any) -> Mapping[str, list[int]]:
+    """Tokens and whatever else the tokenizer gives for them, such as which of the two texts each belongs to."""
     if tokenizer.chat_template is not None:
         chat = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
-        ids: list[int] = tokenizer.apply_chat_template(chat, return_dict=False)
-        return ids
-    if tokenizer.num_special_tokens_to_add(pair=True) > tokenizer.num_special_tokens_to_add(pair=False):
-        return list(tokenizer(prompt, completion)["input_ids"])
-    return list(tokenizer(f"{prompt}\n{completion}")["input_ids"])  # nothing would stand between the two
+        inputs: Mapping[str, list[int]] = tokenizer.apply_chat_template(chat, return_dict=True)
+    elif tokenizer.num_special_tokens_to_add(pair=True) > tokenizer.num_special_tokens_to_add(pair=False):
+        inputs = tokenizer(prompt, completion)
+    else:  # nothing would stand between the two
+        inputs = tokenizer(f"{prompt}\n{completion}")
+    return inputs

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -110,7 +111,7 @@ def train_head(
     identity = adapted.base.identity
     facts = HeadFacts(
         objective=objective,
-        base_name=identity.name,
+        base_name=Path(identity.name).name if Path(identity.name).is_absolute() else identity.name,
         base_sha256=identity.sha256,
         template=data.template.name,
         max_length=data.max_length,

@@ -6,6 +6,7 @@ products; V vectors that a residual is a sum of.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,7 +18,7 @@ from conf.methods import FcMoeConfig, MethodConfig, RetentionKind
 from strategies import low_rank
 from strategies.adapters import Arrays, check_same_layout, difference
 from strategies.conflicts import Space
-from strategies.experts import by_layer, dots, is_expert_array
+from strategies.experts import by_layer, dots, is_expert_array, num_experts
 from strategies.low_rank import Factors
 
 _UPDATE = "fc_moe/update/"
@@ -85,8 +86,7 @@ class FcMoe(Method):
         vectors = [received, update]
         if self.retention.kind is not RetentionKind.paper:
             vectors.append(difference(received, last_received))
-        gram_VVE = np.array([[dots(left, right) for right in vectors] for left in vectors])
-        added_EV = self._added(np.moveaxis(gram_VVE, -1, 0))
+        added_EV = self._added(_gram(vectors))
         start: dict[str, NDArray[np.floating]] = {}
         for name, array in received.items():
             per_expert = (-1, *[1] * (array.ndim - 1))
@@ -96,8 +96,8 @@ class FcMoe(Method):
 
     def _in_products(self, received: Arrays, update: Arrays, last_received: Arrays) -> Arrays:
         """The LoRA experts of one layer, re-anchored as products: all is in the span of the three that are known."""
-        known = [received, {name: array + update[name] for name, array in last_received.items()}, last_received]
         check_same_layout(received, last_received)
+        known = [received, {name: array + update[name] for name, array in last_received.items()}, last_received]
         prefixes = low_rank.lora_prefixes(received)
         terms = {prefix: [low_rank.factors_of(arrays, prefix) for arrays in known] for prefix in prefixes}
         gram_E33 = np.sum([low_rank.gram(_stacked(of_prefix)) for of_prefix in terms.values()], axis=0)
@@ -146,6 +146,14 @@ def _shortening(added_EV: NDArray[np.float64], gram_EVV: NDArray[np.float64], gu
     root_E = np.sqrt(b_E**2 + a_E * d_E)
     c_E = np.where(b_E > 0, _ratio(d_E, b_E + root_E), _ratio(root_E - b_E, a_E))
     return np.where(a_E > 0, np.minimum(c_E, 1.0), 1.0)
+
+
+def _gram(vectors: Sequence[Arrays]) -> NDArray[np.float64]:
+    """(E, V, V) inner products of the experts' vectors, each pair multiplied once."""
+    gram_EVV = np.empty((num_experts(vectors[0]), len(vectors), len(vectors)))
+    for i, j in itertools.combinations_with_replacement(range(len(vectors)), 2):
+        gram_EVV[:, i, j] = gram_EVV[:, j, i] = dots(vectors[i], vectors[j])
+    return gram_EVV
 
 
 def _stacked(terms: Sequence[Factors]) -> Factors:

@@ -2,11 +2,18 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    BertTokenizerFast,
+)
 
 from client.alignment.reward_models import LinearHead, named_rewards, pair_features
 from client.alignment.reward_training import Pairs, accuracy, bradley_terry_weights, train_head
@@ -70,6 +77,9 @@ def test_a_head_learns_what_pairs_say_and_scores_the_same_after_a_round_trip(ada
     assert head.facts.accuracy["held_out"] >= 0.75
     assert head.facts.accuracy["turned"] == pytest.approx(1 - head.facts.accuracy["held_out"])
     head.save(tmp_path / "loud")
+    base = Path(adapted.base.identity.name)
+    assert base.is_absolute()
+    assert head.facts.base_name == base.name  # a way to it would be another machine's
     rewards = named_rewards([f"loud:{tmp_path / 'loud'}", "length"], adapted)
     assert rewards.names == ["loud", "length"]
     prompts, better = [pair.prompt for pair in PAIRS], [pair.response for pair in PAIRS]
@@ -122,6 +132,30 @@ def test_a_classifier_scores_a_pair_of_texts_by_its_logits(adapted, tmp_path, nu
             float(logits[0] if num_labels == 1 else logits[1] - logits[0]), rel=1e-3, abs=1e-5
         )
     assert len(tokenizer) <= VOCAB_SIZE
+
+
+def test_a_pair_keeps_what_its_tokenizer_says_of_the_second_text(adapted, tmp_path):
+    """BERT's token types, in a batch of pairs of different lengths."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "is", "it", "yes", "no", "surely"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    tokenizer = BertTokenizerFast(vocab=str(tmp_path / "vocab.txt"))
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(words), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        max_position_embeddings=16, num_labels=1, initializer_range=0.5,
+    )  # fmt: skip
+    model = BertForSequenceClassification(config).eval()
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "bert")
+    pairs = [("is it", "yes"), ("it", "no surely"), ("is it " * 9, "yes yes")]
+    found = named_rewards([f"kind:{tmp_path / 'bert'}"], adapted).score(*map(list, zip(*pairs, strict=True)))[:, 0]
+    for score, (prompt, completion) in zip(found[:2], pairs, strict=False):
+        inputs = tokenizer(prompt, completion, return_tensors="pt")
+        with torch.no_grad():
+            assert score == pytest.approx(float(model(**inputs).logits), rel=1e-4)
+            of_one_type = dict(inputs) | {"token_type_ids": torch.zeros_like(inputs["token_type_ids"])}
+            assert score != pytest.approx(float(model(**of_one_type).logits), rel=1e-2)
+    assert np.isfinite(found[2])
 
 
 @pytest.mark.parametrize("has_chat", [True, False])
