@@ -21,7 +21,6 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
 from flwr.serverapp.strategy.strategy_utils import aggregate_arrayrecords
 
+from benchmarks.provenance import made_by
 from benchmarks.render import write_results
 from client.records import to_arrays, to_record
 from strategies.adapters import Arrays
@@ -252,9 +252,8 @@ def table(found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    """Where and with what it was measured."""
-    packages = {package: version(package) for package in ("flwr", "numpy")}
-    return {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count(), "versions": packages}
+    """Where it was measured."""
+    return {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
 
 
 def main() -> None:
@@ -282,6 +281,7 @@ def main() -> None:
         "command": " ".join(["python -m benchmarks.aggregation", *sys.argv[1:]]),
         "size": asdict(size) | {"mebibytes_per_site": size.mebibytes()},
         "machine": machine(),
+        "made_by": made_by(),
         "strategies": found,
         "table": table(found),
     }

@@ -21,6 +21,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy as np
 
 from benchmarks.contenders import Contender, Settings, tuned
+from benchmarks.provenance import made_by
 from benchmarks.render import write_results
 
 Row = Mapping[str, Any]
@@ -121,11 +122,13 @@ def carry_out(
     deadline = time.monotonic() + 60 * given.budget_minutes
     cells = results.with_suffix(".jsonl")
     cells.parent.mkdir(exist_ok=True)
+    maker = made_by()  # before the code on the disk changes
     for row in stored_rows(cells):
         study.add(row)
     for name in names:
         while (needed := study.needed(name)) and time.monotonic() < deadline:
-            for row in finished(needed, run, given.jobs, deadline):
+            for found in finished(needed, run, given.jobs, deadline):
+                row = {**found, "made_by": maker}
                 study.add(row)
                 with cells.open("a") as file:
                     file.write(json.dumps(row) + "\n")

@@ -31,6 +31,7 @@ from benchmarks.fc_moe_numbers import LAST, last_rounds
 from benchmarks.fc_moe_tables import markdown, summary
 from benchmarks.federation import simulated
 from benchmarks.measures import Judge, Score, expert_norm
+from benchmarks.provenance import makers
 from benchmarks.render import HERE
 from benchmarks.workloads import WORKLOADS
 from client.assemble import held_out_sets
@@ -60,7 +61,10 @@ class Cell:
 
 
 def run_cell(cell: Cell, data: Path, device: str = "cpu") -> dict[str, Any]:
-    """Its row: the cell, and per round what was measured; ``failed`` says why instead if training diverged."""
+    """Its row: the cell, and per round what was measured; ``failed`` says why instead if training diverged.
+
+    Judged on the validation split only the last rounds are measured.
+    """
     workload = WORKLOADS[cell.workload]
     words = [*workload.overrides(data, cell.seed, cell.split, device), f"model.experts={cell.experts}", *cell.settings]
     config = load_config(words)
@@ -79,7 +83,9 @@ def run_cell(cell: Cell, data: Path, device: str = "cpu") -> dict[str, Any]:
                 federation.play()
             except NotFiniteError as error:
                 return row | {"failed": f"round {federation.server_round + 1}: {error}"}
-            scores.append(judge.score(federation))
+            # What tuning chooses by is the mean of the last rounds.
+            if cell.split == "test" or federation.server_round > config.rounds - LAST:
+                scores.append(judge.score(federation))
         after = expert_norm(federation.whole_adapter(), federation.adapted, config.lora)
         answers = judge.rouge_l(federation) if cell.split == "test" and not workload.labels else None
     return row | {
@@ -129,6 +135,7 @@ def report(study: Study[Cell], name: str, experts: str) -> dict[str, Any]:
         "tuning_seeds": list(study.tuning_seeds),
         "settings": list(workload.settings),
         "runs": len(study.rows),
+        "made_by": makers(study.rows.values()),
         "markdown": markdown(title, tested, seeds, fc_moe_printed.of_workload(name)),
         "summary": summary(title, tested),
     }

@@ -30,6 +30,7 @@ from benchmarks.cells import finished, stored_rows
 from benchmarks.federation import Federation, simulated
 from benchmarks.firm_contenders import CONTENDERS, DPO, FSMGDA, WORKLOADS, Cell, cells, contenders_of, heads_among
 from benchmarks.firm_tables import Runs, markdown
+from benchmarks.provenance import made_by, makers
 from benchmarks.render import HERE, write_results
 from client.alignment.reward_models import LinearHead
 from conf.alignment import FirmConfig
@@ -188,6 +189,7 @@ def main() -> None:
     results = HERE / "results" / f"firm_{given.workload}.json"
     stored = results.with_suffix(".jsonl")
     stored.parent.mkdir(exist_ok=True)
+    maker = made_by()  # before the code on the disk changes
     rewards = given.rewards or WORKLOADS[given.workload].rewards
     train_missing_heads(given.workload, rewards, given.data, given.device)
     names = given.methods or contenders_of(given.workload)
@@ -200,7 +202,8 @@ def main() -> None:
         known = cells(contenders_of(given.workload), given.workload, rewards, seeds, given.device)
         return report(given.workload, rewards, [rows[cell] for cell in known if cell in rows])
 
-    for row in finished(missing, partial(run_cell, data=given.data), given.jobs, deadline):
+    for found in finished(missing, partial(run_cell, data=given.data), given.jobs, deadline):
+        row = {**found, "made_by": maker}
         rows[Cell.of(row)] = row
         with stored.open("a") as file:
             file.write(json.dumps(row) + "\n")
@@ -272,6 +275,7 @@ def report(workload: str, rewards: Sequence[str], rows: Sequence[Mapping[str, An
         "settings": list(WORKLOADS[workload].settings),
         "seeds": sorted({row["seed"] for row in rows}),
         "runs": len(rows),
+        "made_by": makers(rows),
         "markdown": "\n\n".join([markdown([*found.values()], pairings), *_heads(rewards)]),
     }
 

@@ -27,6 +27,7 @@ from benchmarks.contenders import PERSONAL, Settings
 from benchmarks.dolly_tasks import PARTITIONS, SIZES, overrides, version_of
 from benchmarks.federation import Federation, simulated
 from benchmarks.flex_tables import markdown, own_scores
+from benchmarks.provenance import makers
 from benchmarks.render import HERE
 from client.evaluation.examination import examine
 from client.evaluation.general_sets import general_sets
@@ -147,6 +148,7 @@ def report(study: Study[Cell], model: str, partition: str) -> dict[str, Any]:
         "tuning_seeds": list(study.tuning_seeds),
         "settings": [*SIZES[model].settings, *PARTITIONS[partition]],
         "runs": len(study.rows),
+        "made_by": makers(study.rows.values()),
         "markdown": markdown(f"{model}, {partition}", tested, study.all_seeds()),
     }
 

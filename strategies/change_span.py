@@ -60,10 +60,14 @@ class Coordinates:
 
     def lift(self, rows_EKM: NDArray[np.floating]) -> NDArray[np.float32]:
         """(E, K, N) the vectors with these coordinates."""
-        received_EKR, summed_EKR = np.split(rows_EKM @ np.swapaxes(self.basis, -1, -2), 2, axis=-1)
-        by_site = [summed_EKR * weight_E[:, None, None] for weight_E in self.weights]
-        weights_EKV = np.concatenate([received_EKR, *by_site], axis=-1)
-        return np.asarray(weights_EKV.astype(np.float32) @ self.side.vectors)
+        rank = self.basis.shape[-1] // 2
+        received_ERN, changes_EVN = self.side.vectors[:, :rank], self.side.vectors[:, rank:]
+        # One pass over the changes, however many rows are asked for.
+        by_site = changes_EVN.reshape(len(changes_EVN), len(self.weights), -1)
+        weights_E1C = self.weights.T[:, None].astype(np.float32)
+        summed_ERN = (weights_E1C @ by_site).reshape(received_ERN.shape)
+        of_received, of_summed = np.split((rows_EKM @ np.swapaxes(self.basis, -1, -2)).astype(np.float32), 2, axis=-1)
+        return np.asarray(of_received @ received_ERN + of_summed @ summed_ERN)
 
 
 def _received_and_summed(weights_CE: NDArray[np.float64], rank: int) -> NDArray[np.float32]:
@@ -104,10 +108,19 @@ class Changes:
         # Repeats an R x R block for every site, by products: numpy is slow where so few values follow each other.
         spread: NDArray[np.float32] = np.tile(np.eye(R, dtype=np.float32), A.shape[-1] // R - 1)
         a, b = A[:, R:, R:], B[:, R:, R:]
-        after_a = a + spread.T @ A[:, :R, R:]
-        after_after = after_a + (A[:, R:, :R] + spread.T @ A[:, :R, :R]) @ spread
+        # In place, since a new array for every sum takes longer than the sum.
+        after_a = spread.T @ A[:, :R, R:]
+        after_a += a
+        after_after = (A[:, R:, :R] + spread.T @ A[:, :R, :R]) @ spread
+        after_after += after_a
+        after_after *= b
+        of_received = spread.T @ B[:, :R, :R] @ spread
+        of_received *= a
+        after_after += of_received
         # Half of a symmetric matrix: its blocks are summed once.
-        half = (B[:, R:, :R] @ spread) * after_a + 0.5 * (b * after_after + (spread.T @ B[:, :R, :R] @ spread) * a)
+        half = B[:, R:, :R] @ spread
+        half *= after_a
+        half += 0.5 * after_after
         found = _block_sums(half, R)
         return np.asarray(found + np.swapaxes(found, -1, -2), np.float64)
 

@@ -13,6 +13,7 @@ from benchmarks.contenders import CONTENDERS
 from benchmarks.fc_moe import Cell, compared, report, run_cell, study_of
 from benchmarks.fc_moe_averaging import MEASURES
 from benchmarks.fc_moe_tables import ablation, averaging, comparison, one_knob_changed, sites, summary
+from benchmarks.provenance import made_by
 from benchmarks.workloads import WORKLOADS, Workload
 
 
@@ -212,6 +213,18 @@ def test_a_cell_is_measured_after_every_round(tiny, tmp_path):
 
 
 @pytest.mark.slow
+def test_on_validation_data_only_the_rounds_that_tuning_looks_at_are_measured(tiny, tmp_path, monkeypatch):
+    """They are what they would be if all were."""
+    rounds = ("strategy=fedavg", "rounds=2")
+    curves = {}
+    for last in (1, 2):
+        monkeypatch.setattr(fc_moe, "LAST", last)
+        curves[last] = run_cell(Cell("tiny", "lora", rounds, 0, "validation", "1"), tmp_path)["loss"]
+    assert curves[1] == curves[2][1:]
+    assert len(curves[2]) == 2
+
+
+@pytest.mark.slow
 def test_a_run_that_diverges_is_a_row_that_says_so(tiny, tmp_path):
     words = ("strategy=fedavg", "train.learning_rate=1e30", "train.max_grad_norm=1e30", "train.max_steps=3")
     found = run_cell(Cell("tiny", "lora", words, 0, "test", "1"), tmp_path)
@@ -253,7 +266,9 @@ def test_a_restart_goes_on_from_the_cells_that_are_there(monkeypatch, tmp_path, 
     assert {cell.seed for cell in computed if cell.split == "validation"} == {100}
     path = tmp_path / "results" / "fc_moe_clinc_lora.jsonl"
     before = path.read_text()
-    assert "FedAvg, step x 1.001" in json.loads(path.with_suffix(".json").read_text())["markdown"]
+    written = json.loads(path.with_suffix(".json").read_text())
+    assert "FedAvg, step x 1.001" in written["markdown"]
+    assert written["made_by"] == [{"made_by": made_by(), "runs": 3 + 2 + 2}]
     computed.clear()
     fc_moe.main()
     assert computed == []

@@ -1,0 +1,52 @@
+"""By what code and which libraries a result was made."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterable, Mapping
+from functools import cache
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+LIBRARIES = ("flwr", "numpy", "peft", "torch", "transformers")
+
+
+@cache
+def made_by() -> dict[str, Any]:
+    """Commit and versions of the libraries that there are, as at the first call; a ``+``: the code has changed since.
+
+    ``commit`` is None outside a checkout.
+    """
+    versions = {name: version(name) for name in LIBRARIES if find_spec(name)}
+    return {"commit": _commit(Path(__file__).parent), "versions": versions}
+
+
+def makers(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Each ``made_by`` among the rows once, with the number of its ``runs``; older rows have none and do not count."""
+    found: list[dict[str, Any]] = []
+    for maker in (row["made_by"] for row in rows if "made_by" in row):
+        known = next((one for one in found if one["made_by"] == maker), None)
+        if known is None:
+            found.append({"made_by": maker, "runs": 1})
+        else:
+            known["runs"] += 1
+    return found
+
+
+def _commit(folder: Path) -> str | None:
+    head = _git(folder, "rev-parse", "--short=12", "HEAD")
+    if head is None:
+        return None
+    changed = _git(folder, "status", "--porcelain", "--", ":/*.py", ":/*.yaml")
+    return head + ("+" if changed else "")
+
+
+def _git(folder: Path, *words: str) -> str | None:
+    """What it prints; None if it fails or is not there."""
+    try:
+        done = subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=False)  # noqa: S603, S607
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
