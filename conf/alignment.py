@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -92,6 +93,10 @@ class FirmConfig(AlignmentConfig):
     """Objectives, each ``NAME`` (length, brevity, format, sentiment) or ``NAME:SOURCE``, a source being a folder of
     ``bouquet reward train`` or a folder or hub name of a sequence classifier. A real site's own
     ``rewards="NAME:SOURCE,..."`` in its node config says where it has one."""
+    reward_formats: dict[str, str] = field(default_factory=dict)
+    """Name of a classifier among them -> the text that it was trained to score: ``{prompt}``, then ``{response}``, and
+    ``\\n`` for a line break. Without one: the chat template of its tokenizer, else a pair of texts. A folder of
+    ``bouquet reward train`` has its own."""
     estimator: Estimator = Estimator.group
     group_size: int = 4
     """Completions of each prompt; a step samples ``train.batch_size`` prompts."""
@@ -134,6 +139,7 @@ class FirmConfig(AlignmentConfig):
         names = [spec.partition(":")[0] for spec in self.rewards]
         distinct = len(names) >= 1 and all(names) and len(set(names)) == len(names)
         require(distinct, "method.rewards", "a list of rewards with different names", self.rewards)
+        self._check_reward_formats()
         self._check_preferences()
         equal = len({*preference_of(self.preference, len(names))}) == 1 and not self.site_preferences
         ridge = self.regulariser is Regulariser.ridge
@@ -159,6 +165,13 @@ class FirmConfig(AlignmentConfig):
         rate = self.critic_learning_rate
         require(0 < rate < math.inf, "method.critic_learning_rate", "> 0", rate)
         require(self.eval_prompts >= 0, "method.eval_prompts", ">= 0", self.eval_prompts)
+
+    def _check_reward_formats(self) -> None:
+        learnt = [spec.partition(":")[0] for spec in self.rewards if spec not in BUILT_IN_REWARDS]
+        for name, text in self.reward_formats.items():
+            require(name in learnt, "method.reward_formats", f"for one of {learnt}, the rewards with a source", name)
+            asked = re.findall(r"\{prompt\}|\{response\}", text) == ["{prompt}", "{response}"]
+            require(asked, f"method.reward_formats.{name}", "a text with {prompt} and then {response}, once each", text)
 
 
 @dataclass(kw_only=True)

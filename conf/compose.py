@@ -73,7 +73,11 @@ GROUPS = (
 )  # fmt: skip
 """Settings that name a file or a dataclass with further settings."""
 
-_OPEN = {"data.filter": "column: value", "method.site_preferences": "site: [weights]"}
+_OPEN = {
+    "data.filter": "column: value",
+    "method.reward_formats": "reward: text",
+    "method.site_preferences": "site: [weights]",
+}
 """Settings with keys of the user's own, and what they look like."""
 
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}

@@ -144,7 +144,7 @@ def rewards(config: Config, *, at_site: bool) -> str:
     """
     assert isinstance(config.method, FirmConfig)
     try:
-        found = named_rewards(config.method.rewards, site_model(config))
+        found = named_rewards(config.method.rewards, site_model(config), config.method.reward_formats)
         scores = found.score(["Name a colour.", "Say no."], ["Red.", "no"])
     except (ValueError, OSError) as error:
         if at_site:

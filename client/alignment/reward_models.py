@@ -6,6 +6,7 @@ Shape suffixes: N texts, D model width, L labels.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
@@ -30,19 +31,20 @@ HEAD_FILE, HEAD_FACTS = "reward_head.safetensors", "reward_head.json"
 _BATCH_SIZE = 16
 
 
-def named_rewards(specs: Sequence[str], adapted: AdaptedModel) -> Rewards:
+def named_rewards(specs: Sequence[str], adapted: AdaptedModel, formats: Mapping[str, str]) -> Rewards:
     """The rewards that ``method.rewards`` lists, each ``NAME`` or ``NAME:SOURCE``.
 
     A name alone is that of a programmatic reward. A source is a folder that ``bouquet reward train`` wrote, or a
-    folder or hub name of a sequence classifier.
+    folder or hub name of a sequence classifier, whose text is put together as ``formats`` says: see
+    ``FirmConfig.reward_formats``.
 
     Raises:
         ValueError: If a name is unknown, or a source cannot be used.
     """
-    return Rewards({spec.partition(":")[0]: _named_reward(spec, adapted) for spec in specs})
+    return Rewards({spec.partition(":")[0]: _named_reward(spec, adapted, formats) for spec in specs})
 
 
-def _named_reward(spec: str, adapted: AdaptedModel) -> Reward:
+def _named_reward(spec: str, adapted: AdaptedModel, formats: Mapping[str, str]) -> Reward:
     name, _, source = spec.partition(":")
     if not source:
         if name not in PROGRAMMATIC:
@@ -53,7 +55,7 @@ def _named_reward(spec: str, adapted: AdaptedModel) -> Reward:
         return PROGRAMMATIC[name]
     if (Path(source).expanduser() / HEAD_FACTS).is_file():
         return LinearHead.load(Path(source).expanduser()).on(adapted, name)
-    return _classifier(name, source, adapted.device)
+    return _classifier(name, source, adapted.device, formats.get(name))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,11 +152,11 @@ def pair_features(
 
 
 @lru_cache(maxsize=8)
-def _classifier(name: str, source: str, device: torch.device) -> Reward:
+def _classifier(name: str, source: str, device: torch.device, text_format: str | None) -> Reward:
     """A sequence classifier as a reward: its one logit, or of two labels the second's log-odds; kept by the process.
 
-    Prompt and completion are given as a chat if its tokenizer has a template for one, else as a pair of texts. Of what
-    is too long the prompt's beginning is left out.
+    Prompt and completion are given as ``text_format`` says; without it as a chat if its tokenizer has a template for
+    one, else as a pair of texts. Of what is too long the prompt's beginning is left out.
 
     Raises:
         ValueError: If it cannot be loaded, lacks weights of a classifier or has more than two labels.
@@ -185,7 +187,7 @@ def _classifier(name: str, source: str, device: torch.device) -> Reward:
         logits = []
         for first in range(0, len(prompts), _BATCH_SIZE):
             chosen = slice(first, first + _BATCH_SIZE)
-            batch = _classifier_inputs(tokenizer, model, prompts[chosen], completions[chosen])
+            batch = _classifier_inputs(tokenizer, model, prompts[chosen], completions[chosen], text_format)
             with torch.no_grad():
                 logits.append(model(**batch.to(device)).logits.float())
         logits_NL = torch.cat(logits)
@@ -195,16 +197,18 @@ def _classifier(name: str, source: str, device: torch.device) -> Reward:
     return score
 
 
-def _classifier_inputs(tokenizer: Any, model: Any, prompts: Sequence[str], completions: Sequence[str]) -> Any:
+def _classifier_inputs(
+    tokenizer: Any, model: Any, prompts: Sequence[str], completions: Sequence[str], text_format: str | None
+) -> Any:
     limit = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None) or 512)
     pairs = zip(prompts, completions, strict=True)
-    return tokenizer.pad([_fitting(*pair, tokenizer, limit) for pair in pairs], return_tensors="pt")
+    return tokenizer.pad([_fitting(*pair, tokenizer, limit, text_format) for pair in pairs], return_tensors="pt")
 
 
-def _fitting(prompt: str, completion: str, tokenizer: Any, limit: int) -> dict[str, list[int]]:
+def _fitting(prompt: str, completion: str, tokenizer: Any, limit: int, text_format: str | None) -> dict[str, list[int]]:
     """Inputs of one pair: of the prompt as much of its end as there is room for, then of a completion its beginning."""
     while True:
-        inputs = _inputs(prompt, completion, tokenizer)
+        inputs = _inputs(prompt, completion, tokenizer, text_format)
         excess = len(inputs["input_ids"]) - limit
         if excess <= 0 or not prompt:
             return {key: values[:limit] for key, values in inputs.items()}
@@ -213,11 +217,15 @@ def _fitting(prompt: str, completion: str, tokenizer: Any, limit: int) -> dict[s
         prompt = shorter if len(shorter) < len(prompt) else ""
 
 
-def _inputs(prompt: str, completion: str, tokenizer: Any) -> Mapping[str, list[int]]:
+def _inputs(prompt: str, completion: str, tokenizer: Any, text_format: str | None) -> Mapping[str, list[int]]:
     """Tokens and whatever else the tokenizer gives for them, such as which of the two texts each belongs to."""
-    if tokenizer.chat_template is not None:
+    inputs: Mapping[str, list[int]]
+    if text_format is not None:
+        before, between, after = re.split(r"\{prompt\}|\{response\}", text_format.replace("\\n", "\n"))
+        inputs = tokenizer(f"{before}{prompt}{between}{completion}{after}")
+    elif tokenizer.chat_template is not None:
         chat = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
-        inputs: Mapping[str, list[int]] = tokenizer.apply_chat_template(chat, return_dict=True)
+        inputs = tokenizer.apply_chat_template(chat, return_dict=True)
     elif tokenizer.num_special_tokens_to_add(pair=True) > tokenizer.num_special_tokens_to_add(pair=False):
         inputs = tokenizer(prompt, completion)
     else:  # nothing would stand between the two

@@ -90,7 +90,7 @@ class Firm(Method):
         Raises:
             ValueError: If a reward cannot be had.
         """
-        rewards = named_rewards(self.config.rewards, adapted)
+        rewards = named_rewards(self.config.rewards, adapted, self.config.reward_formats)
         if WEIGHTS in broadcast:
             weights = ServerWeights(broadcast, len(rewards.names), adapted)
             return InClientAlignment(self.config, rewards, private, weights)
@@ -101,7 +101,7 @@ class Firm(Method):
     ) -> dict[str, float]:
         """Mean rewards, KL and length of completions sampled for the first ``eval_prompts`` prompts."""
         prompts = _as_prompts(sequences)[: self.config.eval_prompts]
-        rewards = named_rewards(self.config.rewards, adapted)
+        rewards = named_rewards(self.config.rewards, adapted, self.config.reward_formats)
         sums: dict[str, float] = defaultdict(float)
         adapted.load_adapter(adapter)
         with torch.random.fork_rng(devices=[adapted.device] if adapted.device.type == "cuda" else []):

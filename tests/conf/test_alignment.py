@@ -6,7 +6,7 @@ import re
 import pytest
 
 from conf.alignment import DpoConfig, FirmConfig, Regulariser
-from conf.compose import load_config, settings_hash
+from conf.compose import load_config, load_saved, settings_hash, to_yaml
 
 OUT_OF_RANGE = [
     ({"rewards": []}, "method.rewards must be a list of rewards with different names, got []"),
@@ -21,6 +21,14 @@ OUT_OF_RANGE = [
         "method.regulariser must be anchor or weighted with a preference, got 'ridge'",
     ),
     ({"regulariser": Regulariser.weighted, "preference": [1.0, 0.0]}, "method.preference must be > 0 everywhere"),
+    (
+        {"rewards": ["kind:x", "length"], "reward_formats": {"length": "{prompt}{response}"}},
+        "method.reward_formats must be for one of ['kind'], the rewards with a source, got 'length'",
+    ),
+    (
+        {"rewards": ["kind:x"], "reward_formats": {"kind": "{response} to {prompt}"}},
+        "method.reward_formats.kind must be a text with {prompt} and then {response}, once each, got",
+    ),
     ({"group_size": 1}, "method.group_size must be >= 2 with method.estimator=group, got 1"),
     ({"max_new_tokens": 0}, "method.max_new_tokens must be >= 1, got 0"),
     ({"temperature": 0.0}, "method.temperature must be > 0, got 0.0"),
@@ -55,13 +63,16 @@ def test_dpo_refuses_what_is_out_of_range():
 def test_settings_as_they_are_written_on_the_command_line():
     config = load_config(
         "strategy=firm method.rewards=[helpful:/models/helpful,harmless:org/harmless,length] method.beta=inf "
-        "method.preference=[0.5,0.25,0.25] method.site_preferences.bank=[1,0,0] method.estimator=ppo"
+        "method.preference=[0.5,0.25,0.25] method.site_preferences.bank=[1,0,0] method.estimator=ppo "
+        r"""method.reward_formats.harmless="'Human: {prompt}\n\nAssistant: {response}'" """
     )
     method = config.method
     assert isinstance(method, FirmConfig)
     assert method.rewards == ["helpful:/models/helpful", "harmless:org/harmless", "length"]
     assert method.beta == math.inf
     assert method.site_preferences == {"bank": [1, 0, 0]}
+    assert method.reward_formats == {"harmless": r"Human: {prompt}\n\nAssistant: {response}"}
+    assert load_saved(to_yaml(config)) == config
     assert settings_hash(config) != settings_hash(load_config("strategy=firm"))
 
 

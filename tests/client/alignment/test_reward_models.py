@@ -80,7 +80,7 @@ def test_a_head_learns_what_pairs_say_and_scores_the_same_after_a_round_trip(ada
     base = Path(adapted.base.identity.name)
     assert base.is_absolute()
     assert head.facts.base_name == base.name  # a way to it would be another machine's
-    rewards = named_rewards([f"loud:{tmp_path / 'loud'}", "length"], adapted)
+    rewards = named_rewards([f"loud:{tmp_path / 'loud'}", "length"], adapted, {})
     assert rewards.names == ["loud", "length"]
     prompts, better = [pair.prompt for pair in PAIRS], [pair.response for pair in PAIRS]
     adapted.load_adapter(noisy(adapted.initial_adapter(0)))  # rewards read the base, whatever is loaded
@@ -105,7 +105,7 @@ def test_a_head_of_another_base_is_refused(adapted, head, tmp_path):
     foreign = LinearHead(head.weight_D, replace(head.facts, base_sha256="0" * 64))
     foreign.save(tmp_path)
     with pytest.raises(ValueError, match="reward 'loud' reads hidden states of .* train it again with this model"):
-        named_rewards([f"loud:{tmp_path}"], adapted)
+        named_rewards([f"loud:{tmp_path}"], adapted, {})
 
 
 def test_a_damaged_head_is_refused(adapted, head, tmp_path):
@@ -113,13 +113,13 @@ def test_a_damaged_head_is_refused(adapted, head, tmp_path):
     facts = json.loads((tmp_path / "reward_head.json").read_text())
     (tmp_path / "reward_head.json").write_text(json.dumps({**facts, "colour": "red"}))
     with pytest.raises(ValueError, match="holds no reward head that can be read"):
-        named_rewards([f"loud:{tmp_path}"], adapted)
+        named_rewards([f"loud:{tmp_path}"], adapted, {})
 
 
 @pytest.mark.parametrize("num_labels", [1, 2])
 def test_a_classifier_scores_a_pair_of_texts_by_its_logits(adapted, tmp_path, num_labels):
     folder = save_classifier(tmp_path / "classifier", num_labels)
-    rewards = named_rewards([f"kind:{folder}"], adapted)
+    rewards = named_rewards([f"kind:{folder}"], adapted, {})
     found = rewards.score(["Hi.", "What is it?"], ["yes", "a longer answer"])[:, 0]
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     tokenizer = byte_tokenizer()
@@ -148,7 +148,7 @@ def test_a_pair_keeps_what_its_tokenizer_says_of_the_second_text(adapted, tmp_pa
     for part in (model, tokenizer):
         part.save_pretrained(tmp_path / "bert")
     pairs = [("is it", "yes"), ("it", "no surely"), ("is it " * 9, "yes yes")]
-    found = named_rewards([f"kind:{tmp_path / 'bert'}"], adapted).score(*map(list, zip(*pairs, strict=True)))[:, 0]
+    found = named_rewards([f"kind:{tmp_path / 'bert'}"], adapted, {}).score(*map(list, zip(*pairs, strict=True)))[:, 0]
     for score, (prompt, completion) in zip(found[:2], pairs, strict=False):
         inputs = tokenizer(prompt, completion, return_tensors="pt")
         with torch.no_grad():
@@ -158,13 +158,31 @@ def test_a_pair_keeps_what_its_tokenizer_says_of_the_second_text(adapted, tmp_pa
     assert np.isfinite(found[2])
 
 
+def test_a_classifier_scores_the_text_that_it_was_trained_to_score(adapted, tmp_path):
+    """Whatever its tokenizer has a template for; braces of prompts and responses are theirs."""
+    folder = save_classifier(tmp_path / "classifier", max_position_embeddings=64)
+    formats = {"kind": r"Human: {prompt}\n\nAssistant: {response}."}
+    reward = named_rewards([f"kind:{folder}"], adapted, formats)
+    answers = ["{prompt}", "{response}"]
+    found = reward.score(["Say {response}.", "word " * 60], answers)[:, 0]
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    text = "Human: Say {response}.\n\nAssistant: {prompt}."
+    with torch.no_grad():
+        (logit,) = model(**byte_tokenizer()(text, return_tensors="pt")).logits[0]
+    assert found[0] == pytest.approx(float(logit), rel=1e-3, abs=1e-5)
+    assert found[0] != pytest.approx(
+        named_rewards([f"kind:{folder}"], adapted, {}).score(["Say {response}."], answers[:1])[0, 0]
+    )
+    assert found[1] != reward.score(["word " * 60], ["yes"])[0, 0]  # of a long prompt the answer is still there
+
+
 @pytest.mark.parametrize("has_chat", [True, False])
 def test_of_what_is_too_long_the_prompts_beginning_is_left_out(adapted, tmp_path, has_chat):
     """The classifier reads 64 places: completions of one long prompt still differ, and a cut prompt is its end."""
     folder = save_classifier(tmp_path / "classifier", max_position_embeddings=64)
     if not has_chat:
         (folder / "chat_template.jinja").unlink()
-    reward = named_rewards([f"kind:{folder}"], adapted)
+    reward = named_rewards([f"kind:{folder}"], adapted, {})
     long = "word " * 60
     one, other, same, at_end, answer = reward.score(
         [long, long, f"something else {long}", f"{long}, or?", "x"], ["yes", "no", "yes", "yes", "y" * 99]
@@ -180,15 +198,15 @@ def test_a_language_model_is_no_classifier(adapted, tmp_path):
     AutoModelForCausalLM.from_config(tiny_config("llama")).save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"reward 'kind': .* is no sequence classifier: it has no weights for score"):
-        named_rewards([f"kind:{tmp_path}"], adapted)
+        named_rewards([f"kind:{tmp_path}"], adapted, {})
 
 
 def test_what_is_no_classifier_is_refused_by_name(adapted, tmp_path):
     folder = save_classifier(tmp_path / "classifier", num_labels=3)
     with pytest.raises(ValueError, match="reward 'kind': .* has 3 labels, a reward needs 1"):
-        named_rewards([f"kind:{folder}"], adapted)
+        named_rewards([f"kind:{folder}"], adapted, {})
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="reward 'kind': no reward head and no sequence classifier at"):
-        named_rewards([f"kind:{tmp_path / 'empty'}"], adapted)
+        named_rewards([f"kind:{tmp_path / 'empty'}"], adapted, {})
     with pytest.raises(ValueError, match="'kind' is none of"):
-        named_rewards(["kind"], adapted)
+        named_rewards(["kind"], adapted, {})

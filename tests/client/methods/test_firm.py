@@ -58,7 +58,7 @@ def gradients_of(adapted, config, *, num_prompts=2, micro_batch=4, seed=0, steps
     """
     adapted.load_adapter(noisy(adapted.initial_adapter(0), seed=3))
     prompts = Firm(config).encode(TRAIN[:num_prompts], adapted.tokenizer, DATA)
-    rule = InClientAlignment(config, named_rewards(config.rewards, adapted), private or {})
+    rule = InClientAlignment(config, named_rewards(config.rewards, adapted, {}), private or {})
     parameters = adapted.parameters_by_name()
     torch.manual_seed(seed)
     with adapted.count_expert_tokens() as counter:
@@ -79,7 +79,7 @@ def naive_gradient(adapted, config, preference, completions):
     """Of GRPO's loss of the weighted advantages over some of four completions: a loop over them and their tokens."""
     torch.manual_seed(0)
     experience = gather(
-        adapted, Firm(config).encode(TRAIN[:2], adapted.tokenizer, DATA), named_rewards(config.rewards, adapted),
+        adapted, Firm(config).encode(TRAIN[:2], adapted.tokenizer, DATA), named_rewards(config.rewards, adapted, {}),
         per_prompt=2, max_new_tokens=6, temperature=1.0, batch_size=4,
     )  # fmt: skip
     rewards, total = experience.rewards_NM, torch.zeros(())
