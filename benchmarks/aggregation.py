@@ -28,7 +28,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
 from flwr.serverapp.strategy.strategy_utils import aggregate_arrayrecords
 
-from benchmarks.provenance import made_by
+from benchmarks.provenance import MADE_BY
 from benchmarks.render import write_results
 from client.records import to_arrays, to_record
 from strategies.adapters import Arrays
@@ -281,7 +281,7 @@ def main() -> None:
         "command": " ".join(["python -m benchmarks.aggregation", *sys.argv[1:]]),
         "size": asdict(size) | {"mebibytes_per_site": size.mebibytes()},
         "machine": machine(),
-        "made_by": made_by(),
+        "made_by": MADE_BY,
         "strategies": found,
         "table": table(found),
     }

@@ -27,7 +27,6 @@ import torch
 from benchmarks.attack_tables import DIFFERENT, NO_ATTACK, rows
 from benchmarks.federation import Federation
 from benchmarks.poisons import POISONS, moved
-from benchmarks.provenance import made_by
 from benchmarks.render import write_results
 from benchmarks.robust_rules import RULES, behind_clair
 from client.assemble import model_for
@@ -261,7 +260,7 @@ def main() -> None:
 
 def _write(path: Path | None, results: Mapping[str, Any]) -> None:
     if path is not None:
-        write_results(path, {**results, "made_by": made_by(), "markdown": rows(results)})
+        write_results(path, {**results, "markdown": rows(results)})
 
 
 def _written(given: argparse.Namespace) -> list[dict[str, Any]]:

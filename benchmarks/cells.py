@@ -21,7 +21,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy as np
 
 from benchmarks.contenders import Contender, Settings, tuned
-from benchmarks.provenance import made_by
+from benchmarks.provenance import MADE_BY
 from benchmarks.render import write_results
 
 Row = Mapping[str, Any]
@@ -122,13 +122,11 @@ def carry_out(
     deadline = time.monotonic() + 60 * given.budget_minutes
     cells = results.with_suffix(".jsonl")
     cells.parent.mkdir(exist_ok=True)
-    maker = made_by()  # before the code on the disk changes
     for row in stored_rows(cells):
         study.add(row)
     for name in names:
         while (needed := study.needed(name)) and time.monotonic() < deadline:
-            for found in finished(needed, run, given.jobs, deadline):
-                row = {**found, "made_by": maker}
+            for row in finished(needed, run, given.jobs, deadline):
                 study.add(row)
                 with cells.open("a") as file:
                     file.write(json.dumps(row) + "\n")
@@ -164,20 +162,25 @@ def add_arguments(parser: argparse.ArgumentParser, names: Iterable[str], tuning_
 
 
 def finished(cells: Iterable[C], run: Callable[[C], Row], jobs: int, deadline: float) -> Iterator[Row]:
-    """Rows of the cells as they come; none is begun after ``deadline`` (of ``time.monotonic``)."""
+    """Rows of the cells as they come, with ``made_by``; none is begun after ``deadline`` (of ``time.monotonic``)."""
     if jobs == 1:
         for cell in cells:
             if time.monotonic() > deadline:
                 return
-            yield run(cell)
+            yield _run(run, cell)
         return
     waiting = iter(cells)
     with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
-        running = {pool.submit(run, cell) for cell, _ in zip(waiting, range(jobs), strict=False)}
+        running = {pool.submit(_run, run, cell) for cell, _ in zip(waiting, range(jobs), strict=False)}
         while running:
             done, running = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
                 yield future.result()
                 following = next(waiting, None) if time.monotonic() < deadline else None
                 if following is not None:
-                    running.add(pool.submit(run, following))
+                    running.add(pool.submit(_run, run, following))
+
+
+def _run(run: Callable[[C], Row], cell: C) -> Row:
+    """In the process that computes: its code is what counts."""
+    return {**run(cell), "made_by": MADE_BY}

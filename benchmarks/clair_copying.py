@@ -21,7 +21,6 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
-from benchmarks.provenance import made_by
 from benchmarks.render import choices, write_results
 from strategies.collaborative_set import VerdictRule, decide
 from strategies.low_rank import Factors
@@ -255,7 +254,7 @@ def _results(found: Mapping[str, Any], draws: Mapping[str, list[dict[str, Any]]]
     """What is written, and what the table is made from."""
     regimes = {regime: _regime(of_regime) for regime, of_regime in draws.items()}
     results = {**found, "replicates": min(map(len, draws.values())), "regimes": regimes}
-    return results | {"made_by": made_by(), "markdown": rows(results), "draws": draws}
+    return results | {"markdown": rows(results), "draws": draws}
 
 
 def _written(file: Path | None, settings: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]] | None:

@@ -63,7 +63,7 @@ class Cell:
 def run_cell(cell: Cell, data: Path, device: str = "cpu") -> dict[str, Any]:
     """Its row: the cell, and per round what was measured; ``failed`` says why instead if training diverged.
 
-    Judged on the validation split only the last rounds are measured.
+    On the validation split these are the last rounds alone.
     """
     workload = WORKLOADS[cell.workload]
     words = [*workload.overrides(data, cell.seed, cell.split, device), f"model.experts={cell.experts}", *cell.settings]

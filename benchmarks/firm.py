@@ -30,7 +30,7 @@ from benchmarks.cells import finished, stored_rows
 from benchmarks.federation import Federation, simulated
 from benchmarks.firm_contenders import CONTENDERS, DPO, FSMGDA, WORKLOADS, Cell, cells, contenders_of, heads_among
 from benchmarks.firm_tables import Runs, markdown
-from benchmarks.provenance import made_by, makers
+from benchmarks.provenance import makers
 from benchmarks.render import HERE, write_results
 from client.alignment.reward_models import LinearHead
 from conf.alignment import FirmConfig
@@ -43,8 +43,8 @@ from strategies.simplex import minimiser
 
 LEADER = "firm_smooth"
 """Contender that the others are subtracted from."""
-RECONSTRUCTED = "firm_rho", ("scalarised", "mgda")
-"""Contender without what is ours, and whom that is compared with."""
+RECONSTRUCTED = {"firm_rho": ("scalarised", "mgda", "firm"), "firm": ("scalarised", "mgda")}
+"""Contenders without what is ours, and whom each is compared with."""
 LAST = 3
 """Rounds at the end that are evaluated; their mean is what counts."""
 
@@ -189,7 +189,6 @@ def main() -> None:
     results = HERE / "results" / f"firm_{given.workload}.json"
     stored = results.with_suffix(".jsonl")
     stored.parent.mkdir(exist_ok=True)
-    maker = made_by()  # before the code on the disk changes
     rewards = given.rewards or WORKLOADS[given.workload].rewards
     train_missing_heads(given.workload, rewards, given.data, given.device)
     names = given.methods or contenders_of(given.workload)
@@ -202,8 +201,7 @@ def main() -> None:
         known = cells(contenders_of(given.workload), given.workload, rewards, seeds, given.device)
         return report(given.workload, rewards, [rows[cell] for cell in known if cell in rows])
 
-    for found in finished(missing, partial(run_cell, data=given.data), given.jobs, deadline):
-        row = {**found, "made_by": maker}
+    for row in finished(missing, partial(run_cell, data=given.data), given.jobs, deadline):
         rows[Cell.of(row)] = row
         with stored.open("a") as file:
             file.write(json.dumps(row) + "\n")
@@ -266,9 +264,9 @@ def report(workload: str, rewards: Sequence[str], rows: Sequence[Mapping[str, An
         if name in found and name not in extended and (contender.is_main or contender.adds_to)
     ]
     pairings = [(leader, rivals)]
-    reconstructed, others = RECONSTRUCTED
-    if reconstructed in found:
-        pairings.append((found[reconstructed], [found[name] for name in others if name in found]))
+    for name, others in RECONSTRUCTED.items():
+        if name in found:
+            pairings.append((found[name], [found[other] for other in others if other in found]))
     return {
         "workload": workload,
         "rewards": list(rewards),

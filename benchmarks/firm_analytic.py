@@ -20,7 +20,7 @@ import numpy as np
 
 from benchmarks.firm_methods import Play, Schedule, fedcmoo, firm, fsmgda, scalarised, spread
 from benchmarks.firm_problems import Array, Bandit, Bumps, Problem, Quadratics, distance_to_pareto_set
-from benchmarks.provenance import made_by
+from benchmarks.provenance import MADE_BY
 from benchmarks.render import write_results
 from server.intervals import interval
 from server.pareto import hypervolume
@@ -299,7 +299,7 @@ def main() -> None:
     given = parser.parse_args()
     results = run(given.seeds)
     if given.json:
-        write_results(given.json, results | {"made_by": made_by(), "markdown": tables(results)})
+        write_results(given.json, results | {"made_by": MADE_BY, "markdown": tables(results)})
     print(tables(results))
 
 

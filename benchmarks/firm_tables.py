@@ -66,7 +66,7 @@ def markdown(every: Sequence[Runs], pairings: Sequence[Pairing]) -> str:
     lines = _table(
         [
             "", "preferences", "hypervolume", *FRONTS, "above (0, 0)", "preference respected", "disagreement", "drift",
-            "KL", "uploads", "s",
+            "KL", "uploads", "s", "seeds",
         ],
         [_summary(runs) for runs in found],
     )  # fmt: skip
@@ -96,6 +96,7 @@ def _summary(runs: Runs) -> list[str]:
     return [
         runs.title, str(len(runs.shares)), *map(_told, volumes), f"{np.mean(respected):.2f}" if respected else "",
         *map(_told, means), f"{sizes[0]:.2f}", f"{sizes[1]:.0f}",
+        str(len(runs.over_seeds(_drift, runs.shares))),
     ]  # fmt: skip
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Iterable, Mapping
-from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,14 +12,12 @@ from typing import Any
 LIBRARIES = ("flwr", "numpy", "peft", "torch", "transformers")
 
 
-@cache
-def made_by() -> dict[str, Any]:
-    """Commit and versions of the libraries that there are, as at the first call; a ``+``: the code has changed since.
+def made_by(folder: Path) -> dict[str, Any]:
+    """Commit of the checkout that a folder lies in, and versions of the libraries that there are.
 
-    ``commit`` is None outside a checkout.
+    A ``+`` after the commit: code has changed since. None: there is no checkout.
     """
-    versions = {name: version(name) for name in LIBRARIES if find_spec(name)}
-    return {"commit": _commit(Path(__file__).parent), "versions": versions}
+    return {"commit": _commit(folder), "versions": {name: version(name) for name in LIBRARIES if find_spec(name)}}
 
 
 def makers(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -50,3 +47,7 @@ def _git(folder: Path, *words: str) -> str | None:
     except FileNotFoundError:
         return None
     return done.stdout.strip() if done.returncode == 0 else None
+
+
+MADE_BY = made_by(Path(__file__).parent)
+"""Of what this process computes: found as it begins, before the code on the disk may change."""

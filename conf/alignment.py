@@ -19,6 +19,10 @@ BUILT_IN_REWARDS = frozenset({"brevity", "format", "length", "sentiment"})
 """Rewards that need no model; any other has a source."""
 
 
+REWARD_TEXTS = re.compile(r"\{prompt\}|\{response\}")
+"""The two places of ``FirmConfig.reward_formats``."""
+
+
 class Estimator(Enum):
     """Where advantages come from."""
 
@@ -95,8 +99,8 @@ class FirmConfig(AlignmentConfig):
     ``rewards="NAME:SOURCE,..."`` in its node config says where it has one."""
     reward_formats: dict[str, str] = field(default_factory=dict)
     """Name of a classifier among them -> the text that it was trained to score: ``{prompt}``, then ``{response}``, and
-    ``\\n`` for a line break. Without one: the chat template of its tokenizer, else a pair of texts. A folder of
-    ``bouquet reward train`` has its own."""
+    ``\\n`` for a line break; its tokenizer adds special tokens of its own. Without one: the tokenizer's chat template,
+    else a pair of texts. A folder of ``bouquet reward train`` has its own."""
     estimator: Estimator = Estimator.group
     group_size: int = 4
     """Completions of each prompt; a step samples ``train.batch_size`` prompts."""
@@ -170,7 +174,7 @@ class FirmConfig(AlignmentConfig):
         learnt = [spec.partition(":")[0] for spec in self.rewards if spec not in BUILT_IN_REWARDS]
         for name, text in self.reward_formats.items():
             require(name in learnt, "method.reward_formats", f"for one of {learnt}, the rewards with a source", name)
-            asked = re.findall(r"\{prompt\}|\{response\}", text) == ["{prompt}", "{response}"]
+            asked = REWARD_TEXTS.findall(text) == ["{prompt}", "{response}"]
             require(asked, f"method.reward_formats.{name}", "a text with {prompt} and then {response}, once each", text)
 
 

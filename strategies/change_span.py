@@ -62,7 +62,7 @@ class Coordinates:
         """(E, K, N) the vectors with these coordinates."""
         rank = self.basis.shape[-1] // 2
         received_ERN, changes_EVN = self.side.vectors[:, :rank], self.side.vectors[:, rank:]
-        # One pass over the changes, however many rows are asked for.
+        # Summed over the sites first: then a row costs a sum of 2 R vectors, not of V.
         by_site = changes_EVN.reshape(len(changes_EVN), len(self.weights), -1)
         weights_E1C = self.weights.T[:, None].astype(np.float32)
         summed_ERN = (weights_E1C @ by_site).reshape(received_ERN.shape)

@@ -6,7 +6,6 @@ Shape suffixes: N texts, D model width, L labels.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
@@ -25,6 +24,7 @@ from client.bases import without_progress_bars
 from client.evaluation.held_out import reading_hidden_states, response_logits
 from client.model import AdaptedModel
 from client.text import Example, collate, encode_each
+from conf.alignment import REWARD_TEXTS
 from conf.schema import DataConfig, Template
 
 HEAD_FILE, HEAD_FACTS = "reward_head.safetensors", "reward_head.json"
@@ -221,7 +221,7 @@ def _inputs(prompt: str, completion: str, tokenizer: Any, text_format: str | Non
     """Tokens and whatever else the tokenizer gives for them, such as which of the two texts each belongs to."""
     inputs: Mapping[str, list[int]]
     if text_format is not None:
-        before, between, after = re.split(r"\{prompt\}|\{response\}", text_format.replace("\\n", "\n"))
+        before, between, after = REWARD_TEXTS.split(text_format.replace("\\n", "\n"))
         inputs = tokenizer(f"{before}{prompt}{between}{completion}{after}")
     elif tokenizer.chat_template is not None:
         chat = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]

@@ -13,7 +13,7 @@ from benchmarks.contenders import CONTENDERS
 from benchmarks.fc_moe import Cell, compared, report, run_cell, study_of
 from benchmarks.fc_moe_averaging import MEASURES
 from benchmarks.fc_moe_tables import ablation, averaging, comparison, one_knob_changed, sites, summary
-from benchmarks.provenance import made_by
+from benchmarks.provenance import MADE_BY
 from benchmarks.workloads import WORKLOADS, Workload
 
 
@@ -268,7 +268,7 @@ def test_a_restart_goes_on_from_the_cells_that_are_there(monkeypatch, tmp_path, 
     before = path.read_text()
     written = json.loads(path.with_suffix(".json").read_text())
     assert "FedAvg, step x 1.001" in written["markdown"]
-    assert written["made_by"] == [{"made_by": made_by(), "runs": 3 + 2 + 2}]
+    assert written["made_by"] == [{"made_by": MADE_BY, "runs": 3 + 2 + 2}]
     computed.clear()
     fc_moe.main()
     assert computed == []

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import os
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
 
-import pytest
-
-from benchmarks import provenance
-from benchmarks.provenance import made_by, makers
-
-
-@pytest.fixture
-def asked_anew():
-    made_by.cache_clear()
-    yield
-    made_by.cache_clear()
+from benchmarks.cells import finished
+from benchmarks.provenance import MADE_BY, made_by, makers
 
 
 def checkout(folder: Path) -> str:
@@ -29,27 +22,33 @@ def checkout(folder: Path) -> str:
     return done.stdout.strip()
 
 
-def test_commit_and_versions_are_told_and_code_that_has_changed(tmp_path, monkeypatch, asked_anew):
+def test_commit_and_versions_are_told_and_whether_code_has_changed(tmp_path):
     commit = checkout(tmp_path)
-    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "code.py"))
-    assert made_by()["commit"] == commit[:12]
-    assert made_by()["versions"]["torch"] == version("torch")
-    (tmp_path / "results.json").write_text("{}")
-    made_by.cache_clear()
-    assert made_by()["commit"] == commit[:12]  # results are no code
+    (tmp_path / "results.json").write_text("{}")  # results are no code
+    assert made_by(tmp_path)["commit"] == commit[:12]
+    assert made_by(tmp_path)["versions"]["torch"] == version("torch")
     (tmp_path / "code.py").write_text("changed")
-    assert made_by()["commit"] == commit[:12]  # what runs is what was there first
-    made_by.cache_clear()
-    assert made_by()["commit"] == f"{commit[:12]}+"
+    assert made_by(tmp_path)["commit"] == f"{commit[:12]}+"
 
 
-def test_outside_a_checkout_no_commit_is_told(tmp_path, monkeypatch, asked_anew):
-    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "code.py"))
+def test_outside_a_checkout_no_commit_is_told(tmp_path, monkeypatch):
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert made_by()["commit"] is None
+    assert made_by(tmp_path)["commit"] is None
     monkeypatch.setenv("PATH", "")
-    made_by.cache_clear()
-    assert made_by()["commit"] is None
+    assert made_by(tmp_path)["commit"] is None
+
+
+def test_a_row_tells_of_the_process_that_computed_it():
+    """With one job this one; with two, processes of their own."""
+    for jobs in (1, 2):
+        rows = list(finished([1, 2], _row, jobs, math.inf))
+        assert sorted(row["cell"] for row in rows) == [1, 2]
+        assert all(row["made_by"] == MADE_BY for row in rows)
+        assert (os.getpid() in {row["process"] for row in rows}) is (jobs == 1)
+
+
+def _row(cell):
+    return {"cell": cell, "process": os.getpid()}
 
 
 def test_each_maker_is_told_once_with_its_runs():
