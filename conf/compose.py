@@ -293,8 +293,11 @@ def _unknown_key(key: str, parent: Any) -> str:
 
 def _type_of(key: str, error: ValidationError) -> str:
     """What the schema says a setting is, for people."""
+    group, _, name = key.rpartition(".")
+    if group in _OPEN:
+        return _OPEN[group].partition(": ")[2]
     owner = error.object_type if dataclasses.is_dataclass(error.object_type) else Config
-    declared = get_type_hints(owner).get(key.rpartition(".")[2], Any)
+    declared = get_type_hints(owner).get(name, Any)
     kinds = get_args(declared) or (declared,)
     return " or ".join(_kind(kind) for kind in kinds)
 

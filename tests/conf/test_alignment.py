@@ -76,6 +76,11 @@ def test_settings_as_they_are_written_on_the_command_line():
     assert settings_hash(config) != settings_hash(load_config("strategy=firm"))
 
 
+def test_a_format_that_is_no_text_is_refused():
+    with pytest.raises(ValueError, match=r"method.reward_formats.kind must be text, got null"):
+        load_config(["strategy=firm", "method.rewards=[kind:x]", "method.reward_formats.kind=null"])
+
+
 def test_aggregation_of_firms_updates_is_replaceable():
     assert load_config("strategy=fc_moe method=firm").method.name == "firm"
     with pytest.raises(ValueError, match="strategy=firm needs method=firm, got method=sft"):
