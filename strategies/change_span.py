@@ -111,16 +111,16 @@ class Changes:
         # In place, since a new array for every sum takes longer than the sum.
         after_a = spread.T @ A[:, :R, R:]
         after_a += a
-        after_after = (A[:, R:, :R] + spread.T @ A[:, :R, :R]) @ spread
-        after_after += after_a
-        after_after *= b
+        symmetric = (A[:, R:, :R] + spread.T @ A[:, :R, :R]) @ spread
+        symmetric += after_a
+        symmetric *= b
         of_received = spread.T @ B[:, :R, :R] @ spread
         of_received *= a
-        after_after += of_received
+        symmetric += of_received
         # Half of a symmetric matrix: its blocks are summed once.
         half = B[:, R:, :R] @ spread
         half *= after_a
-        half += 0.5 * after_after
+        half += 0.5 * symmetric
         found = _block_sums(half, R)
         return np.asarray(found + np.swapaxes(found, -1, -2), np.float64)
 
