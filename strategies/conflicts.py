@@ -1,17 +1,18 @@
 """Where sites pull an expert in opposite directions, and what is left of their updates: rules on stacked arrays.
 
 Shapes: C sites, E experts, G groups of values inside an expert, D values of a group. Each (expert, group) is one
-vector a site. Every rule takes the inner products of the sites' updates, ``gram_EGCC``, and ``weights_CE`` (each column
-sums to 1, or to 0 for an expert nobody used), and says how often each update is in the step: no vector but the step
-itself is ever formed.
+vector a site. Every rule takes inner products of the sites' updates and ``weights_CE`` (each column sums to 1, or to 0
+for an expert nobody used), and says how often each update, or their weighted sum, is in the step: no projected update
+is ever formed.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,8 @@ from strategies.base import require
 from strategies.quotient import divided
 
 _Real = TypeVar("_Real", bound=np.floating)
+_PIECE = 1024
+"""Values of a piece of an inner product."""
 
 # Enums carry lower-case member names because OmegaConf matches settings by member name.
 
@@ -60,6 +63,10 @@ class Against(Enum):
     """Nothing: conflicts with the consensus are reported and left alone (ablation)."""
 
 
+ALONG_CONSENSUS = {Against.consensus, Against.off}
+"""The rules whose step is a multiple of the consensus: they need no inner products of sites with each other."""
+
+
 @dataclass(kw_only=True)
 class ConflictConfig:
     """How FC-MoE tests for conflicts and projects them away."""
@@ -92,28 +99,51 @@ class Verdict:
 def resolve(
     gram_EGCC: NDArray[np.float64], weights_CE: NDArray[np.float64], against: Against
 ) -> tuple[NDArray[np.float64], Verdict]:
-    """(C, E, G) factor of each update in the step: the weighted sum after projection, and what was found on the way."""
+    """(C, E, G) factor of each update in the step: the weighted sum after projection, and what was found on the way.
+
+    ``gram_EGCC`` are the inner products of the updates.
+    """
     weights_CEG = np.broadcast_to(weights_CE[..., None], (*weights_CE.shape, gram_EGCC.shape[1]))
-    dots_CEG = _products_with(weights_CEG, gram_EGCC)
-    squared_EG = np.maximum(np.einsum("ceg,ceg->eg", weights_CEG, dots_CEG), 0.0)
-    conflict_CEG = (dots_CEG < 0) & (weights_CEG > 0)
-    if against is Against.consensus:
-        factor_CEG = weights_CEG * step_scale(dots_CEG, squared_EG, weights_CE)
-    elif against is Against.others:
+    dots_CEG = np.einsum("egcd,deg->ceg", gram_EGCC, weights_CEG)
+    if against in ALONG_CONSENSUS:
+        scale_EG, verdict = scaled(dots_CEG, weights_CE, against)
+        return weights_CEG * scale_EG, verdict
+    if against is Against.others:
         factor_CEG, conflict_CEG = _against_others(gram_EGCC, weights_CEG, dots_CEG)
-    elif against is Against.pairwise:
-        factor_CEG, conflict_CEG = _against_each(gram_EGCC, weights_CEG)
     else:
-        factor_CEG = weights_CEG
-    along_E = np.einsum("ceg,ceg->e", factor_CEG, dots_CEG)
-    return factor_CEG, Verdict(
-        dots=dots_CEG.sum(axis=-1), squared=squared_EG.sum(axis=-1), along=along_E, conflict=conflict_CEG
-    )
+        factor_CEG, conflict_CEG = _against_each(gram_EGCC, weights_CEG)
+    squared_EG = _squared(dots_CEG, weights_CEG)
+    return factor_CEG, _verdict(dots_CEG, squared_EG, np.einsum("ceg,ceg->e", factor_CEG, dots_CEG), conflict_CEG)
 
 
-def _products_with(factor_CEG: NDArray[np.float64], gram_EGCC: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(C, E, G) inner product of each update with ``sum_i factor_i update_i``."""
-    return np.asarray(np.einsum("egcd,deg->ceg", gram_EGCC, factor_CEG))
+def scaled(
+    dots_CEG: NDArray[np.float64], weights_CE: NDArray[np.float64], against: Against
+) -> tuple[NDArray[np.float64], Verdict]:
+    """(E, G) how many times the consensus the step is, for the rules of ``ALONG_CONSENSUS``, and what was found.
+
+    ``dots_CEG`` are the inner products of the updates with the consensus, ``sum_i w_i update_i``.
+    """
+    weights_CEG = np.broadcast_to(weights_CE[..., None], dots_CEG.shape)
+    squared_EG = _squared(dots_CEG, weights_CEG)
+    is_projected = against is Against.consensus
+    scale_EG = step_scale(dots_CEG, squared_EG, weights_CE) if is_projected else np.ones(squared_EG.shape)
+    along_E = (scale_EG * squared_EG).sum(axis=-1)
+    return scale_EG, _verdict(dots_CEG, squared_EG, along_E, (dots_CEG < 0) & (weights_CEG > 0))
+
+
+def _squared(dots_CEG: NDArray[np.float64], weights_CEG: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(E, G) ||consensus||^2."""
+    return np.asarray(np.maximum(np.einsum("ceg,ceg->eg", weights_CEG, dots_CEG), 0.0))
+
+
+def _verdict(
+    dots_CEG: NDArray[np.float64],
+    squared_EG: NDArray[np.float64],
+    along_E: NDArray[np.float64],
+    conflict_CEG: NDArray[np.bool_],
+) -> Verdict:
+    dots_CE, squared_E = dots_CEG.sum(axis=-1), squared_EG.sum(axis=-1)
+    return Verdict(dots=dots_CE, squared=squared_E, along=along_E, conflict=conflict_CEG)
 
 
 def step_scale(
@@ -170,13 +200,39 @@ def _against_each(
     return factor_CEG, conflict_CEG
 
 
-class Block(NamedTuple):
-    """The sites' updates of the groups in some arrays, trained minus received."""
+@dataclass(frozen=True)
+class Block:
+    """The sites' updates of the groups in some arrays, and their inner products, multiplied in float32."""
 
     updates: NDArray[np.float32]
-    """(E, G, C, D)"""
-    gram: NDArray[np.float64]
-    """(E, G, C, C) their inner products, multiplied in float32."""
+    """(E, G, C, D) trained minus received."""
+
+    def squared(self) -> NDArray[np.float64]:
+        """(C, E) squared length of each update, summed over the groups."""
+        return np.asarray(_dots(self.updates, self.updates).sum(axis=1).T)
+
+    def weighted(self, factor_CEG: NDArray[np.float64]) -> NDArray[np.float32]:
+        """(E, G, D) ``sum_i factor_i update_i``."""
+        factor_EGC = np.moveaxis(factor_CEG, 0, -1).astype(np.float32)
+        return np.asarray((factor_EGC[:, :, None, :] @ self.updates)[:, :, 0])
+
+    def dots(self, vector_EGD: NDArray[np.float32]) -> NDArray[np.float64]:
+        """(C, E, G) of each update with a vector of its group."""
+        return np.moveaxis(_dots(self.updates, vector_EGD[:, :, None]), -1, 0)
+
+    def gram(self) -> NDArray[np.float64]:
+        """(E, G, C, C) of each update with each."""
+        return np.asarray(self.updates @ np.swapaxes(self.updates, -1, -2), np.float64)
+
+
+def _dots(left: NDArray[np.float32], right: NDArray[np.float32]) -> NDArray[np.float64]:
+    """(...) inner products along the last axis, piece by piece.
+
+    NumPy keeps other threads waiting for functions with few results, however long they take.
+    """
+    length = math.gcd(left.shape[-1], _PIECE)
+    pieces = [np.reshape(array, (*array.shape[:-1], -1, length)) for array in (left, right)]
+    return np.asarray(np.vecdot(*pieces).sum(axis=-1, dtype=np.float64))
 
 
 def split(received: Arrays, trained: Sequence[Arrays], granularity: Granularity) -> dict[tuple[str, ...], Block]:
@@ -196,20 +252,11 @@ def _block(names: Sequence[str], received: Arrays, trained: Sequence[Arrays], gr
     befores = [_as_groups(received[name], name, granularity) for name in names]
     ends = np.cumsum([before.shape[-1] for before in befores])
     updates_EGCD = np.empty((*befores[0].shape[:2], len(trained), ends[-1]), np.float32)
-    gram_EGCC = np.zeros((*updates_EGCD.shape[:3], len(trained)))
     for name, before, end in zip(names, befores, ends, strict=True):
         part_EGCD = updates_EGCD[..., end - before.shape[-1] : end]
         for site, arrays in enumerate(trained):
             np.subtract(_as_groups(arrays[name], name, granularity), before, out=part_EGCD[:, :, site])
-        # Array by array, while it is in the processor's cache.
-        gram_EGCC += part_EGCD @ np.swapaxes(part_EGCD, -1, -2)
-    return Block(updates_EGCD, gram_EGCC)
-
-
-def weighted(updates_EGCD: NDArray[np.float32], factor_CEG: NDArray[np.float64]) -> NDArray[np.float32]:
-    """(E, G, D) ``sum_i factor_i update_i``."""
-    factor_EGC = np.moveaxis(factor_CEG, 0, -1).astype(np.float32)
-    return np.asarray((factor_EGC[:, :, None, :] @ updates_EGCD)[:, :, 0])
+    return Block(updates_EGCD)
 
 
 def join(

@@ -13,7 +13,19 @@ from numpy.typing import NDArray
 from strategies import low_rank
 from strategies.adapters import Arrays
 from strategies.change_span import changes_of
-from strategies.conflicts import ConflictConfig, Granularity, join, measures, resolve, split, weighted
+from strategies.conflicts import (
+    ALONG_CONSENSUS,
+    Against,
+    Block,
+    ConflictConfig,
+    Granularity,
+    Verdict,
+    join,
+    measures,
+    resolve,
+    scaled,
+    split,
+)
 from strategies.low_rank import Factors
 
 Weigh = Callable[[NDArray[np.float64]], NDArray[np.float64]]
@@ -25,17 +37,28 @@ def step_factors(
 ) -> tuple[dict[str, NDArray[np.floating]], dict[str, NDArray[np.float64]]]:
     """The next expert arrays (E, ...) from those of each site, as vectors of what is exchanged."""
     blocks = split(received, trained, conflict.granularity)
-    squared_EC = sum(np.einsum("egcc->ec", block.gram) for block in blocks.values())
-    norms_CE = np.sqrt(np.transpose(squared_EC))
+    norms_CE = np.sqrt(sum(block.squared() for block in blocks.values()))
     weights_CE = weigh(norms_CE)
     stepped: dict[str, NDArray[np.floating]] = {}
     verdicts = []
     for names, block in blocks.items():
-        factor_CEG, verdict = resolve(block.gram, weights_CE, conflict.against)
-        steps = join(names, weighted(block.updates, factor_CEG), received, conflict.granularity)
+        step_EGD, verdict = _step_of_block(block, weights_CE, conflict.against)
+        steps = join(names, step_EGD, received, conflict.granularity)
         stepped |= {name: received[name] + step for name, step in steps.items()}
         verdicts.append(verdict)
     return stepped, {"weight": weights_CE} | measures(verdicts, weights_CE, norms_CE)
+
+
+def _step_of_block(
+    block: Block, weights_CE: NDArray[np.float64], against: Against
+) -> tuple[NDArray[np.float32], Verdict]:
+    """(E, G, D) the step, and what was found on the way."""
+    if against not in ALONG_CONSENSUS:
+        factor_CEG, verdict = resolve(block.gram(), weights_CE, against)
+        return block.weighted(factor_CEG), verdict
+    consensus_EGD = block.weighted(weights_CE[..., None])
+    scale_EG, verdict = scaled(block.dots(consensus_EGD), weights_CE, against)
+    return scale_EG[..., None].astype(np.float32) * consensus_EGD, verdict
 
 
 def step_products(

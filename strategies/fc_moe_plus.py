@@ -17,7 +17,7 @@ from strategies import low_rank
 from strategies.adapters import Arrays
 from strategies.base import Aggregation, ClientUpdate, Strategy, require
 from strategies.change_span import WeightedSum, changes_of
-from strategies.conflicts import Granularity, Space, join, split, weighted
+from strategies.conflicts import Granularity, Space, join, split
 from strategies.equal_say import EqualSay, equal_say
 from strategies.expert_rounds import Attention, ExpertRange, Findings, aggregate_experts, check_expert_tokens
 from strategies.experts import is_expert_array
@@ -114,8 +114,8 @@ class FcMoePlus(Strategy):
     def _step_arrays(self, layer: ExpertRange, flatten: float) -> tuple[Arrays, Findings]:
         """The next arrays (E, ...), each expert's as one vector; matrices (E, O, I) are flattened."""
         ((names, block),) = split(layer.received, _ends(layer), Granularity.expert).items()
-        say, factor_CE = self._say(layer, block.gram[:, 0])
-        step_EGD = weighted(block.updates, factor_CE[..., None])
+        say, factor_CE = self._say(layer, block.gram()[:, 0])
+        step_EGD = block.weighted(factor_CE[..., None])
         steps: Arrays = join(names, step_EGD, layer.received, Granularity.expert)
         if flatten:
             steps = {name: flattened(step, flatten) if step.ndim == 3 else step for name, step in steps.items()}

@@ -6,13 +6,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from strategies.conflicts import (
+    ALONG_CONSENSUS,
     Against,
+    Block,
     ConflictConfig,
     Granularity,
     Space,
     join,
     measures,
     resolve,
+    scaled,
     split,
     step_scale,
 )
@@ -209,10 +212,25 @@ def test_join_undoes_split(granularity):
     for names, block in split(before, [before, after], granularity).items():
         joined |= join(names, block.updates[:, :, 1], before, granularity)
         expected = np.einsum("egcd,egbd->egcb", block.updates, block.updates)
-        np.testing.assert_allclose(block.gram, expected, rtol=1e-5)
+        np.testing.assert_allclose(block.gram(), expected, rtol=1e-5)
     assert joined.keys() == before.keys()
     for name in before:
         np.testing.assert_array_equal(joined[name], after[name] - before[name])
+
+
+@pytest.mark.parametrize("against", sorted(ALONG_CONSENSUS, key=str))
+@pytest.mark.parametrize("width", [5, 96, 2 * 1024 + 512])
+def test_along_the_consensus_no_inner_products_of_sites_are_needed(against, width):
+    updates, weights = random_case(seed=width, width=width)
+    block = Block(np.moveaxis(updates, 0, 2).astype(np.float32))
+    factor, expected = resolve(block.gram(), weights, against)
+    consensus = block.weighted(weights[..., None])
+    scale, verdict = scaled(block.dots(consensus), weights, against)
+    np.testing.assert_allclose(scale[..., None] * consensus, block.weighted(factor), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(verdict.dots, expected.dots, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(verdict.along, expected.along, rtol=1e-4)
+    np.testing.assert_array_equal(verdict.conflict, expected.conflict)
+    np.testing.assert_allclose(block.squared(), (updates**2).sum(axis=(2, 3)), rtol=1e-5)
 
 
 def test_rows_of_a_bias_are_one_group():
