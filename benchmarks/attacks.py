@@ -27,6 +27,7 @@ import torch
 from benchmarks.attack_tables import DIFFERENT, NO_ATTACK, rows
 from benchmarks.federation import Federation
 from benchmarks.poisons import POISONS, moved
+from benchmarks.provenance import MADE_BY
 from benchmarks.render import write_results
 from benchmarks.robust_rules import RULES, behind_clair
 from client.assemble import model_for
@@ -248,9 +249,10 @@ def main() -> None:
         "sites": given.sites,
         "fractions": given.fractions,
         "steps": given.steps,
-        "runs": _written(given),
+        **_written(given),
     }
     for seed in sorted(set(given.seeds) - {run["seed"] for run in results["runs"]}):
+        results["made_by"][str(seed)] = MADE_BY
         for found in run_seed(given.sites, given.fractions, seed, given.steps):
             results["runs"] += found
             _write(given.json, results)
@@ -263,16 +265,19 @@ def _write(path: Path | None, results: Mapping[str, Any]) -> None:
         write_results(path, {**results, "markdown": rows(results)})
 
 
-def _written(given: argparse.Namespace) -> list[dict[str, Any]]:
-    """What the file holds already, of wanted seeds that are whole."""
+def _written(given: argparse.Namespace) -> dict[str, Any]:
+    """What the file holds already, of wanted seeds that are whole; ``made_by`` of those that it knows it of."""
     if given.json is None or not given.json.exists():
-        return []
+        return {"made_by": {}, "runs": []}
     results = json.loads(given.json.read_text())
     for key in ("sites", "fractions", "steps"):
         if results[key] != getattr(given, key):
             raise ValueError(f"{given.json} was written with {key}={results[key]}: move it away or give another --json")
-    whole = {run["seed"] for run in results["runs"] if run["attack"] == DIFFERENT}
-    return [run for run in results["runs"] if run["seed"] in whole.intersection(given.seeds)]
+    whole = {run["seed"] for run in results["runs"] if run["attack"] == DIFFERENT}.intersection(given.seeds)
+    return {
+        "made_by": {seed: maker for seed, maker in results.get("made_by", {}).items() if int(seed) in whole},
+        "runs": [run for run in results["runs"] if run["seed"] in whole],
+    }
 
 
 if __name__ == "__main__":

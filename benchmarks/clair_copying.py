@@ -10,6 +10,7 @@ What the paper leaves open, and what was chosen, is ``LEFT_OPEN``.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -21,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
+from benchmarks.provenance import MADE_BY, makers
 from benchmarks.render import choices, write_results
 from strategies.collaborative_set import VerdictRule, decide
 from strategies.low_rank import Factors
@@ -244,7 +246,7 @@ def run(replicates: int, seed: int, steps: int, file: Path | None) -> dict[str, 
     draws = _written(file, settings) or {regime: [] for regime in PRINTED}
     for index in range(min(map(len, draws.values())), replicates):
         for regime, of_regime in draws.items():
-            of_regime[index:] = [replicate(weights, regime, 1000 * seed + index)]
+            of_regime[index:] = [{**replicate(weights, regime, 1000 * seed + index), "made_by": MADE_BY}]
         if file:
             write_results(file, _results(found, draws))
     return _results(found, draws)
@@ -253,7 +255,8 @@ def run(replicates: int, seed: int, steps: int, file: Path | None) -> dict[str, 
 def _results(found: Mapping[str, Any], draws: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """What is written, and what the table is made from."""
     regimes = {regime: _regime(of_regime) for regime, of_regime in draws.items()}
-    results = {**found, "replicates": min(map(len, draws.values())), "regimes": regimes}
+    made_by = makers(itertools.chain.from_iterable(draws.values()))
+    results = {**found, "replicates": min(map(len, draws.values())), "regimes": regimes, "made_by": made_by}
     return results | {"markdown": rows(results), "draws": draws}
 
 
