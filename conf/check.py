@@ -108,11 +108,15 @@ def _check_retention(config: Config) -> None:
     if retention.space is Space.product and whole:
         raise ValueError("method.retention.space=product needs model.experts=lora, got full")
     compares = retention.kind in {RetentionKind.filtered, RetentionKind.orthogonal}
-    turns = isinstance(config.strategy, FcMoe) and config.strategy.conflict.space is Space.product
-    if compares and turns and retention.space is Space.factors:
+    strategy, turning = config.strategy, None
+    if isinstance(strategy, FcMoe) and strategy.conflict.space is Space.product:
+        turning = "strategy.conflict.space=product"
+    elif isinstance(strategy, FcMoePlus) and strategy.space is Space.product and not whole:
+        turning = "strategy.space=product"
+    if compares and turning and retention.space is Space.factors:
         raise ValueError(
             f"method.retention.kind={retention.kind.name} compares factors with those of the round before, which "
-            "strategy.conflict.space=product turns: set method.retention.space=product"
+            f"{turning} turns: set method.retention.space=product"
         )
 
 

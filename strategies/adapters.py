@@ -12,10 +12,12 @@ Arrays = Mapping[str, NDArray[np.floating]]
 
 _PIECE = 2**14
 """Values summed at a time."""
+LARGEST = 1e6
+"""No weight is larger; squares of products of factors of that size still fit into float32."""
 
 
 class NotFiniteError(ValueError):
-    """A loss, gradient or array is NaN or infinite: training has diverged."""
+    """A loss, gradient or array is NaN, infinite or out of all bounds: training has diverged."""
 
 
 def weighted_mean(terms: Sequence[Arrays], weights: Sequence[float]) -> dict[str, NDArray[np.float32]]:
@@ -103,3 +105,12 @@ def check_finite(arrays: Arrays) -> None:
     for name, array in arrays.items():
         if not np.isfinite(array).all():
             raise NotFiniteError(f"{name} holds NaN or infinity")
+
+
+def check_size(adapter: Arrays) -> None:
+    """Raise ``NotFiniteError`` naming the first array with a value that is not finite, or beyond ``LARGEST``."""
+    for name, array in adapter.items():
+        low, high = array.min(initial=0.0), array.max(initial=0.0)
+        if not (low >= -LARGEST and high <= LARGEST):
+            check_finite({name: array})
+            raise NotFiniteError(f"{name} holds {max(high, -low):.3g}; weights must be at most {LARGEST:g}")

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from strategies.adapters import Arrays, check_finite, check_same_layout
+from strategies.adapters import Arrays, check_finite, check_same_layout, check_size
 
 
 def require(condition: bool, key: str, limit: str, value: object) -> None:
@@ -75,11 +75,11 @@ class Strategy(ABC):
         """Raise ``ValueError`` if ``update`` must be left out of this round.
 
         Raises:
-            ValueError: If names or shapes differ from the global adapter, a value is NaN or
-                infinite, the number of examples is < 1, or a token count is negative or not finite.
+            ValueError: If names or shapes differ from the global adapter, a value is NaN, infinite or beyond
+                ``LARGEST``, the number of examples is < 1, or a token count is negative or not finite.
         """
         check_same_layout(adapter, update.adapter)
-        check_finite(update.adapter)
+        check_size(update.adapter)
         check_finite(update.expert_tokens)
         check_finite(update.extras)
         if update.num_examples < 1:

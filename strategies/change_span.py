@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from strategies.low_rank import Factors
+from strategies.quotient import divided
 
 _NOTHING = 1e-5
 """Eigenvalues below it, of inner products of unit vectors in float32, are rounding."""
@@ -38,7 +39,7 @@ class Side:
         products_EVM = self.gram @ sums_EVM
         gram_EMM = np.asarray(np.swapaxes(sums_EVM, -1, -2) @ products_EVM, np.float64)
         length_EM = np.sqrt(np.maximum(np.diagonal(gram_EMM, axis1=-2, axis2=-1), 0.0))
-        inverse_EM = np.divide(1.0, length_EM, out=np.zeros_like(length_EM), where=length_EM > 0)
+        inverse_EM = divided(1.0, length_EM, 0.0)
         squares_EM, turned_EMM = np.linalg.eigh(gram_EMM * inverse_EM[:, :, None] * inverse_EM[:, None, :])
         is_something = squares_EM > _NOTHING
         stretch_EM = np.where(is_something, 1.0 / np.sqrt(np.where(is_something, squares_EM, 1.0)), 0.0)

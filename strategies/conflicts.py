@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
 from typing import TypeVar
 
 import numpy as np
@@ -24,6 +25,8 @@ from strategies.quotient import divided
 _Real = TypeVar("_Real", bound=np.floating)
 _PIECE = 1024
 """Values of a piece of an inner product."""
+_NOTHING = 1e-6
+"""Share of its squared length that a sum keeps where all cancels: what is less is rounding of float32."""
 
 # Enums carry lower-case member names because OmegaConf matches settings by member name.
 
@@ -105,35 +108,44 @@ def resolve(
     """
     weights_CEG = np.broadcast_to(weights_CE[..., None], (*weights_CE.shape, gram_EGCC.shape[1]))
     dots_CEG = np.einsum("egcd,deg->ceg", gram_EGCC, weights_CEG)
+    own_CEG = np.moveaxis(np.diagonal(gram_EGCC, axis1=-2, axis2=-1), -1, 0)
     if against in ALONG_CONSENSUS:
-        scale_EG, verdict = scaled(dots_CEG, weights_CE, against)
+        scale_EG, verdict = scaled(dots_CEG, own_CEG, weights_CE, against)
         return weights_CEG * scale_EG, verdict
     if against is Against.others:
-        factor_CEG, conflict_CEG = _against_others(gram_EGCC, weights_CEG, dots_CEG)
+        factor_CEG, conflict_CEG = _against_others(own_CEG, weights_CEG, dots_CEG)
     else:
         factor_CEG, conflict_CEG = _against_each(gram_EGCC, weights_CEG)
-    squared_EG = _squared(dots_CEG, weights_CEG)
+    squared_EG = _squared(dots_CEG, own_CEG, weights_CEG)
     return factor_CEG, _verdict(dots_CEG, squared_EG, np.einsum("ceg,ceg->e", factor_CEG, dots_CEG), conflict_CEG)
 
 
 def scaled(
-    dots_CEG: NDArray[np.float64], weights_CE: NDArray[np.float64], against: Against
+    dots_CEG: NDArray[np.float64], own_CEG: NDArray[np.float64], weights_CE: NDArray[np.float64], against: Against
 ) -> tuple[NDArray[np.float64], Verdict]:
     """(E, G) how many times the consensus the step is, for the rules of ``ALONG_CONSENSUS``, and what was found.
 
-    ``dots_CEG`` are the inner products of the updates with the consensus, ``sum_i w_i update_i``.
+    Args:
+        dots_CEG: Inner product of each update with the consensus, ``sum_i w_i update_i``.
+        own_CEG: Squared length of each update.
+        weights_CE: Of the sites.
+        against: One of ``ALONG_CONSENSUS``.
     """
     weights_CEG = np.broadcast_to(weights_CE[..., None], dots_CEG.shape)
-    squared_EG = _squared(dots_CEG, weights_CEG)
+    squared_EG = _squared(dots_CEG, own_CEG, weights_CEG)
     is_projected = against is Against.consensus
     scale_EG = step_scale(dots_CEG, squared_EG, weights_CE) if is_projected else np.ones(squared_EG.shape)
     along_E = (scale_EG * squared_EG).sum(axis=-1)
     return scale_EG, _verdict(dots_CEG, squared_EG, along_E, (dots_CEG < 0) & (weights_CEG > 0))
 
 
-def _squared(dots_CEG: NDArray[np.float64], weights_CEG: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(E, G) ||consensus||^2."""
-    return np.asarray(np.maximum(np.einsum("ceg,ceg->eg", weights_CEG, dots_CEG), 0.0))
+def _squared(
+    dots_CEG: NDArray[np.float64], own_CEG: NDArray[np.float64], weights_CEG: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """(E, G) ||consensus||^2; 0 where the updates cancel but for rounding, which points nowhere."""
+    squared_EG = np.einsum("ceg,ceg->eg", weights_CEG, dots_CEG)
+    uncancelled_EG = np.einsum("ceg,ceg->eg", weights_CEG, np.sqrt(np.maximum(own_CEG, 0.0)))
+    return np.where(squared_EG > _NOTHING * uncancelled_EG**2, squared_EG, 0.0)
 
 
 def _verdict(
@@ -163,13 +175,13 @@ def step_scale(
 
 
 def _against_others(
-    gram_EGCC: NDArray[np.float64], weights_CEG: NDArray[np.float64], dots_CEG: NDArray[np.float64]
+    own_CEG: NDArray[np.float64], weights_CEG: NDArray[np.float64], dots_CEG: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     """Each update is projected on the normal plane of the others' weighted sum, which a site cannot hide itself in.
 
     With o_i = g - w_i d_i and t_i = min(0, <w_i d_i, o_i>) / ||o_i||^2 the step is sum_i w_i d_i - t_i o_i.
     """
-    own_CEG = weights_CEG * np.moveaxis(np.diagonal(gram_EGCC, axis1=-2, axis2=-1), -1, 0)
+    own_CEG = weights_CEG * own_CEG
     with_others_CEG = weights_CEG * (dots_CEG - own_CEG)
     squared_EG = np.einsum("ceg,ceg->eg", weights_CEG, dots_CEG)
     others_CEG = squared_EG - 2 * weights_CEG * dots_CEG + weights_CEG * own_CEG
@@ -207,9 +219,10 @@ class Block:
     updates: NDArray[np.float32]
     """(E, G, C, D) trained minus received."""
 
+    @cached_property
     def squared(self) -> NDArray[np.float64]:
-        """(C, E) squared length of each update, summed over the groups."""
-        return np.asarray(_dots(self.updates, self.updates).sum(axis=1).T)
+        """(C, E, G) squared length of each update."""
+        return np.moveaxis(_dots(self.updates, self.updates), -1, 0)
 
     def weighted(self, factor_CEG: NDArray[np.float64]) -> NDArray[np.float32]:
         """(E, G, D) ``sum_i factor_i update_i``."""
@@ -285,7 +298,7 @@ def measures(
     """Findings over all blocks, with the expert on the last axis and NaN where there is nothing to say.
 
     ``cosine`` (C, E): between a site's update of the whole expert and the consensus. ``conflict`` (C, E): share of
-    the expert's groups in which the site was in conflict, so 0 or 1 for granularity=expert. ``scale`` (E,):
+    the expert's groups in which a site that used it was in conflict, so 0 or 1 for granularity=expert. ``scale`` (E,):
     <step, consensus> / ||consensus||^2, which is 1 + s for against=consensus, and with finer groups the mean of
     their 1 + s weighted by ||consensus||^2.
     """
@@ -296,6 +309,6 @@ def measures(
     conflict_CEG = np.concatenate([verdict.conflict for verdict in verdicts], axis=-1)
     return {
         "cosine": divided(dots_CE, lengths_CE, otherwise=np.nan),
-        "conflict": conflict_CEG.mean(axis=-1),
+        "conflict": np.where(weights_CE > 0, conflict_CEG.mean(axis=-1), np.nan),
         "scale": divided(along_E, squared_E, otherwise=np.nan),
     }

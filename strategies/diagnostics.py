@@ -27,7 +27,7 @@ from strategies.quotient import divided
 
 MAX_NUMBERS = 150_000
 """Numbers kept of a round, about 1 MB as JSON: beyond, first the pairs of sites of each expert are left out, then
-what there is of each site. Five numbers an expert and one a pair of sites and layer are always kept."""
+what there is of each site. What there is of each expert, and of each pair of sites and layer, is always kept."""
 
 # Squared lengths below this share of the squared norms that they are a difference of are rounding.
 _NOTHING = 1e-13
@@ -90,11 +90,11 @@ def round_diagnostics(
         if not experts.is_expert_array(name):
             others.setdefault(kind_of(name), []).append(name)
     kinds = {kind: _block(adapters, names, None) for kind, names in others.items()}
-    kept = _within([*tables.values(), *kinds.values()], max_numbers)
-    own = aggregation.diagnostics.get("experts", {})
+    own = {layer: _of_rule(found) for layer, found in aggregation.diagnostics.get("experts", {}).items()}
+    kept = _within([*tables.values(), *kinds.values()], [*own.values()], max_numbers)
     return {
         "sites": [update.site for update in updates],
-        "layers": {layer: _json(table, kept) | _rule(own.get(layer), kept) for layer, table in tables.items()},
+        "layers": {layer: _json(table, kept) | _rule(own.get(layer, {}), kept) for layer, table in tables.items()},
         "kinds": {kind: _json(table, kept) for kind, table in kinds.items()},
     }
 
@@ -236,11 +236,12 @@ _DECIMALS = {"tokens": 0, "num_tokens": 0, "pairs": 2, "block_pairs": 2, "lowest
 """Of those that have a natural unit; the others are rounded to four digits."""
 
 
-def _within(tables: Sequence[Table], max_numbers: int) -> frozenset[str]:
-    """What may be kept besides the numbers of each expert."""
+def _within(tables: Sequence[Table], own: Sequence[Table], max_numbers: int) -> frozenset[str]:
+    """What may be kept besides the numbers of each expert; ``own`` is what the rule found."""
+    of_rule = sum(values.size for table in own for values in table.values() if values.ndim > 1)
 
     def numbers(names: Sequence[str]) -> int:
-        return sum(table[name].size for table in tables for name in names if name in table)
+        return of_rule + sum(table[name].size for table in tables for name in names if name in table)
 
     if numbers([*_OF_SITES, "pairs"]) <= max_numbers:
         return frozenset({*_OF_SITES, "pairs"})
@@ -252,12 +253,13 @@ def _json(table: Table, kept: frozenset[str]) -> dict[str, Any]:
     return {name: _rounded(values, _DECIMALS.get(name)) for name, values in table.items() if name not in bounded}
 
 
-def _rule(found: Mapping[str, Any] | None, kept: frozenset[str]) -> dict[str, Any]:
-    """What the strategy itself found, without what is here already."""
-    if found is None:
-        return {}
-    values = {name: np.array(value, np.float64) for name, value in found.items() if name not in {"sites", "tokens"}}
-    return {"rule": {name: _rounded(value) for name, value in values.items() if value.ndim < 2 or kept}}
+def _of_rule(found: Mapping[str, Any]) -> Table:
+    """What the strategy itself found of a layer, without what is here already."""
+    return {name: np.array(value, np.float64) for name, value in found.items() if name not in {"sites", "tokens"}}
+
+
+def _rule(own: Table, kept: frozenset[str]) -> dict[str, Any]:
+    return {"rule": {name: _rounded(values) for name, values in own.items() if values.ndim < 2 or kept}} if own else {}
 
 
 def _rounded(values: NDArray[np.float64], decimals: int | None = None) -> list[Any]:

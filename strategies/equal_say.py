@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from strategies import experts
 from strategies.quotient import divided
 
-# Unit vectors that cancel leave a squared length of this or less by rounding: it points nowhere.
-_NOTHING = 1e-13
+# Unit vectors that cancel, multiplied in float32, leave a squared length of this or less: it points nowhere.
+_NOTHING = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class EqualSay:
     cosine: NDArray[np.float64]
     """(C, E) between the update and the step; NaN for a site without a say, or if there is no step."""
     conflict: NDArray[np.float64]
-    """(C, E) 1 where that cosine is negative, else 0."""
+    """(C, E) 1 where that cosine is negative, else 0; NaN for a site without a say."""
     scale: NDArray[np.float64]
     """(E,) length of the step over that of the updates' mean by examples; NaN if that is 0."""
 
@@ -76,7 +76,7 @@ def equal_say(
         coefficients=(factor_E[:, None] * share_EC * inverse_EC).T,
         weight=share_EC.T,
         cosine=cosine_EC.T,
-        conflict=(cosine_EC < 0).T.astype(np.float64),
+        conflict=np.where(has_say_EC, cosine_EC < 0, np.nan).T,
         scale=divided(factor_E * mean_E, averaged_E, otherwise=np.nan),
     )
 

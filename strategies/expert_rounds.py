@@ -21,7 +21,8 @@ from strategies.adapters import Arrays, weighted_mean
 from strategies.base import ClientUpdate
 
 _VALUES_AT_A_TIME = 2**23
-"""Of all sites' arrays, in a range of experts: some tens of MiB for each thread."""
+"""Of all sites' arrays, in a range of experts: some tens of MiB for each thread, where ``FcMoe`` steps in products some
+hundreds."""
 _THREADS = min(os.cpu_count() or 1, 8)
 
 

@@ -37,7 +37,7 @@ def step_factors(
 ) -> tuple[dict[str, NDArray[np.floating]], dict[str, NDArray[np.float64]]]:
     """The next expert arrays (E, ...) from those of each site, as vectors of what is exchanged."""
     blocks = split(received, trained, conflict.granularity)
-    norms_CE = np.sqrt(sum(block.squared() for block in blocks.values()))
+    norms_CE = np.sqrt(sum(block.squared.sum(axis=-1) for block in blocks.values()))
     weights_CE = weigh(norms_CE)
     stepped: dict[str, NDArray[np.floating]] = {}
     verdicts = []
@@ -57,7 +57,7 @@ def _step_of_block(
         factor_CEG, verdict = resolve(block.gram(), weights_CE, against)
         return block.weighted(factor_CEG), verdict
     consensus_EGD = block.weighted(weights_CE[..., None])
-    scale_EG, verdict = scaled(block.dots(consensus_EGD), weights_CE, against)
+    scale_EG, verdict = scaled(block.dots(consensus_EGD), block.squared, weights_CE, against)
     return scale_EG[..., None].astype(np.float32) * consensus_EGD, verdict
 
 

@@ -23,9 +23,11 @@ from strategies.expert_rounds import Attention, ExpertRange, Findings, aggregate
 from strategies.experts import is_expert_array
 from strategies.flatten import flattened
 from strategies.low_rank import Factors
+from strategies.quotient import divided
 
 _LORA = (".lora_A", ".lora_B")
 _PREVIOUS = "previous/"
+_EPSILON = float(np.finfo(np.float32).eps)
 _TRACE = 1e-6
 """Of a product's length: above the rounding of float32, below what is learnt."""
 
@@ -78,8 +80,12 @@ class FcMoePlus(Strategy):
         """With momentum ``previous/<name>``: what was received a round earlier, of all arrays that step."""
         if self.momentum == 0:
             return {}
-        steps_all = self.attention is Attention.as_experts
-        return {_PREVIOUS + name: array for name, array in adapter.items() if steps_all or is_expert_array(name)}
+        pairs_step = self.attention is Attention.as_experts
+        return {
+            _PREVIOUS + name: array
+            for name, array in adapter.items()
+            if is_expert_array(name) or (pairs_step and name.endswith(_LORA))
+        }
 
     def check_update(self, adapter: Arrays, update: ClientUpdate) -> None:
         """Raise ``ValueError`` if the update is not valid, or does not count the tokens of every expert."""
@@ -118,15 +124,15 @@ class FcMoePlus(Strategy):
         step_EGD = block.weighted(factor_CE[..., None])
         steps: Arrays = join(names, step_EGD, layer.received, Granularity.expert)
         if flatten:
-            steps = {name: flattened(step, flatten) if step.ndim == 3 else step for name, step in steps.items()}
+            steps = {name: _flattened_whole(step, layer.received[name], flatten) for name, step in steps.items()}
         return {name: layer.received[name] + step for name, step in steps.items()}, _findings(say)
 
     def _step_products(self, layer: ExpertRange) -> tuple[Arrays, Findings]:
         """The next LoRA factors; ``lost_energy`` (E,): largest share of a product's squared norm that was truncated."""
         changes = {
             prefix: changes_of(
-                Factors(*(layer.received[prefix + end] for end in _LORA)),
-                [Factors(*(arrays[prefix + end] for end in _LORA)) for arrays in _ends(layer)],
+                low_rank.factors_of(layer.received, prefix),
+                [low_rank.factors_of(arrays, prefix) for arrays in _ends(layer)],
             )
             for prefix in low_rank.lora_prefixes(layer.received)
         }
@@ -149,6 +155,16 @@ def _ends(layer: ExpertRange) -> list[Arrays]:
     return [*layer.trained, *([layer.previous] if layer.previous else [])]
 
 
+def _flattened_whole(
+    step: NDArray[np.floating], received: NDArray[np.floating], flatten: float
+) -> NDArray[np.floating]:
+    """The step of a whole array (E, ...): matrices (E, O, I) flattened, all else as it is."""
+    if step.ndim != 3:
+        return step
+    rounding_E = _EPSILON * math.sqrt(max(step.shape[1:])) * abs(received).max(axis=(1, 2))
+    return flattened(step, flatten, rounding=rounding_E)
+
+
 def _stepped_product(
     total: WeightedSum, squared_E: NDArray[np.float64], flatten: float
 ) -> tuple[Factors, NDArray[np.float64]]:
@@ -160,7 +176,9 @@ def _stepped_product(
         flatten: See ``FcMoePlus``.
     """
     rank = total.received_A.shape[-2]
-    stepped = total.received_B @ total.received_A + flattened(total.change, flatten, leading=rank)
+    lengths_E = (np.sqrt((factor**2).sum(axis=(-2, -1))) for factor in (total.received_A, total.received_B))
+    rounding_E = _EPSILON * math.prod(lengths_E)
+    stepped = total.received_B @ total.received_A + flattened(total.change, flatten, rank, rounding_E)
     # Directions in which nothing was learnt keep to the received A: it leaves a trace, too small to count. Where there
     # is nothing else, it is all there is: with A and B zero an expert could never learn again.
     length_E = np.sqrt((stepped**2).sum(axis=(-2, -1)))
@@ -170,7 +188,7 @@ def _stepped_product(
     kept = low_rank.turned_towards(Factors(A, stepped @ np.swapaxes(A, -1, -2)), total.received_A)
     outside_E = np.maximum(squared_E - (total.change**2).sum(axis=(-2, -1)), 0.0)
     whole_E = length_E**2 + outside_E
-    kept_E = np.divide((kept.B**2).sum(axis=(-2, -1)), whole_E, out=np.ones_like(whole_E), where=whole_E > 0)
+    kept_E = divided((kept.B**2).sum(axis=(-2, -1)), whole_E, 1.0)
     return total.lift(kept), np.maximum(1.0 - kept_E, 0.0)
 
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from strategies.adapters import Arrays, check_same_layout
 from strategies.experts import expert_slices, is_expert_array
+from strategies.quotient import divided
 
 
 class Factors(NamedTuple):
@@ -39,8 +40,8 @@ def lora_prefixes(names: Iterable[str]) -> list[str]:
 
 
 def factors_of(adapter: Arrays, prefix: str) -> Factors:
-    """The LoRA pair called ``prefix``, in float64."""
-    return Factors(*(factor.astype(np.float64) for factor in _pair(adapter, prefix)))
+    """The LoRA pair called ``prefix``."""
+    return Factors(adapter[f"{prefix}.lora_A"], adapter[f"{prefix}.lora_B"])
 
 
 def inner_product(left: Factors, right: Factors) -> NDArray[np.float64]:
@@ -98,7 +99,7 @@ def truncate(product: Factors, rank: int) -> tuple[Factors, NDArray[np.float64]]
         B = np.concatenate([B, np.zeros((*B.shape[:-1], missing))], axis=-1)
     energy = (sizes**2).sum(axis=-1)
     lost = (sizes[..., rank:] ** 2).sum(axis=-1)
-    return Factors(A, B), np.divide(lost, energy, out=np.zeros_like(lost), where=energy > 0)
+    return Factors(A, B), divided(lost, energy, 0.0)
 
 
 def turned_towards(product: Factors, reference_A: NDArray[np.floating]) -> Factors:
@@ -134,7 +135,7 @@ def aggregation_gap(adapters: Sequence[Arrays], weights: Sequence[float]) -> flo
     gap, length = 0.0, 0.0
     for prefix in lora_prefixes(adapters[0]):
         for part in _parts(adapters[0], prefix, len(adapters)):
-            pairs = [Factors(*(factor[part] for factor in _pair(adapter, prefix))) for adapter in adapters]
+            pairs = [Factors(*(factor[part] for factor in factors_of(adapter, prefix))) for adapter in adapters]
             gap_of_part, length_of_part = _squared_gap_and_length(pairs, shares)
             gap, length = gap + gap_of_part, length + length_of_part
     if gap == 0:
@@ -159,11 +160,7 @@ def _parts(adapter: Arrays, prefix: str, num_sites: int) -> list[slice]:
     """Ranges of the first axis that fit in memory as float64: of experts, or all of a dense pair."""
     if not is_expert_array(prefix):
         return [slice(None)]
-    return expert_slices(_pair(adapter, prefix)._asdict(), num_sites)
-
-
-def _pair(adapter: Arrays, prefix: str) -> Factors:
-    return Factors(adapter[f"{prefix}.lora_A"], adapter[f"{prefix}.lora_B"])
+    return expert_slices(factors_of(adapter, prefix)._asdict(), num_sites)
 
 
 def _transposed(matrix: NDArray[np.floating]) -> NDArray[np.floating]:

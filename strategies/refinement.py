@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from strategies.low_rank import Factors
 from strategies.product_cores import side_of
+from strategies.quotient import divided
 
 # Singular values below this share of the largest are rounding of float32 factors.
 _NOTHING = 1e-7
@@ -56,8 +57,7 @@ def refine(
     A = _padded(rows.lift(right[:, :rank]), rank)
     B = _padded(columns.lift(np.swapaxes(left * sizes[:, None], -1, -2)[:, :rank]), rank)
     B = np.swapaxes(B, -1, -2)
-    shares = np.divide(lost, energy, out=np.zeros_like(lost), where=energy > 0)
-    return Refined(Factors(A[0], B[0]), Factors(A[1:], B[1:]), shares[1:])
+    return Refined(Factors(A[0], B[0]), Factors(A[1:], B[1:]), divided(lost, energy, 0.0)[1:])
 
 
 def _padded(vectors: NDArray[np.float64], count: int) -> NDArray[np.float64]:

@@ -20,6 +20,7 @@ from strategies.adapters import Arrays, check_same_layout, difference
 from strategies.conflicts import Space
 from strategies.experts import by_layer, dots, is_expert_array, num_experts
 from strategies.low_rank import Factors
+from strategies.quotient import divided
 
 _UPDATE = "fc_moe/update/"
 _RECEIVED = "fc_moe/received/"
@@ -120,11 +121,12 @@ class FcMoe(Method):
         Args:
             gram_EVV: Inner products of these: Theta, Delta and, but for the paper's kind, g, the global step since.
         """
+        # Nothing can be parallel to a zero vector.
         residual_EV = np.zeros(gram_EVV.shape[:2])
         if self.retention.kind is RetentionKind.paper:  # Eq. 5: (<Delta, Theta> / ||Theta||^2) Theta
-            residual_EV[:, _THETA] = _ratio(gram_EVV[:, _DELTA, _THETA], gram_EVV[:, _THETA, _THETA])
+            residual_EV[:, _THETA] = divided(gram_EVV[:, _DELTA, _THETA], gram_EVV[:, _THETA, _THETA], 0.0)
         else:
-            along_E = _ratio(gram_EVV[:, _DELTA, _STEP], gram_EVV[:, _STEP, _STEP])
+            along_E = divided(gram_EVV[:, _DELTA, _STEP], gram_EVV[:, _STEP, _STEP], 0.0)
             if self.retention.kind is RetentionKind.filtered:  # min(0, <Delta, g>) / ||g||^2 g
                 residual_EV[:, _STEP] = np.minimum(along_E, 0.0)
             else:  # Delta - (<Delta, g> / ||g||^2) g
@@ -144,7 +146,7 @@ def _shortening(added_EV: NDArray[np.float64], gram_EVV: NDArray[np.float64], gu
     b_E = np.einsum("ev,ev->e", gram_EVV[:, _THETA], added_EV)
     d_E = (guard**2 - 1.0) * np.maximum(gram_EVV[:, _THETA, _THETA], 0.0)
     root_E = np.sqrt(b_E**2 + a_E * d_E)
-    c_E = np.where(b_E > 0, _ratio(d_E, b_E + root_E), _ratio(root_E - b_E, a_E))
+    c_E = np.where(b_E > 0, divided(d_E, b_E + root_E, 0.0), divided(root_E - b_E, a_E, 0.0))
     return np.where(a_E > 0, np.minimum(c_E, 1.0), 1.0)
 
 
@@ -158,8 +160,3 @@ def _gram(vectors: Sequence[Arrays]) -> NDArray[np.float64]:
 
 def _stacked(terms: Sequence[Factors]) -> Factors:
     return Factors(*map(np.stack, zip(*terms, strict=True)))
-
-
-def _ratio(numerator_E: NDArray[np.float64], denominator_E: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Quotient, and 0 where the denominator is 0: nothing can be parallel to a zero vector."""
-    return np.divide(numerator_E, denominator_E, out=np.zeros_like(numerator_E), where=denominator_E > 0)

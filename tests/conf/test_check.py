@@ -170,6 +170,10 @@ def test_number_of_sites_that_the_data_decide_is_checked_too():
             "method.retention.kind=orthogonal compares factors .* set method.retention.space=product",
         ),
         (
+            ["strategy=fc_moe_plus", "method=fc_moe", "method.retention.kind=filtered"],
+            "method.retention.kind=filtered compares .* strategy.space=product turns: set method.retention.space",
+        ),
+        (
             "strategy=fedalign_moe model.router=averaged",
             "method=fedalign_moe never sends routers: it needs model.router=local or frozen, got averaged",
         ),
@@ -182,3 +186,8 @@ def test_strategy_where_it_cannot_work_is_refused(overrides, message):
 
 def test_a_mean_by_examples_can_be_downweighted():
     load_config("strategy=fc_moe_plus strategy.ridge=null screen=clair screen.on_reject=downweight")
+
+
+def test_filtered_retention_goes_with_whole_experts_that_nothing_turns():
+    load_config("strategy=fc_moe_plus method=fc_moe method.retention.kind=filtered model.experts=full")
+    load_config("strategy=fc_moe_plus strategy.space=factors method=fc_moe method.retention.kind=filtered")

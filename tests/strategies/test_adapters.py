@@ -4,7 +4,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from strategies.adapters import check_finite, check_same_layout, difference, dot, norm, spread, weighted_mean
+from strategies.adapters import (
+    LARGEST,
+    check_finite,
+    check_same_layout,
+    check_size,
+    difference,
+    dot,
+    norm,
+    spread,
+    weighted_mean,
+)
 
 adapters = st.builds(lambda a: {"w": a}, arrays(np.float32, (2, 3), elements=st.floats(-100, 100, width=32)))
 weights = st.floats(0.1, 100)
@@ -66,6 +76,16 @@ def test_difference_dot_and_norm_treat_all_arrays_as_one_vector():
 def test_check_finite_names_the_array(value):
     with pytest.raises(ValueError, match="bad holds NaN or infinity"):
         check_finite({"good": np.ones(2), "bad": np.array([1.0, value])})
+
+
+def test_check_size_names_the_array_its_value_and_the_limit():
+    check_size({"empty": np.zeros((0, 2)), "edge": np.array([-LARGEST, LARGEST])})
+    for value, message in [
+        (2e6, "bad holds 2e\\+06; weights must be at most 1e\\+06"),
+        (np.nan, "bad holds NaN or inf"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            check_size({"good": np.ones(2), "bad": np.array([1.0, -value])})
 
 
 def test_spread_is_the_mean_squared_distance_to_the_mean():

@@ -146,6 +146,26 @@ def test_exactly_opposite_updates_cancel(against):
     assert np.isnan(found["cosine"]).all()
 
 
+@pytest.mark.parametrize("width", [2, 4, 96])
+@pytest.mark.parametrize("against", Against)
+def test_what_rounding_leaves_of_cancelling_updates_is_no_direction(against, width):
+    """d_3 = -(d_1 + 2 d_2) / 4, rounded: projected on what that leaves, steps would be up to 1e9 times as long."""
+    weights = np.array([[1.0], [2.0], [4.0]]) / 7 * np.ones(500)
+    updates = np.random.default_rng(0).normal(size=(3, 500, 1, width)).astype(np.float32)
+    updates[2] = -(updates[0] + 2 * updates[1]) / 4
+    block = Block(np.ascontiguousarray(np.moveaxis(updates, 0, 2)))
+    factor, _ = resolve(block.gram(), weights, against)
+    steps = [block.weighted(factor)]
+    if against in ALONG_CONSENSUS:
+        consensus = block.weighted(weights[..., None])
+        scale, verdict = scaled(block.dots(consensus), block.squared, weights, against)
+        assert np.isnan(measures([verdict], weights, np.sqrt(block.squared[..., 0]))["scale"]).all()
+        steps.append(scale[..., None] * consensus)
+    longest = np.sqrt(block.squared.max(axis=0))
+    bound = 1e-5 if against in ALONG_CONSENSUS else 3.0
+    assert all((np.linalg.norm(step, axis=-1) <= bound * longest).all() for step in steps)
+
+
 @pytest.mark.parametrize("against", Against)
 def test_no_update_gives_no_step(against):
     step, _ = resolved(np.zeros((2, 1, 1, 3)), equal_weights(2), against)
@@ -225,12 +245,12 @@ def test_along_the_consensus_no_inner_products_of_sites_are_needed(against, widt
     block = Block(np.moveaxis(updates, 0, 2).astype(np.float32))
     factor, expected = resolve(block.gram(), weights, against)
     consensus = block.weighted(weights[..., None])
-    scale, verdict = scaled(block.dots(consensus), weights, against)
+    scale, verdict = scaled(block.dots(consensus), block.squared, weights, against)
     np.testing.assert_allclose(scale[..., None] * consensus, block.weighted(factor), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(verdict.dots, expected.dots, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(verdict.along, expected.along, rtol=1e-4)
     np.testing.assert_array_equal(verdict.conflict, expected.conflict)
-    np.testing.assert_allclose(block.squared(), (updates**2).sum(axis=(2, 3)), rtol=1e-5)
+    np.testing.assert_allclose(block.squared, (updates**2).sum(axis=-1), rtol=1e-5)
 
 
 def test_rows_of_a_bias_are_one_group():

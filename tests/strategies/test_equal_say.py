@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from strategies.conflicts import Block
 from strategies.equal_say import equal_say
 
 seeds = st.integers(0, 2**32 - 1)
@@ -150,12 +151,20 @@ def test_step_fades_with_cancellation():
     assert np.isfinite(found.coefficients).all()
 
 
+def test_what_float32_leaves_of_opposite_updates_is_no_direction():
+    update = np.random.default_rng(0).normal(size=(200, 1, 1, 1536)).astype(np.float32)
+    gram = Block(np.concatenate([update, np.float32(-0.3) * update], axis=2)).gram()[:, 0]
+    found = equal_say(gram, np.ones((2, 200)), ridge=0.3, step=2.0)
+    assert np.isnan(found.cosine).all()
+    np.testing.assert_allclose(found.scale, 0, atol=1e-6)
+
+
 def test_site_without_examples_or_without_an_update_has_no_say():
     updates = np.array([[1.0, 2.0], [5.0, -1.0], [0.0, 0.0]])
     found, step = say(updates, [1, 0, 4])
     np.testing.assert_allclose(step, updates[0])
     np.testing.assert_array_equal(found.weight, [[1], [0], [0]])
-    np.testing.assert_array_equal(found.conflict, 0)
+    np.testing.assert_array_equal(found.conflict, [[0], [np.nan], [np.nan]])
     assert np.isnan(found.cosine[1:]).all()
 
 

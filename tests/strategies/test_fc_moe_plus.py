@@ -3,6 +3,7 @@
 Its parts are those of test_equal_say.py and test_flatten.py.
 """
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +12,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from strategies import experts
+from strategies.base import ClientUpdate
 from strategies.conflicts import Space
+from strategies.expert_rounds import Attention
 from strategies.fc_moe import FcMoe
 from strategies.fc_moe_plus import FcMoePlus
 from strategies.fedavg import FedAvg
@@ -240,6 +243,10 @@ def test_order_of_the_sites_changes_nothing_but_rounding(shapes, seed):
             np.testing.assert_allclose(left[order], right, atol=1e-6)
     if shapes is FULL:
         assert_same(one.adapter, other.adapter)
+        return
+    for layer, e in itertools.product(LAYERS, range(NUM_EXPERTS)):
+        for left, right in zip(*(products_of(r.adapter, layer, e) for r in (one, other)), strict=True):
+            np.testing.assert_allclose(left, right, atol=1e-3)
 
 
 def test_another_basis_of_the_factors_gives_the_same_products():
@@ -386,3 +393,47 @@ def test_expert_whose_steps_cancel_before_it_learnt_anything_can_still_learn():
             np.testing.assert_allclose(stepped[name], 0, atol=1e-6)
         elif experts.is_expert_array(name):
             assert (np.linalg.matrix_rank(stepped[name]) == RANK).all()
+
+
+@pytest.mark.parametrize("size", [1e-3, 1e-5])
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_what_few_examples_taught_is_not_drowned_in_rounding(kind, size):
+    """Changes of rank 1 on weights of size 1: what float32 leaves beside them must not be raised to their size."""
+    rng = np.random.default_rng(0)
+    direction = np.outer(rng.choice([-1, 1], 64), rng.choice([-1, 1], 96))
+    name = f"{LAYERS[0]}.experts.up_proj"
+    if kind == "full":
+        received = {name: rng.normal(size=(1, 64, 96)).astype(np.float32)}
+        trained = [{name: (received[name] + size * s * direction).astype(np.float32)} for s in (1, 2, 3)]
+    else:
+        A, B = rng.normal(size=(1, 8, 96)).astype(np.float32), rng.normal(size=(1, 64, 8)).astype(np.float32)
+        received = {f"{name}.lora_A": A, f"{name}.lora_B": B}
+        changed = [(A + size * s * np.outer(rng.normal(size=8), direction[0])).astype(np.float32) for s in (1, 2, 3)]
+        trained = [{f"{name}.lora_A": after, f"{name}.lora_B": B} for after in changed]
+    tokens = {LAYERS[0]: np.ones(1)}
+    updates = [
+        ClientUpdate(site=f"{i}", adapter=t, num_examples=1, expert_tokens=tokens) for i, t in enumerate(trained)
+    ]
+    rule = FcMoePlus(momentum=0.0)
+    after = rule.aggregate(received, rule.init_state(received), updates).adapter
+
+    def dense(arrays):
+        whole = arrays.get(name)
+        return (arrays[f"{name}.lora_B"] @ arrays[f"{name}.lora_A"] if whole is None else whole)[0].astype(float)
+
+    step = dense(after) - dense(received)
+    along = direction[0] / np.linalg.norm(direction[0])
+    assert np.linalg.norm(step @ along) ** 2 > 0.8 * np.linalg.norm(step) ** 2
+
+
+def test_state_holds_what_steps_alone():
+    adapter = {
+        f"{LAYERS[0]}.experts.up_proj": np.zeros((2, 3, 4), np.float32),
+        f"{LAYERS[0]}.gate.weight": np.zeros((2, 4), np.float32),
+        "model.layers.0.self_attn.q_proj.lora_A": np.zeros((2, 4), np.float32),
+        "model.layers.0.self_attn.q_proj.lora_B": np.zeros((4, 2), np.float32),
+    }
+    names = [*adapter]
+    assert FcMoePlus().init_state(adapter).keys() == {f"previous/{names[0]}"}
+    of_all = FcMoePlus(attention=Attention.as_experts).init_state(adapter)
+    assert of_all.keys() == {f"previous/{name}" for name in (names[0], *names[2:])}

@@ -50,6 +50,14 @@ def test_directions_that_hold_nothing_stay_empty():
     np.testing.assert_array_equal(flattened(np.zeros((2, 3)), 1.0), 0)
 
 
+def test_rounding_is_not_raised():
+    """A row space of one direction, and another of 1e-4 of its size that rounding is known to leave."""
+    matrices = np.stack([np.diag([3.0, 3e-4]), np.diag([4.0, 3e-4])])
+    ours = flattened(matrices, 1.0, rounding=np.array([1e-3, 1e-5]))
+    np.testing.assert_allclose(ours[0], np.diag([3, 0]), atol=1e-6)
+    np.testing.assert_allclose(ours[1], np.eye(2) * 4 / np.sqrt(2), atol=1e-6)
+
+
 def dense_flattened(matrix, amount, leading):
     """The same of one matrix, value by value."""
     left, sizes, right = np.linalg.svd(matrix, full_matrices=False)
