@@ -115,6 +115,10 @@ CONTENDERS: dict[str, Contender] = {
             ("importance", "importance weighting", "strategy.importance=uniform"),
         )
     },
+    # Uniform weights may choose a higher rate: is it that, or the weights?
+    "fc_moe_uniform_rate": Contender(
+        "FC-MoE at the learning rate of uniform weights", ("strategy=fc_moe",), follows="fc_moe_no_importance"
+    ),
     **{
         f"fc_moe_{name}": Contender(
             f"FC-MoE, {title}",
@@ -235,21 +239,26 @@ def tuned(
 
     Args:
         name: Of the contender; one that follows another gets its own settings with the other's tuned values, and from
-            there searches over what it ``retunes``.
+            there searches over what it ``retunes``. Whom it follows may follow somebody too.
         score: Of settings on validation data, higher is better; None if not known yet.
         contenders: All of them.
     """
-    contender = contenders[name]
-    leader = contenders[contender.follows or name]
+    leader, *followers = _led(contenders[name], contenders)
     knobs = (LEARNING_RATE, *leader.knobs)
     values = {knob.key: knob.start for knob in knobs}
-    retuned = [knob for knob in knobs if knob.key in contender.retunes]
-    for whose, free in ((leader, knobs), (contender, retuned)):
+    for whose in (leader, *followers):
         settings_of = partial(_settings, whose, knobs)
+        free = [knob for knob in knobs if whose is leader or knob.key in whose.retunes]
         missing = _search(free, values, settings_of, score)
         if missing:
             return Tuning(settings_of(values), missing)
-    return Tuning(_settings(contender, knobs, values), ())
+    return Tuning(_settings(contenders[name], knobs, values), ())
+
+
+def _led(contender: Contender, contenders: Mapping[str, Contender]) -> list[Contender]:
+    """Whom it follows, whom that one follows in turn before it, and itself at the end."""
+    before = _led(contenders[contender.follows], contenders) if contender.follows else []
+    return [*before, contender]
 
 
 def _search(

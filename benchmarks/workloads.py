@@ -31,7 +31,9 @@ KEY_CONTENDERS = (
     "local_only", "centralised"
 )  # fmt: skip
 """Who is compared where not everyone is."""
-ABLATED = (*KEY_CONTENDERS, "fc_moe_no_projection", "fc_moe_no_retention", "fc_moe_no_importance")
+ABLATED = (
+    *KEY_CONTENDERS, "fc_moe_no_projection", "fc_moe_no_retention", "fc_moe_no_importance", "fc_moe_uniform_rate"
+)  # fmt: skip
 """Who is compared on the data of the paper's ablation."""
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.contenders import CONTENDERS, LEARNING_RATE, PERSONAL, Contender, Knob, tuned
+from benchmarks.contenders import CONTENDERS, LEARNING_RATE, PERSONAL, Contender, Knob, Tuning, tuned
 from conf.compose import load_config
 from conf.model import RouterTraining
 
@@ -87,6 +87,9 @@ def test_a_variant_tunes_its_own_rate_from_the_leaders_and_keeps_the_rest():
     of_variant = [(rate, step) for is_variant, rate, step in asked if is_variant]
     assert sorted(of_variant) == [(5e-4, 2), (1e-3, 2), (2e-3, 2), (4e-3, 2), (8e-3, 2)]
     assert asked == sorted(asked, key=lambda each: each[0])  # the leader first
+    control = METHODS | {"control": Contender("control", ("strategy=fedavgm",), follows="retuned")}
+    settings = ("strategy=fedavgm", "strategy.learning_rate=2", "train.learning_rate=0.001")
+    assert tuned("control", known.get, control) == Tuning(settings, ())
 
 
 def test_variants_of_fc_moe_tune_their_rate_and_another_retention_its_strength():
