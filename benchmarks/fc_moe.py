@@ -28,6 +28,7 @@ from benchmarks import fc_moe_averaging, fc_moe_printed
 from benchmarks.cells import Row, Study, add_arguments, carry_out
 from benchmarks.contenders import CONTENDERS, Settings
 from benchmarks.fc_moe_numbers import LAST, last_rounds
+from benchmarks.fc_moe_overtaken import overtaken
 from benchmarks.fc_moe_tables import markdown, summary
 from benchmarks.federation import simulated
 from benchmarks.measures import Judge, Score, expert_norm
@@ -126,7 +127,7 @@ def report(study: Study[Cell], name: str, experts: str) -> dict[str, Any]:
     """The results file: settings of a workload's study, how its experts were trained, and its tables as Markdown."""
     workload = WORKLOADS[name]
     tested = {contender: study.tested(contender) for contender in compared(name, experts)}
-    seeds = study.all_seeds()
+    seeds, before = study.all_seeds(), overtaken(tested, study.rows.values())
     title = f"{workload.title}, {'experts by LoRA' if experts == 'lora' else 'experts in full'}"
     return {
         "workload": name,
@@ -136,7 +137,7 @@ def report(study: Study[Cell], name: str, experts: str) -> dict[str, Any]:
         "settings": list(workload.settings),
         "runs": len(study.rows),
         "made_by": makers(study.rows.values()),
-        "markdown": markdown(title, tested, seeds, fc_moe_printed.of_workload(name)),
+        "markdown": markdown(title, tested, seeds, fc_moe_printed.of_workload(name), before),
         "summary": summary(title, tested),
     }
 

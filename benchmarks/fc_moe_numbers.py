@@ -65,7 +65,12 @@ def rounds_needed(
 
 
 def growth(row: Row) -> float | None:
-    """Of the experts' weights. Older rows have the length of what is trained before and after: by LoRA, of factors."""
+    """Of the experts' weights of the global model; None where there is none, or it was not measured.
+
+    Older rows have the length of what is trained before and after: by LoRA, of factors.
+    """
+    if "strategy=local_only" in row["settings"]:
+        return None
     if "expert_growth" in row:
         return float(row["expert_growth"])
     before, after = row["expert_norm"]

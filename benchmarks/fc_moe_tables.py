@@ -29,14 +29,19 @@ _ROUNDS = "rounds to FedAvg's end, x its own"
 
 
 def markdown(
-    title: str, tested: Mapping[str, Outcome], seeds: Sequence[int], printed: Mapping[str, float] | None = None
+    title: str,
+    tested: Mapping[str, Outcome],
+    seeds: Sequence[int],
+    printed: Mapping[str, float] | None = None,
+    before: Sequence[tuple[str, Outcome]] = (),
 ) -> str:
-    """All tables that there is something to say in, below each other."""
+    """All tables that there is something to say in, below each other; ``before`` is what was ``overtaken``."""
     tables = [
         comparison(title, tested, seeds, printed),
         sites(tested),
         ablation(tested),
         one_knob_changed(tested),
+        other_values(tested, before),
         averaging(tested),
     ]
     return "\n\n".join(filter(None, tables))
@@ -64,8 +69,7 @@ def comparison(
     baseline, ours = tested[BASELINE].rows, tested[OURS].rows if OURS in tested else {}
     for name, result in _methods(tested).items():
         cells = _cells(result, baseline, ours, by_accuracy) if result.rows else ["missing", *blank]
-        count = f" ({len(result.rows)} of {len(seeds)} seeds)" if 0 < len(result.rows) < len(seeds) else ""
-        lines[name] = [CONTENDERS[name].title + count, *cells]
+        lines[name] = [_titled(name, result, len(seeds)), *cells]
     if printed:
         columns.append("printed, %")
         lines |= {name: [CONTENDERS[name].title, "not compared", *blank] for name in printed if name not in lines}
@@ -81,23 +85,22 @@ def summary(title: str, tested: Mapping[str, Outcome]) -> str:
         return ""
     by_accuracy = _by_accuracy(compared)
     columns = ["method", _measure(compared), "minus FedAvg", "sites: mean / worst / spread", _ROUNDS]
-    lines, most = [], max(len(result.rows) for result in compared.values())
+    lines, most = [], _most(compared)
     for name, result in compared.items():
         mean, difference, _, _, _, rounds, *_ = _cells(result, compared[BASELINE].rows, {}, by_accuracy)
         found = (_mean(values, _digits(by_accuracy)) for values in on_sites(result.rows, by_accuracy))
-        told = CONTENDERS[name].title + (f" ({len(result.rows)} of {most} seeds)" if len(result.rows) < most else "")
-        lines.append([told, mean, difference, " / ".join(found), rounds])
+        lines.append([_titled(name, result, most), mean, difference, " / ".join(found), rounds])
     return f"{title}, {most} seeds\n\n{_table(columns, lines)}"
 
 
 def sites(tested: Mapping[str, Outcome]) -> str:
     """Of the model in use at each site on its own data: mean and worst of the sites, and how they differ."""
     by_accuracy = _by_accuracy(tested)
-    digits, lines = _digits(by_accuracy), []
+    digits, most, lines = _digits(by_accuracy), _most(tested), []
     baseline = on_sites(tested[BASELINE].rows, by_accuracy)
     for name, result in _methods(tested).items():
         mean, worst, spread = on_sites(result.rows, by_accuracy)
-        cells = [CONTENDERS[name].title]
+        cells = [_titled(name, result, most)]
         for values, others in ((mean, baseline[0]), (worst, baseline[1])):
             cells += [_mean(values, digits), _difference(values, others, digits) if name != BASELINE else ""]
         if spread:
@@ -147,26 +150,42 @@ def _around(leader: str, tested: Mapping[str, Outcome]) -> str:
     followers = [name for name in tested if CONTENDERS[name].follows == leader and CONTENDERS[name].instead]
     by_accuracy = _by_accuracy(tested)
     digits = _digits(by_accuracy)
-    as_tuned = results(tested[leader].rows, by_accuracy)
+    as_tuned, most = results(tested[leader].rows, by_accuracy), _most(tested)
     lines = []
     for name in [leader, *followers]:
-        title = f"as tuned: {_tuned(tested[leader].settings)}" if name == leader else CONTENDERS[name].title
+        is_leader = name == leader
+        title = f"as tuned: {_tuned(tested[leader].settings)}" if is_leader else _titled(name, tested[name], most)
         values = results(tested[name].rows, by_accuracy)
         failed = len(tested[name].rows) - len(values)
-        difference = _difference(values, as_tuned, digits) if name != leader else ""
+        difference = "" if is_leader else _difference(values, as_tuned, digits)
         lines.append([title, _summary(values, digits, failed), difference])
     return f"{leader}: one knob changed\n\n{_table(['value', _measure(tested), 'minus as tuned'], lines)}"
 
 
+def other_values(tested: Mapping[str, Outcome], before: Sequence[tuple[str, Outcome]]) -> str:
+    """What was tested of contenders before a wider search chose other values for them; empty if nothing was."""
+    by_accuracy = _by_accuracy(tested)
+    digits, lines = _digits(by_accuracy), []
+    for name, result in before:
+        values = results(result.rows, by_accuracy)
+        minus = _difference(values, results(tested[name].rows, by_accuracy), digits)
+        told = _summary(values, digits, len(result.rows) - len(values))
+        lines.append([CONTENDERS[name].title, _tuned(result.settings), str(len(result.rows)), told, minus])
+    if not lines:
+        return ""
+    table = _table(["method", "values", "seeds", _measure(tested), "minus it as it stands"], lines)
+    return f"Tested before a wider search chose other values\n\n{table}"
+
+
 def averaging(tested: Mapping[str, Outcome]) -> str:
     """What the rules did to experts, mean over the runs that measured it; empty if none did."""
-    lines = []
+    lines, most = [], _most(tested)
     for name, result in _methods(tested).items():
         runs = [row.get("averaging") or {} for row in good(result.rows).values()]
         found = [run for run in runs if run.get("kept") is not None]
         if found:
             cells = (_of_runs(measure, [run.get(measure) for run in found]) for measure in _DIGITS)
-            lines.append([CONTENDERS[name].title, *cells])
+            lines.append([_titled(name, result, most), *cells])
     if not lines:
         return ""
     table = _table(["method", *(MEASURES[measure] for measure in _DIGITS)], lines)
@@ -179,6 +198,17 @@ def _of_runs(measure: str, values: Sequence[float | None]) -> str:
     if measure == "step" and known:
         return _mean_of([float(np.median(known))], _DIGITS[measure])
     return _mean_of(values, _DIGITS[measure])
+
+
+def _titled(name: str, result: Outcome, num_seeds: int) -> str:
+    """What it is called, and of how many seeds its row tells if not of all."""
+    count = len(result.rows)
+    return CONTENDERS[name].title + (f" ({count} of {num_seeds} seeds)" if 0 < count < num_seeds else "")
+
+
+def _most(tested: Mapping[str, Outcome]) -> int:
+    """Seeds of who has been run with most."""
+    return max(len(result.rows) for result in tested.values())
 
 
 def _methods(tested: Mapping[str, Outcome]) -> dict[str, Outcome]:

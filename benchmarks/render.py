@@ -9,6 +9,7 @@ What it has in a key ``summary`` goes between such lines of the project's README
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -80,6 +81,7 @@ def with_results(page: str, short: str, results: Path) -> tuple[str, str]:
 
 def main() -> None:
     """Render every results file that has a table."""
+    argparse.ArgumentParser(description="put the tables of results/*.json into both README.md").parse_args()
     page, short = HERE / "README.md", HERE.parent / "README.md"
     texts = with_results(page.read_text(), short.read_text(), HERE / "results")
     page.write_text(texts[0])

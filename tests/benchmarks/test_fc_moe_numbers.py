@@ -42,7 +42,9 @@ def test_worst_site_has_the_least_accuracy_or_the_largest_loss(by_accuracy, wors
 
 def test_growth_of_older_rows_is_known_of_whole_experts_alone():
     """They have the lengths of what was trained, by LoRA of factors, of which the product's cannot be told."""
-    older = {"expert_norm": [2.0, 3.0]}
+    older = {"expert_norm": [2.0, 3.0], "settings": ["strategy=fedavg"]}
     assert growth(older | {"experts": "full"}) == 1.5
     assert growth(older | {"experts": "lora"}) is None
-    assert growth({"experts": "lora", "expert_growth": 1.25}) == 1.25
+    measured = older | {"experts": "lora", "expert_growth": 1.25}
+    assert growth(measured) == 1.25
+    assert growth(measured | {"settings": ["strategy=local_only"]}) is None  # its global model never moves

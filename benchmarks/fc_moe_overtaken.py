@@ -1,0 +1,41 @@
+"""Settings that were tested before a wider search chose others: nothing that was run is left out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from benchmarks.cells import Outcome, Row
+from benchmarks.contenders import CONTENDERS, LEARNING_RATE, Settings
+
+
+def overtaken(tested: Mapping[str, Outcome], rows: Iterable[Row]) -> list[tuple[str, Outcome]]:
+    """Contender and what is known of it on test data with values of its knobs that it does not stand at now.
+
+    Args:
+        tested: Contender -> what is known of it as it stands.
+        rows: All of the study.
+    """
+    stand = {result.settings for result in tested.values()}
+    found: dict[Settings, dict[int, Row]] = {}
+    for row in rows:
+        settings = tuple(row["settings"])
+        if row["split"] == "test" and settings not in stand:
+            found.setdefault(settings, {})[row["seed"]] = row
+    owners = ((_owner(settings, tested), Outcome(settings, by_seed)) for settings, by_seed in found.items())
+    return sorted(((name, result) for name, result in owners if name), key=lambda each: (each[0], each[1].settings))
+
+
+def _owner(settings: Settings, names: Iterable[str]) -> str | None:
+    """Whose settings these are but for the values of knobs; the first, None if nobody's."""
+    return next((name for name in names if not CONTENDERS[name].instead and _is_of(settings, name)), None)
+
+
+def _is_of(settings: Settings, name: str) -> bool:
+    contender = CONTENDERS[name]
+    if settings[: len(contender.settings)] != contender.settings:
+        return False
+    leader = contender
+    while leader.follows:
+        leader = CONTENDERS[leader.follows]
+    knobs = {LEARNING_RATE.key, *(knob.key for knob in leader.knobs)}
+    return {word.partition("=")[0] for word in settings[len(contender.settings) :]} <= knobs
