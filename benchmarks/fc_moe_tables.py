@@ -62,7 +62,7 @@ def comparison(
     answered = any(row.get("rouge_l") for row in _done(tested))
     columns = [
         "method", _measure(tested), "minus FedAvg", "FC-MoE plus minus it", "last round",
-        *(["ROUGE-L"] if answered else ["loss"]), _ROUNDS, "MB", "expert growth", "tuned",
+        *(["ROUGE-L"] if answered else ["loss, minus FedAvg's"]), _ROUNDS, "MB", "expert growth", "tuned",
     ]  # fmt: skip
     blank = [""] * (len(columns) - 2)
     lines = {}
@@ -272,7 +272,7 @@ def _cells(result: Outcome, baseline: Mapping[int, Row], ours: Mapping[int, Row]
         _difference(values, results(baseline, by_accuracy), digits) if not is_baseline else "",
         _difference(results(ours, by_accuracy), values, digits) if result.rows is not ours else "",
         _mean_of([scale * row[curve][-1] for row in rows.values()], digits),
-        _rouge(rows) if any(row.get("rouge_l") for row in rows.values()) else _loss(rows),
+        _rouge(rows) if any(row.get("rouge_l") for row in rows.values()) else _loss(rows, baseline),
         _rounds(*rounds_needed(rows, baseline, by_accuracy), with_ratio=not is_baseline),
         _mean_of([row["bytes"] / 1e6 for row in rows.values()], 1),
         _mean_of([growth(row) for row in rows.values()], 2, before="x "),
@@ -280,8 +280,11 @@ def _cells(result: Outcome, baseline: Mapping[int, Row], ours: Mapping[int, Row]
     ]
 
 
-def _loss(rows: Mapping[int, Row]) -> str:
-    return f"{np.mean([last_rounds(row['loss']) for row in rows.values()]):.3f}"
+def _loss(rows: Mapping[int, Row], baseline: Mapping[int, Row]) -> str:
+    """Mean, and what it is beside the baseline's, paired by seed."""
+    own, others = results(rows, by_accuracy=False), results(baseline, by_accuracy=False)
+    paired = f", {_difference(own, others, 3)}" if own != others and own.keys() & others.keys() else ""
+    return f"{np.mean(list(own.values())):.3f}{paired}"
 
 
 def _rouge(rows: Mapping[int, Row]) -> str:

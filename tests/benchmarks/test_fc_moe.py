@@ -44,6 +44,7 @@ def test_table_pairs_by_seed_and_says_what_is_missing():
     assert ours[2].startswith("+10.0 ±")
     assert ours[3].startswith("+10.0 ±")  # 5 and 15
     assert (fedavg[3].split(" ")[0], cells_of(table, "FC-MoE plus")[3]) == ("+20.0", "")
+    assert (fedavg[5], ours[5].split(" ±")[0]) == ("0.500", "0.450, -0.100")
     assert (fedavg[6], ours[6:9]) == ("1.0", ["1.0, x 1.00 ± 0.00", "2.0", "x 1.50"])
     assert cells_of(table, "FedProx")[1] == "diverged"
     assert cells_of(table, "FedAdam")[1] == "missing"
