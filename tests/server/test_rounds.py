@@ -27,6 +27,10 @@ FAULTS = {
     "crash": (crashes, "the client app crashed: killed: out of memory"),
     "silence": (stays_silent, "no reply within 0.1 s"),
     "NaN": (sends(with_adapter(lambda name, array: (name, array * np.float32("nan")))), "holds NaN or infinity"),
+    "size": (
+        sends(with_adapter(lambda name, array: (name, array + np.float32(1e19)))),
+        r"holds 1e\+19; weights must be at most 1e\+06",
+    ),
     "infinity": (sends(with_adapter(lambda name, array: (name, array + np.float32("inf")))), "holds NaN or infinity"),
     "another shape": (sends(with_adapter(lambda name, array: (name, array[:1]))), "shapes of .* differ"),
     "other names": (sends(with_adapter(lambda name, array: (f"x.{name}", array))), "array names differ"),
