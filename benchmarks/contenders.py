@@ -94,7 +94,7 @@ CONTENDERS: dict[str, Contender] = {
     ),
     "fc_moe": Contender("FC-MoE", ("strategy=fc_moe",), (_RETENTION,)),
     "fc_moe_plus": Contender("FC-MoE plus", ("strategy=fc_moe_plus",), _PLUS),
-    # CLINC's tuning chose these values; on any other data nobody tuned them.
+    # CLINC's search begins at these values; on any other data nobody tuned them.
     "fc_moe_plus_as_shipped": Contender(
         "FC-MoE plus, as shipped",
         ("strategy=fc_moe_plus",),

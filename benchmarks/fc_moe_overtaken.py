@@ -1,4 +1,4 @@
-"""Settings that were tested before a wider search chose others: nothing that was run is left out."""
+"""Settings that were tested and no longer stand, since a search went on or began elsewhere: nothing is left out."""
 
 from __future__ import annotations
 
@@ -26,8 +26,9 @@ def overtaken(tested: Mapping[str, Outcome], rows: Iterable[Row]) -> list[tuple[
 
 
 def _owner(settings: Settings, names: Iterable[str]) -> str | None:
-    """Whose settings these are but for the values of knobs; the first, None if nobody's."""
-    return next((name for name in names if not CONTENDERS[name].instead and _is_of(settings, name)), None)
+    """Whose settings these are but for the values of knobs, first of who has one value changed; None if nobody's."""
+    ordered = sorted(names, key=lambda name: not CONTENDERS[name].instead)
+    return next((name for name in ordered if _is_of(settings, name)), None)
 
 
 def _is_of(settings: Settings, name: str) -> bool:
@@ -37,5 +38,7 @@ def _is_of(settings: Settings, name: str) -> bool:
     leader = contender
     while leader.follows:
         leader = CONTENDERS[leader.follows]
-    knobs = {LEARNING_RATE.key, *(knob.key for knob in leader.knobs)}
-    return {word.partition("=")[0] for word in settings[len(contender.settings) :]} <= knobs
+    values = dict(word.split("=", 1) for word in settings[len(contender.settings) :])
+    knobs = {LEARNING_RATE.key, *(knob.key for knob in leader.knobs), *contender.instead}
+    instead = {key: value if isinstance(value, str) else f"{value:g}" for key, value in contender.instead.items()}
+    return values.keys() <= knobs and instead.items() <= values.items()

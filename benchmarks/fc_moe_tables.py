@@ -163,18 +163,20 @@ def _around(leader: str, tested: Mapping[str, Outcome]) -> str:
 
 
 def other_values(tested: Mapping[str, Outcome], before: Sequence[tuple[str, Outcome]]) -> str:
-    """What was tested of contenders before a wider search chose other values for them; empty if nothing was."""
+    """What was tested of contenders with other values than they stand at; empty if nothing was."""
     by_accuracy = _by_accuracy(tested)
     digits, lines = _digits(by_accuracy), []
     for name, result in before:
         values = results(result.rows, by_accuracy)
         minus = _difference(values, results(tested[name].rows, by_accuracy), digits)
         told = _summary(values, digits, len(result.rows) - len(values))
-        lines.append([CONTENDERS[name].title, _tuned(result.settings), str(len(result.rows)), told, minus])
+        contender = CONTENDERS[name]
+        title = f"{contender.follows}: {contender.title}" if contender.instead else contender.title
+        lines.append([title, _tuned(result.settings), str(len(result.rows)), told, minus])
     if not lines:
         return ""
     table = _table(["method", "values", "seeds", _measure(tested), "minus it as it stands"], lines)
-    return f"Tested before a wider search chose other values\n\n{table}"
+    return f"Tested with other values than those that stand now\n\n{table}"
 
 
 def averaging(tested: Mapping[str, Outcome]) -> str:
@@ -272,7 +274,9 @@ def _cells(result: Outcome, baseline: Mapping[int, Row], ours: Mapping[int, Row]
         _difference(values, results(baseline, by_accuracy), digits) if not is_baseline else "",
         _difference(results(ours, by_accuracy), values, digits) if result.rows is not ours else "",
         _mean_of([scale * row[curve][-1] for row in rows.values()], digits),
-        _rouge(rows) if any(row.get("rouge_l") for row in rows.values()) else _loss(rows, baseline),
+        _rouge(rows)
+        if any(row.get("rouge_l") for row in rows.values())
+        else _loss(rows, {} if is_baseline else baseline),
         _rounds(*rounds_needed(rows, baseline, by_accuracy), with_ratio=not is_baseline),
         _mean_of([row["bytes"] / 1e6 for row in rows.values()], 1),
         _mean_of([growth(row) for row in rows.values()], 2, before="x "),
@@ -282,9 +286,9 @@ def _cells(result: Outcome, baseline: Mapping[int, Row], ours: Mapping[int, Row]
 
 def _loss(rows: Mapping[int, Row], baseline: Mapping[int, Row]) -> str:
     """Mean, and what it is beside the baseline's, paired by seed."""
-    own, others = results(rows, by_accuracy=False), results(baseline, by_accuracy=False)
-    paired = f", {_difference(own, others, 3)}" if own != others and own.keys() & others.keys() else ""
-    return f"{np.mean(list(own.values())):.3f}{paired}"
+    own = results(rows, by_accuracy=False)
+    paired = _difference(own, results(baseline, by_accuracy=False), 3)
+    return ", ".join(filter(None, [f"{np.mean(list(own.values())):.3f}", paired]))
 
 
 def _rouge(rows: Mapping[int, Row]) -> str:

@@ -9,6 +9,9 @@ from typing import Any, ClassVar
 
 from strategies.adapters import Arrays, check_finite, check_same_layout, check_size
 
+MOST_TOKENS = 1e15
+"""Of a round of one site; no training is longer."""
+
 
 def require(condition: bool, key: str, limit: str, value: object) -> None:
     """Raise ``ValueError`` naming the setting, its limit and the value it was given."""
@@ -76,7 +79,7 @@ class Strategy(ABC):
 
         Raises:
             ValueError: If names or shapes differ from the global adapter, a value is NaN, infinite or beyond
-                ``LARGEST``, the number of examples is < 1, or a token count is negative or not finite.
+                ``LARGEST``, the number of examples is < 1, or a token count is not in [0, ``MOST_TOKENS``].
         """
         check_same_layout(adapter, update.adapter)
         check_size(update.adapter)
@@ -85,8 +88,8 @@ class Strategy(ABC):
         if update.num_examples < 1:
             raise ValueError(f"num_examples must be >= 1, got {update.num_examples}")
         for layer, tokens_E in update.expert_tokens.items():
-            if tokens_E.ndim != 1 or (tokens_E < 0).any():
-                raise ValueError(f"expert_tokens[{layer}] must be one count >= 0 per expert")
+            if tokens_E.ndim != 1 or (tokens_E < 0).any() or (tokens_E > MOST_TOKENS).any():
+                raise ValueError(f"expert_tokens[{layer}] must be one count in [0, {MOST_TOKENS:g}] per expert")
 
     @abstractmethod
     def aggregate(self, adapter: Arrays, state: Arrays, updates: Sequence[ClientUpdate]) -> Aggregation:

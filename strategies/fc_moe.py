@@ -80,8 +80,8 @@ class FcMoe(Strategy):
 
         Diagnostics: ``experts`` -> layer -> ``sites`` (names, in the order of the rows below); ``tokens``, ``weight``,
         ``cosine`` and ``conflict`` as [site][expert]; ``scale``, and ``lost_energy`` for space=product, as [expert]:
-        see ``conflicts.measures`` and ``step_products``. A site that did not use the expert has a weight of 0 and None
-        for the others; where nobody did, what is by expert is None.
+        see ``conflicts.measures`` and ``step_products``. A site that did not use the expert has a weight of 0 and
+        None as cosine and conflict; where nobody did, what is by expert is None.
         """
         stepped, report = aggregate_experts(adapter, updates, self._step, self.attention)
         return Aggregation(adapter=stepped, state=state, diagnostics=report)

@@ -138,8 +138,15 @@ def update_with(**changes):
     ("changes", "message"),
     [
         ({"num_examples": 0}, "num_examples must be >= 1, got 0"),
-        ({"expert_tokens": {"l.mlp": np.array([1.0, -1, 0])}}, r"expert_tokens\[l.mlp\] must be one count >= 0"),
-        ({"expert_tokens": {"l.mlp": np.ones((3, 1))}}, r"expert_tokens\[l.mlp\] must be one count >= 0"),
+        (
+            {"expert_tokens": {"l.mlp": np.array([1.0, -1, 0])}},
+            r"expert_tokens\[l.mlp\] must be one count in \[0, 1e\+15\]",
+        ),
+        ({"expert_tokens": {"l.mlp": np.ones((3, 1))}}, r"expert_tokens\[l.mlp\] must be one count in \[0, 1e\+15\]"),
+        (
+            {"expert_tokens": {"l.mlp": np.array([1.0, 1e16, 0])}},
+            r"expert_tokens\[l.mlp\] must be one count in \[0, 1e",
+        ),
         ({"expert_tokens": {"l.mlp": np.array([1.0, np.nan, 0])}}, "l.mlp holds NaN"),
         ({"adapter": {}}, "array names differ"),
     ],

@@ -166,6 +166,18 @@ def test_what_rounding_leaves_of_cancelling_updates_is_no_direction(against, wid
     assert all((np.linalg.norm(step, axis=-1) <= bound * longest).all() for step in steps)
 
 
+@pytest.mark.parametrize("residual", [0.0, 1e-5, 3e-4, 3e-3])
+def test_what_rounding_leaves_of_the_others_is_no_direction(residual):
+    """Two of three cancel but for a little: what the third is projected on points nowhere."""
+    rng = np.random.default_rng(0)
+    updates = rng.normal(size=(3, 2000, 1, 96)).astype(np.float32)
+    updates[2] = -updates[1] + np.float32(residual) * rng.normal(size=updates[1].shape).astype(np.float32)
+    block = Block(np.ascontiguousarray(np.moveaxis(updates, 0, 2)))
+    factor, _ = resolve(block.gram(), np.full((3, 2000), 1 / 3), Against.others)
+    longest = np.sqrt(block.squared.max(axis=0))
+    assert (np.linalg.norm(block.weighted(factor), axis=-1) < longest).all()
+
+
 @pytest.mark.parametrize("against", Against)
 def test_no_update_gives_no_step(against):
     step, _ = resolved(np.zeros((2, 1, 1, 3)), equal_weights(2), against)
