@@ -25,10 +25,16 @@ def overtaken(tested: Mapping[str, Outcome], rows: Iterable[Row]) -> list[tuple[
     return sorted(((name, result) for name, result in owners if name), key=lambda each: (each[0], each[1].settings))
 
 
-def _owner(settings: Settings, names: Iterable[str]) -> str | None:
-    """Whose settings these are but for the values of knobs, first of who has one value changed; None if nobody's."""
-    ordered = sorted(names, key=lambda name: not CONTENDERS[name].instead)
-    return next((name for name in ordered if _is_of(settings, name)), None)
+def _owner(settings: Settings, tested: Mapping[str, Outcome]) -> str | None:
+    """Whose settings these are but for the values of knobs, of whom stands nearest; None if nobody's.
+
+    Of two as near it is who has a value changed that its leader searches.
+    """
+
+    def distance(name: str) -> tuple[int, bool]:
+        return len({*settings} - {*tested[name].settings}), not CONTENDERS[name].instead
+
+    return min((name for name in tested if _is_of(settings, name)), key=distance, default=None)
 
 
 def _is_of(settings: Settings, name: str) -> bool:

@@ -18,8 +18,13 @@ def test_rows_belong_to_whose_knobs_differ_alone():
         "fc_moe": Outcome(("strategy=fc_moe", "method.retention.strength=0.5", RATES[0]), {}),
         "fc_moe_no_importance": Outcome(("strategy=fc_moe", "strategy.importance=uniform", RATES[1]), {}),
         "fc_moe_plus": Outcome(("strategy=fc_moe_plus", "strategy.step=2", RATES[0]), {}),
+        "fc_moe_plus_step_2": Outcome(("strategy=fc_moe_plus", "strategy.step=2", RATES[0]), {}),
+        "fc_moe_plus_flatten_0": Outcome(
+            ("strategy=fc_moe_plus", "strategy.flatten=0", "strategy.step=2", RATES[0]), {}
+        ),
         "fc_moe_plus_step_1": Outcome(("strategy=fc_moe_plus", "strategy.step=1", RATES[1]), {}),
     }
+    unflat = ("strategy=fc_moe_plus", "strategy.flatten=0", "strategy.step=2", RATES[1])
     short = ("strategy=fc_moe_plus", "strategy.step=1", RATES[0])
     momentum = ("strategy=fedavgm", "strategy.learning_rate=1", "strategy.momentum=0.3", RATES[0])
     uniform = ("strategy=fc_moe", "strategy.importance=uniform", "method.retention.strength=0.5", RATES[0])
@@ -28,6 +33,7 @@ def test_rows_belong_to_whose_knobs_differ_alone():
         row(1, *momentum),
         row(0, *uniform),
         row(0, *short),
+        row(0, *unflat),
         row(0, *tested["fc_moe"].settings),
         row(0, "strategy=fc_moe", "strategy.conflict.space=product", RATES[0]),
         row(100, *momentum[:2], "strategy.momentum=0.5", RATES[0], split="validation"),
@@ -35,6 +41,7 @@ def test_rows_belong_to_whose_knobs_differ_alone():
     found = overtaken(tested, rows)
     assert [(name, result.settings, [*result.rows]) for name, result in found] == [
         ("fc_moe_no_importance", uniform, [0]),
+        ("fc_moe_plus_flatten_0", unflat, [0]),
         ("fc_moe_plus_step_1", short, [0]),
         ("fedavgm", momentum, [0, 1]),
     ]
