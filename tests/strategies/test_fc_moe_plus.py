@@ -247,7 +247,7 @@ def test_order_of_the_sites_changes_nothing_but_rounding(shapes, seed):
     for layer, e in itertools.product(LAYERS, range(NUM_EXPERTS)):
         for left, right in zip(*(products_of(r.adapter, layer, e) for r in (one, other)), strict=True):
             # Directions of less than sqrt(1e-5) of a basis vector's length may be in one basis and not in the other.
-            np.testing.assert_allclose(left, right, atol=1e-2)
+            np.testing.assert_allclose(left, right, atol=0.05)
 
 
 def test_another_basis_of_the_factors_gives_the_same_products():
