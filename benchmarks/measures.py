@@ -95,11 +95,15 @@ class Judge:
         )
 
     def rouge_l(self, federation: Federation) -> float:
-        """Of greedy answers to the first test examples of each site, mean over the sites of the model in use there."""
+        """Of greedy answers to the first test examples of each site, mean over the sites of the model in use there.
+
+        Where one site holds all data, that of the model that it makes.
+        """
         found = []
-        for name, site in federation.sites.items():
-            in_use = site.in_use(federation.received(name))
-            found.append(answered(in_use, self.examples[name], self.adapted, federation.config)[0])
+        for name, examples in self.examples.items():
+            holder = name if name in federation.sites else next(iter(federation.sites))
+            in_use = federation.sites[holder].in_use(federation.received(holder))
+            found.append(answered(in_use, examples, self.adapted, federation.config)[0])
         return float(np.mean(found))
 
     def _mixed(self, federation: Federation) -> dict[str, float]:

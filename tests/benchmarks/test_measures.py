@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft.tuners.lora import ParamWrapper
 
+from benchmarks import measures
 from benchmarks.federation import simulated
 from benchmarks.measures import Judge, expert_norm, label_log_p, label_scores, mixed_label_log_p
 from benchmarks.word_base import word_tokenizer
@@ -93,6 +94,29 @@ def test_score_is_over_examples_and_sites_apart(adapted):
 def test_a_label_of_two_tokens_is_refused(adapted):
     with pytest.raises(ValueError, match="'sky blue' must be one token"):
         Judge(adapted, load_config("data.template=plain"), EXAMPLES, ["sky blue"])
+
+
+def test_where_one_holds_all_data_its_model_answers_for_every_site(tmp_path, monkeypatch):
+    base = save_tiny_base(tmp_path / "base", "olmoe")
+    config = load_config([
+        "strategy=centralised", "data.num_examples=40", "train.max_steps=1", "rounds=1", f"model.name={base.name}",
+        "model.source=hub", "data.template=plain", "device=cpu", "eval.num_answers=1", "eval.max_new_tokens=2",
+    ])  # fmt: skip
+    federation = simulated(config, tmp_path / "private")
+    judge = Judge(federation.adapted, config, held_out_sets(config), [])
+    federation.play()
+    asked = []
+
+    def counted(in_use, examples, *_):
+        asked.append(examples)
+        return (len(asked),)
+
+    monkeypatch.setattr(measures, "answered", counted)
+    assert judge.rouge_l(federation) == np.mean(range(1, len(judge.examples) + 1))
+    assert asked == [*judge.examples.values()]
+    assert len(federation.sites) == 1 < len(asked)
+    monkeypatch.undo()
+    assert 0 <= judge.rouge_l(federation) <= 1
 
 
 def test_without_a_global_model_each_site_is_judged_by_its_own(tmp_path):
