@@ -243,7 +243,7 @@ def tuned(
         score: Of settings on validation data, higher is better; None if not known yet.
         contenders: All of them.
     """
-    leader, *followers = _led(contenders[name], contenders)
+    leader, *followers = led(contenders[name], contenders)
     knobs = (LEARNING_RATE, *leader.knobs)
     values = {knob.key: knob.start for knob in knobs}
     for whose in (leader, *followers):
@@ -255,9 +255,9 @@ def tuned(
     return Tuning(_settings(contenders[name], knobs, values), ())
 
 
-def _led(contender: Contender, contenders: Mapping[str, Contender]) -> list[Contender]:
+def led(contender: Contender, contenders: Mapping[str, Contender] = CONTENDERS) -> list[Contender]:
     """Whom it follows, whom that one follows in turn before it, and itself at the end."""
-    before = _led(contenders[contender.follows], contenders) if contender.follows else []
+    before = led(contenders[contender.follows], contenders) if contender.follows else []
     return [*before, contender]
 
 
@@ -301,5 +301,9 @@ def _settings(contender: Contender, knobs: Sequence[Knob], values: Mapping[str, 
     unsaid = {knob.key: knob.unsaid for knob in knobs}
     chosen = {**values, **contender.instead}
     said = {key: value for key, value in sorted(chosen.items()) if value != unsaid.get(key)}
-    words = (f"{key}={value}" if isinstance(value, str) else f"{key}={value:g}" for key, value in said.items())
-    return (*contender.settings, *words)
+    return (*contender.settings, *words_of(said))
+
+
+def words_of(values: Mapping[str, float | str]) -> list[str]:
+    """Overrides that say these values."""
+    return [f"{key}={value}" if isinstance(value, str) else f"{key}={value:g}" for key, value in values.items()]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from benchmarks.cells import Outcome, Row
-from benchmarks.contenders import CONTENDERS, LEARNING_RATE, Settings
+from benchmarks.contenders import CONTENDERS, LEARNING_RATE, Settings, led, words_of
 
 
 def overtaken(tested: Mapping[str, Outcome], rows: Iterable[Row]) -> list[tuple[str, Outcome]]:
@@ -41,10 +41,6 @@ def _is_of(settings: Settings, name: str) -> bool:
     contender = CONTENDERS[name]
     if settings[: len(contender.settings)] != contender.settings:
         return False
-    leader = contender
-    while leader.follows:
-        leader = CONTENDERS[leader.follows]
-    values = dict(word.split("=", 1) for word in settings[len(contender.settings) :])
-    knobs = {LEARNING_RATE.key, *(knob.key for knob in leader.knobs), *contender.instead}
-    instead = {key: value if isinstance(value, str) else f"{value:g}" for key, value in contender.instead.items()}
-    return values.keys() <= knobs and instead.items() <= values.items()
+    said = {*settings[len(contender.settings) :]}
+    knobs = {LEARNING_RATE.key, *(knob.key for knob in led(contender)[0].knobs), *contender.instead}
+    return {word.partition("=")[0] for word in said} <= knobs and {*words_of(contender.instead)} <= said
