@@ -183,13 +183,13 @@ def _against_others(
     """
     length_CEG = weights_CEG * np.sqrt(np.maximum(own_CEG, 0.0))
     uncancelled_CEG = length_CEG.sum(axis=0) - length_CEG
-    own_CEG = weights_CEG * own_CEG
-    with_others_CEG = weights_CEG * (dots_CEG - own_CEG)
+    with_own_CEG = weights_CEG * own_CEG
+    with_others_CEG = weights_CEG * (dots_CEG - with_own_CEG)
     squared_EG = np.einsum("ceg,ceg->eg", weights_CEG, dots_CEG)
-    others_CEG = squared_EG - 2 * weights_CEG * dots_CEG + weights_CEG * own_CEG
+    others_CEG = squared_EG - 2 * weights_CEG * dots_CEG + weights_CEG * with_own_CEG
     others_CEG = np.where(others_CEG > _NOTHING * uncancelled_CEG**2, others_CEG, 0.0)
     opposing_CEG = divided(np.minimum(with_others_CEG, 0.0), others_CEG, 0.0)
-    return weights_CEG * (1.0 - opposing_CEG.sum(axis=0) + opposing_CEG), with_others_CEG < 0
+    return weights_CEG * (1.0 - opposing_CEG.sum(axis=0) + opposing_CEG), opposing_CEG < 0
 
 
 def _against_each(
