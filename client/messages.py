@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from client.evaluation.measured import Measured
 from client.records import to_arrays, to_record
-from strategies.base import ClientUpdate
+from strategies.base import MOST_EXAMPLES, MOST_TOKENS, ClientUpdate
 
 if TYPE_CHECKING:  # torch takes seconds to import, and who only passes messages on needs none
     from client.evaluation.held_out import HeldOutLoss
@@ -202,9 +202,10 @@ def decode_losses(reply: Message) -> tuple[Sender, dict[str, HeldOutLoss]]:
         if not math.isfinite(loss.loss):
             raise ValueError(f"held-out loss on {name} is {loss.loss}")
         _check_metrics(loss.metrics)
-        if loss.num_examples < 1 or loss.num_tokens < 1:
-            counts = f"{loss.num_examples} examples, {loss.num_tokens} tokens"
-            raise ValueError(f"held-out loss on {name} is that of {counts}; at least 1 of each is needed")
+        if not (1 <= loss.num_examples <= MOST_EXAMPLES and 1 <= loss.num_tokens <= MOST_TOKENS):
+            counts = f"{str(loss.num_examples)[:30]} examples, {str(loss.num_tokens)[:30]} tokens"
+            limits = f"1 to {MOST_EXAMPLES:g} and 1 to {MOST_TOKENS:g} are possible"
+            raise ValueError(f"held-out loss on {name} is that of {counts}; {limits}")
     return sender, losses
 
 

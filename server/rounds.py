@@ -31,11 +31,11 @@ from server.exchange import Exchange, send
 from server.record import RunRecord
 from server.roster import Roster
 from server.round_record import RoundRecord, sample_sites
-from strategies.adapters import Arrays, check_finite, spread
+from strategies.adapters import Arrays, check_finite, check_size, spread
 from strategies.base import ClientUpdate
 from strategies.diagnostics import bytes_by_kind, round_diagnostics
 from strategies.low_rank import aggregation_gap
-from strategies.screen import screened
+from strategies.screen import ScreenKind, screened
 
 
 class FederatedRounds(FlowerStrategy):
@@ -193,6 +193,11 @@ class FederatedRounds(FlowerStrategy):
     def summary(self) -> None:
         """Say what runs, for people."""
         self.record.event(f"{self.config.strategy.name} over {', '.join(sorted(self.roster.nodes))}")
+        screen = self.config.screen
+        for key in ("pinned", "banned"):
+            strangers = sorted(set(getattr(screen, key)) - self.roster.nodes.keys())
+            if strangers and screen.kind is not ScreenKind.off:
+                self.record.event(f"screen.{key} names {', '.join(strangers)}: no such site has joined")
 
     def _check_measured(self, site: str, answer: Mapping[str, HeldOutLoss]) -> None:
         """Raise ``ValueError`` if a site speaks for others: only centralised training has the data of all."""
@@ -212,7 +217,8 @@ class FederatedRounds(FlowerStrategy):
     def _aggregate(self, updates: list[ClientUpdate]) -> None:
         try:
             aggregation = self.strategy.aggregate(self.adapter, self.state, updates)
-            check_finite(aggregation.adapter)
+            check_size(aggregation.adapter)
+            check_finite(aggregation.state)
         except ValueError as error:
             place = f"round {self._round.server_round}: strategy={self.config.strategy.name}"
             raise RuntimeError(f"{place} got good replies, but no adapter out of them: {error}") from error

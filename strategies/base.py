@@ -11,6 +11,8 @@ from strategies.adapters import Arrays, check_finite, check_same_layout, check_s
 
 MOST_TOKENS = 1e15
 """Of a round of one site; no training is longer."""
+MOST_EXAMPLES = 1e12
+"""Of one site; their sum over sites still fits into 64 bits."""
 
 
 def require(condition: bool, key: str, limit: str, value: object) -> None:
@@ -27,8 +29,8 @@ class ClientUpdate:
     """Stable name of the data owner, never Flower's node id."""
     adapter: Arrays
     """The locally trained adapter (not a difference): name -> float32; expert arrays have the expert on axis 0."""
-    num_examples: int
-    """Training examples the site holds, >= 1: the weight of plain averaging."""
+    num_examples: float
+    """Training examples the site holds, >= 1: the weight of plain averaging. Behind a screen it may be a share."""
     expert_tokens: Arrays = field(default_factory=dict)
     """MoE layer -> (num_experts,) float64: tokens routed to each expert in this round's local training."""
     extras: Arrays = field(default_factory=dict)
@@ -79,14 +81,15 @@ class Strategy(ABC):
 
         Raises:
             ValueError: If names or shapes differ from the global adapter, a value is NaN, infinite or beyond
-                ``LARGEST``, the number of examples is < 1, or a token count is not in [0, ``MOST_TOKENS``].
+                ``LARGEST``, the number of examples is not in [1, ``MOST_EXAMPLES``], or a token count is not in
+                [0, ``MOST_TOKENS``].
         """
         check_same_layout(adapter, update.adapter)
         check_size(update.adapter)
         check_finite(update.expert_tokens)
-        check_finite(update.extras)
-        if update.num_examples < 1:
-            raise ValueError(f"num_examples must be >= 1, got {update.num_examples}")
+        check_size(update.extras)
+        if not 1 <= update.num_examples <= MOST_EXAMPLES:
+            raise ValueError(f"num_examples must be in [1, {MOST_EXAMPLES:g}], got {str(update.num_examples)[:30]}")
         for layer, tokens_E in update.expert_tokens.items():
             if tokens_E.ndim != 1 or (tokens_E < 0).any() or (tokens_E > MOST_TOKENS).any():
                 raise ValueError(f"expert_tokens[{layer}] must be one count in [0, {MOST_TOKENS:g}] per expert")

@@ -18,7 +18,8 @@ from strategies.low_rank import Factors
 from strategies.quotient import divided
 
 _NOTHING = 1e-5
-"""Eigenvalues below it, of inner products of unit vectors in float32, are rounding."""
+"""Eigenvalues below it, of inner products of unit vectors in float32, are rounding. Vectors that nearly depend on each
+other lose by it what they differ in: 3e-3 of their length."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,8 @@ from strategies.adapters import Arrays, weighted_mean
 from strategies.base import Aggregation, ClientUpdate, Strategy
 from strategies.collaborative_set import Vote
 from strategies.expert_exclusion import Expert
-from strategies.inspection import Inspected, inspect, rejected_experts, report_experts, vote
+from strategies.expert_rounds import check_expert_tokens
+from strategies.inspection import Inspected, inspect, products_of, rejected_experts, report_experts, vote
 from strategies.low_rank import Factors
 from strategies.refinement import refine
 from strategies.shared_subspace import SubspaceConfig
@@ -65,6 +66,11 @@ class Clair(Strategy):
             raise ValueError("strategy=clair needs LoRA: set model.experts=lora or lora.attention=true")
         return {}
 
+    def check_update(self, adapter: Arrays, update: ClientUpdate) -> None:
+        """Raise ``ValueError`` if the update is not valid, or does not count the tokens of every expert."""
+        super().check_update(adapter, update)
+        check_expert_tokens(adapter, update)
+
     def aggregate(self, adapter: Arrays, state: Arrays, updates: Sequence[ClientUpdate]) -> Aggregation:
         """Refined adapters of all sites, and the mean of the accepted ones.
 
@@ -111,11 +117,10 @@ class Clair(Strategy):
             trusted = np.array([matrix.of_expert not in rejected[updates[i].site] for i in matrix.present], bool)
             members = accepted[matrix.present] & trusted
             received = _read(adapter, matrix)
-            mean, refined, lost[matrix.label] = _refine_matrix(matrix, members, received, grown)
+            mean, refined, lost[matrix.label] = _refine_matrix(matrix, updates, members, received, grown)
             _write(shared, matrix, low_rank.turned_towards(mean, received.A))
-            for arrays in own.values():
-                _write(arrays, matrix, mean)
-            for i, product in zip(matrix.present[members], refined, strict=True):
+            given = dict.fromkeys(own, mean) | dict(zip(matrix.present[members].tolist(), refined, strict=True))
+            for i, product in given.items():
                 before = _read(updates[i].adapter, matrix).A
                 _write(own[i], matrix, low_rank.turned_towards(product, before) if grown == 1 else product)
             for i in matrix.present[accepted[matrix.present] & ~trusted]:
@@ -125,16 +130,17 @@ class Clair(Strategy):
 
 
 def _refine_matrix(
-    matrix: Inspected, members: NDArray[np.bool_], received: Factors, grown: int
+    matrix: Inspected, updates: Sequence[ClientUpdate], members: NDArray[np.bool_], received: Factors, grown: int
 ) -> tuple[Factors, list[Factors], float]:
     """Mean at the adapter's rank, the accepted sites' refined products, and the largest share of energy lost."""
     if not members.any():
         return received, [], 0.0
     rank = len(received.A)
+    products = products_of(matrix.prefix, matrix.expert, matrix.present, updates)
     if matrix.finding is None:
-        alone = Factors(matrix.products.A[0], matrix.products.B[0])
+        alone = Factors(products.A[0], products.B[0])
         return alone, [alone], 0.0
-    refined = refine(matrix.products, members, matrix.finding.directions, rank * grown)
+    refined = refine(products, members, matrix.finding.directions, rank * grown)
     mean = Factors(refined.mean.A[:rank], refined.mean.B[:, :rank])
     lost = float(refined.lost_energy.max())
     return mean, [Factors(*pair) for pair in zip(*refined.own, strict=True)], lost

@@ -21,7 +21,7 @@ _SPREAD = 0.04
 _CHANCE = 5.0
 """Sites at which a gap has to be twice as wide as among many."""
 _RESOLUTION = 1e-6
-"""Distances below this share of the largest one are rounding of float32 factors."""
+"""Distances below this share of what is usual among the sites are rounding of float32 factors."""
 
 MIN_SITES = 5
 """With fewer there is no spread of the accepted sites to measure a gap against."""
@@ -60,7 +60,7 @@ def judge(
     agreement: float,
     min_gap: float,
     threshold: float | None = None,
-    scale: float = 0.0,
+    length_G: NDArray[np.float64] | None = None,
 ) -> Verdict:
     """The collaborative set from the distances of all pairs of at least 2 sites.
 
@@ -83,7 +83,8 @@ def judge(
         agreement: alpha, in [0.5, 1).
         min_gap: Smallest score of a gap.
         threshold: tau_n, in the units of the distances; None looks for the gap.
-        scale: Length of what the distances are the rest of: a millionth of it is rounding.
+        length_G: Length of what each distance is the rest of; None: the distances themselves. A millionth of what is
+            usual among them is rounding: of their lower quartile, since one site sets the largest as it likes.
     """
     pair_KK = np.zeros((num_sites, num_sites))
     j, k = pairs_of(num_sites).T
@@ -92,8 +93,14 @@ def judge(
     distance_K = np.sort(pair_KK, axis=1)[:, _needed(num_sites, agreement)]
     if threshold is not None:
         return Verdict(distances=distance_K, threshold=threshold, gap=math.nan)
-    floor = _RESOLUTION * max(scale, float(distance_G.max(initial=0.0)))
+    floor = _RESOLUTION * _usual(distance_G if length_G is None else length_G)
     return _separated(np.maximum(distance_K, floor), agreement, min_gap)
+
+
+def _usual(length_G: NDArray[np.float64]) -> float:
+    """The lower quartile of those that are not 0; 0 if all are."""
+    lengths = length_G[length_G > 0]
+    return float(np.quantile(lengths, 0.25)) if len(lengths) else 0.0
 
 
 def _needed(num_sites: int, agreement: float) -> int:

@@ -1,4 +1,4 @@
-"""Single experts of a site left out of a round, or counted less, while the rest of its update stays as it is."""
+"""Single experts of a site left out, put back or counted less, while the rest of its update stays as it is."""
 
 from __future__ import annotations
 
@@ -14,6 +14,21 @@ from strategies.base import ClientUpdate
 
 Expert = tuple[str, int]
 """MoE layer and index on its expert axis."""
+
+
+def as_told(received: Arrays, update: ClientUpdate) -> ClientUpdate:
+    """The update with what was received in every expert that it counts no tokens for.
+
+    Such an expert is judged by nobody; a mean by examples would take its values all the same.
+    """
+    changed = dict(update.adapter)
+    for layer, arrays in experts.by_layer(received).items():
+        idle_E = update.expert_tokens[layer] == 0
+        for name, before in arrays.items() if idle_E.any() else ():
+            if not np.array_equal(before[idle_E], changed[name][idle_E]):
+                changed[name] = changed[name].copy()
+                changed[name][idle_E] = before[idle_E]
+    return replace(update, adapter=changed)
 
 
 def counted_less(

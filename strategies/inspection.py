@@ -33,8 +33,6 @@ class Inspected:
     """Index on the expert axis; None for a dense pair."""
     present: NDArray[np.intp]
     """Updates that take part, by position: for an expert, of the sites that routed tokens to it."""
-    products: Factors
-    """Their factors, (len(present), R, I) and (len(present), O, R)."""
     finding: Finding | None
     """None if fewer than two sites take part."""
 
@@ -109,35 +107,34 @@ def report_experts(rejected: Mapping[Expert, Vote]) -> dict[str, str]:
 def inspect(adapter: Arrays, updates: Sequence[ClientUpdate], config: SubspaceConfig) -> list[Inspected]:
     """Every LoRA matrix of the updates, in the order of their names and experts.
 
-    An expert is judged by the sites that used it: the others return it as they received it. With fewer than
-    ``MIN_SITES`` of those it is examined, but nobody is judged.
+    An expert is judged by the sites that used it, by their own count. With fewer than ``MIN_SITES`` of those it is
+    examined, but nobody is judged.
     """
     inspected: list[Inspected] = []
     if not updates:
         return inspected
     for prefix in low_rank.lora_prefixes(adapter):
-        stacked = _stacked(prefix, updates)
-        for expert, present in _users(prefix, adapter, updates):
-            chosen = stacked if expert is None else Factors(stacked.A[:, expert], stacked.B[:, expert])
-            products = Factors(chosen.A[present].astype(np.float64), chosen.B[present].astype(np.float64))
-            finding = examine(products, config) if len(present) >= 2 else None
-            inspected.append(
-                Inspected(prefix=prefix, expert=expert, present=present, products=products, finding=finding)
-            )
+        for expert, present in _users(prefix, updates):
+            # One matrix at a time: of all of them together float64 would be twice what the sites sent.
+            finding = examine(products_of(prefix, expert, present, updates), config) if len(present) >= 2 else None
+            inspected.append(Inspected(prefix=prefix, expert=expert, present=present, finding=finding))
     return inspected
 
 
-def _stacked(prefix: str, updates: Sequence[ClientUpdate]) -> Factors:
-    return Factors(*(np.stack([update.adapter[prefix + end] for update in updates]) for end in (".lora_A", ".lora_B")))
+def products_of(prefix: str, expert: int | None, present: NDArray[np.intp], updates: Sequence[ClientUpdate]) -> Factors:
+    """Factors (len(present), R, I) and (len(present), O, R) of one matrix, float64."""
+    at = ... if expert is None else expert
+    return Factors(
+        *(
+            np.stack([updates[i].adapter[prefix + end][at] for i in present]).astype(np.float64)
+            for end in (".lora_A", ".lora_B")
+        )
+    )
 
 
-def _users(prefix: str, adapter: Arrays, updates: Sequence[ClientUpdate]) -> list[tuple[int | None, NDArray[np.intp]]]:
+def _users(prefix: str, updates: Sequence[ClientUpdate]) -> list[tuple[int | None, NDArray[np.intp]]]:
     """Expert (None for a dense pair) and positions of the updates that take part, for each matrix called ``prefix``."""
-    everyone = np.arange(len(updates))
     if not experts.is_expert_array(prefix):
-        return [(None, everyone)]
-    layer, num_experts = experts.layer_of(prefix), len(adapter[f"{prefix}.lora_A"])
-    if any(layer not in update.expert_tokens for update in updates):
-        return [(expert, everyone) for expert in range(num_experts)]
-    tokens_KE = np.stack([update.expert_tokens[layer] for update in updates])
-    return [(expert, np.flatnonzero(tokens_KE[:, expert] > 0)) for expert in range(num_experts)]
+        return [(None, np.arange(len(updates)))]
+    tokens_KE = np.stack([update.expert_tokens[experts.layer_of(prefix)] for update in updates])
+    return [(expert, np.flatnonzero(used_K)) for expert, used_K in enumerate(tokens_KE.T > 0)]

@@ -9,4 +9,6 @@ from numpy.typing import NDArray
 def divided(above: NDArray[np.float64] | float, below: NDArray[np.float64], otherwise: float) -> NDArray[np.float64]:
     """``above / below``, broadcast; ``otherwise`` where the divisor is not above 0."""
     shape = np.broadcast_shapes(np.shape(above), below.shape)
-    return np.asarray(np.divide(above, below, out=np.full(shape, otherwise), where=np.broadcast_to(below > 0, shape)))
+    return np.asarray(
+        np.divide(above, below, out=np.full(shape, float(otherwise)), where=np.broadcast_to(below > 0, shape))
+    )

@@ -43,8 +43,12 @@ def refine(
         directions: (I, S) orthonormal basis of the shared row space, inside the span of the rows of all A.
         rank: Rank to truncate to; None keeps every product exactly, at the largest rank that one of them has.
     """
-    rows, columns = side_of(products.A), side_of(np.swapaxes(products.B, -1, -2))
-    cores = np.swapaxes(columns.coordinates[accepted_K], -1, -2) @ rows.coordinates[accepted_K]
+    # Of the accepted alone: beside the vectors of a rejected site, however long, theirs would be rounding.
+    A, B = products.A[accepted_K], products.B[accepted_K]
+    columns = side_of(np.swapaxes(B, -1, -2))
+    rows_of_A = A.reshape(-1, A.shape[-1])
+    rows = side_of(np.concatenate([rows_of_A, directions.T * np.linalg.norm(rows_of_A, axis=1).mean()]))
+    cores = np.swapaxes(columns.coordinates, -1, -2) @ rows.coordinates[: len(rows_of_A)].reshape(*A.shape[:2], -1)
     mean = cores.mean(axis=0)
     shared = rows.project(directions)
     refined = mean + ((cores - mean) @ shared) @ shared.T
@@ -54,10 +58,10 @@ def refine(
     if rank is None:
         rank = max(1, int((sizes > _NOTHING * sizes.max(initial=0.0)).sum(axis=-1).max()))
     energy, lost = (sizes**2).sum(axis=-1), (sizes[:, rank:] ** 2).sum(axis=-1)
-    A = _padded(rows.lift(right[:, :rank]), rank)
-    B = _padded(columns.lift(np.swapaxes(left * sizes[:, None], -1, -2)[:, :rank]), rank)
-    B = np.swapaxes(B, -1, -2)
-    return Refined(Factors(A[0], B[0]), Factors(A[1:], B[1:]), divided(lost, energy, 0.0)[1:])
+    new_A = _padded(rows.lift(right[:, :rank]), rank)
+    new_B = _padded(columns.lift(np.swapaxes(left * sizes[:, None], -1, -2)[:, :rank]), rank)
+    new_B = np.swapaxes(new_B, -1, -2)
+    return Refined(Factors(new_A[0], new_B[0]), Factors(new_A[1:], new_B[1:]), divided(lost, energy, 0.0)[1:])
 
 
 def _padded(vectors: NDArray[np.float64], count: int) -> NDArray[np.float64]:

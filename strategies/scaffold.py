@@ -26,8 +26,9 @@ class Scaffold(Strategy):
 
     Both means are weighted by examples, as FedAvg is here, where the paper's are uniform; with equal sites that is
     the same. The paper knows the number of all sites and starts their c_i at 0; here c is the mean over
-    the sites that have taken part so far, so one that never comes does not hold it back. A reply that is lost
-    leaves c without that site's last change.
+    the sites that have taken part so far, so one that never comes does not hold it back. A site counts in c by the
+    examples it had when it first came, whatever it has later. A reply that is lost leaves c without that site's last
+    change, and a site that lost its own c_i leaves what it had sent before in c.
     """
 
     name: ClassVar[str] = "scaffold"
@@ -52,12 +53,12 @@ class Scaffold(Strategy):
         The state also holds, for each site that has taken part, its number of examples.
         """
         known = {name: array for name, array in state.items() if name.startswith(_EXAMPLES)}
-        examples = known | {_EXAMPLES + update.site: np.array(update.num_examples, np.float64) for update in updates}
+        examples = {_EXAMPLES + update.site: np.array(update.num_examples, np.float64) for update in updates} | known
         before, after = (sum(float(count) for count in counts.values()) for counts in (known, examples))
         control = {}
         for name, c in self.broadcast(state).items():
             total = before * c.astype(np.float64)
             for update in updates:
-                total += update.num_examples * update.extras[name].astype(np.float64)
+                total += examples[_EXAMPLES + update.site] * update.extras[name].astype(np.float64)
             control[name] = (total / after).astype(np.float32)
         return Aggregation(adapter=mean_by_examples(updates), state=control | examples)

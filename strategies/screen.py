@@ -11,8 +11,9 @@ import numpy as np
 
 from strategies.adapters import Arrays
 from strategies.base import Aggregation, ClientUpdate, Strategy, require
-from strategies.collaborative_set import Vote
-from strategies.expert_exclusion import Expert, counted_less
+from strategies.collaborative_set import MIN_SITES, Vote
+from strategies.expert_exclusion import Expert, as_told, counted_less
+from strategies.expert_rounds import check_expert_tokens
 from strategies.inspection import inspect, rejected_experts, report_experts, vote
 from strategies.shared_subspace import SubspaceConfig
 from strategies.update_distance import compare
@@ -84,10 +85,13 @@ class SiteVerdict:
     rejected: bool
     reason: str
     """For people."""
+    is_clean: bool
+    """Whether nothing speaks against this round's update, as far as it was looked at."""
     found: Vote | None
     """What this round's matrices say; None for a banned site."""
     waiting: int
-    """Clean rounds it must still pass before it is accepted, at most ``forgive_after``."""
+    """Clean rounds it must still pass before it is accepted, at most ``forgive_after``. Rounds with too few sites to
+    judge anybody do not count."""
     times_rejected: int
     """Rounds in which its update was found contaminated, this one included."""
     experts: Mapping[Expert, Vote] = field(default_factory=dict)
@@ -120,23 +124,29 @@ class Screened(Strategy):
         return self.inner.broadcast(_inner_state(state))
 
     def check_update(self, adapter: Arrays, update: ClientUpdate) -> None:
-        """As the inner strategy does."""
+        """As the inner strategy does; and raise ``ValueError`` if not the tokens of every expert are counted."""
         self.inner.check_update(adapter, update)
+        check_expert_tokens(adapter, update)
 
     def aggregate(self, adapter: Arrays, state: Arrays, updates: Sequence[ClientUpdate]) -> Aggregation:
         """The inner strategy's aggregation of the updates that pass.
 
+        A round in which only sites took part that were rejected before changes nothing.
+
         Diagnostics: those of the inner strategy; ``verdicts`` of the sites; ``matrices``, see ``Inspected.report``.
 
         Raises:
-            ValueError: If no update is left.
+            ValueError: If no update is left because of what was found in this round.
         """
         verdicts, matrices = self.judge(adapter, state, updates)
         trusted = self.trusted(adapter, updates, verdicts)
-        if not trusted:
+        if trusted:
+            result = self.inner.aggregate(adapter, _inner_state(state), trusted)
+        elif all(verdict.is_clean for verdict in verdicts.values()):
+            result = Aggregation(adapter=dict(adapter), state=_inner_state(state))
+        else:
             told = "; ".join(f"{site}: {verdict.reason}" for site, verdict in verdicts.items())
             raise ValueError(f"screen={self.screen.kind.name} leaves no update ({told})")
-        result = self.inner.aggregate(adapter, _inner_state(state), trusted)
         return replace(
             result,
             state={**result.state, **_remembered(_history(state), verdicts)},
@@ -173,6 +183,7 @@ class Screened(Strategy):
                 passed.append(update)
         if self.screen.on_reject is OnReject.warn:
             return passed
+        passed = [as_told(adapter, update) for update in passed]
         rejected: dict[Expert, set[str]] = {}
         for site, verdict in verdicts.items():
             for expert in verdict.experts:
@@ -205,9 +216,12 @@ class Screened(Strategy):
         """This round's evidence, seen in the light of the site's history and the names in the settings."""
         waiting, times = (int(value) for value in history.get(_STATE + site, np.zeros(2)))
         if site in self.screen.banned:
-            return SiteVerdict(rejected=True, reason="banned", found=None, waiting=waiting, times_rejected=times)
+            return SiteVerdict(
+                rejected=True, reason="banned", is_clean=True, found=None, waiting=waiting, times_rejected=times
+            )
         found = votes[site]
         is_clean = not reasons[site]
+        passed = is_clean and self._is_judged(votes, found)
         reason = "; ".join(reasons[site]) or found.reason
         if is_clean and waiting:
             reason += f", but rejected before: {waiting} more clean rounds are needed"
@@ -216,10 +230,17 @@ class Screened(Strategy):
         return SiteVerdict(
             rejected=not (is_clean and not waiting) and site not in self.screen.pinned,
             reason=reason,
+            is_clean=is_clean,
             found=found,
-            waiting=max(0, waiting - 1) if is_clean else self.screen.forgive_after,
+            waiting=max(0, waiting - passed) if is_clean else self.screen.forgive_after,
             times_rejected=times + (not is_clean),
         )
+
+    def _is_judged(self, votes: Mapping[str, Vote], found: Vote) -> bool:
+        """Whether any evidence could have spoken against the site of this vote."""
+        evidence = set(self.screen.evidence)
+        by_matrices = Evidence.subspace in evidence and found.judged > 0
+        return by_matrices or (len(votes) >= MIN_SITES and evidence != {Evidence.subspace})
 
     def _with_experts(
         self, verdicts: Mapping[str, SiteVerdict], rejected: Mapping[str, Mapping[Expert, Vote]]
@@ -247,7 +268,7 @@ def _inner_state(state: Arrays) -> Arrays:
 
 def _downweighted(update: ClientUpdate, weight: float) -> ClientUpdate:
     tokens = {layer: counts * weight for layer, counts in update.expert_tokens.items()}
-    return replace(update, num_examples=max(1, round(weight * update.num_examples)), expert_tokens=tokens)
+    return replace(update, num_examples=weight * update.num_examples, expert_tokens=tokens)
 
 
 def _remembered(history: Arrays, verdicts: Mapping[str, SiteVerdict]) -> Arrays:

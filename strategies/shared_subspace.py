@@ -111,7 +111,7 @@ def examine(products: Factors, config: SubspaceConfig) -> Finding:
             agreement=config.agreement,
             min_gap=config.min_gap,
             threshold=config.threshold,
-            scale=float(block_norms(blocks).max(initial=0.0)),
+            length_G=block_norms(blocks),
         ),
         iterations=solved.iterations,
         relative_gap=float(solved.relative_gap),

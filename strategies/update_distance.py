@@ -47,23 +47,28 @@ def compare(received: Arrays, updates: Sequence[ClientUpdate], *, agreement: flo
     compared = []
     for kind, names in kinds.items():
         if names and len(updates) >= 2:
-            distance_G = _distances(received, updates, names)
-            verdict = judge(distance_G, len(updates), agreement=agreement, min_gap=min_gap)
+            distance_G, length_G = _distances(received, updates, names)
+            verdict = judge(distance_G, len(updates), agreement=agreement, min_gap=min_gap, length_G=length_G)
             enough = len(updates) >= MIN_SITES
             is_copy = _copies(distance_G, len(updates)) if enough else np.zeros(len(updates), bool)
             compared.append(Compared(kind=kind, verdict=verdict, is_copy=is_copy))
     return compared
 
 
-def _distances(received: Arrays, updates: Sequence[ClientUpdate], names: Sequence[str]) -> NDArray[np.float64]:
-    """(G,) through inner products summed array by array, so that no site's update is ever held as one vector."""
+def _distances(
+    received: Arrays, updates: Sequence[ClientUpdate], names: Sequence[str]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """(G,) distances, and the longer update of each pair.
+
+    Through inner products summed array by array, so that no site's update is ever held as one vector.
+    """
     gram = np.zeros((len(updates), len(updates)))
     for name in names:
         changes = np.stack([(update.adapter[name] - received[name]).ravel() for update in updates]).astype(np.float64)
         gram += changes @ changes.T
     j, k = pairs_of(len(updates)).T
     squares = gram[j, j] + gram[k, k] - 2 * gram[j, k]
-    return np.asarray(np.sqrt(np.maximum(squares, 0.0)))
+    return np.sqrt(np.maximum(squares, 0.0)), np.sqrt(np.maximum(gram[j, j], gram[k, k]))
 
 
 def _copies(distance_G: NDArray[np.float64], num_sites: int) -> NDArray[np.bool_]:

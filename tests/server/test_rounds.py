@@ -41,7 +41,10 @@ FAULTS = {
         "settings hash 000000000000, this run has ",
     ),
     "another's name": (sends(lambda update: update, site="court"), "reply in the name of 'court' from another node"),
-    "no examples": (sends(lambda update: replace(update, num_examples=0)), "num_examples must be >= 1, got 0"),
+    "no examples": (
+        sends(lambda update: replace(update, num_examples=0)),
+        r"num_examples must be in \[1, 1e\+12\], got 0",
+    ),
     "no loss": (sends(lambda update: replace(update, metrics={"train_loss": np.nan})), "metric train_loss is nan"),
     "foreign": (lambda message, honest: [Message(RecordDict(), reply_to=message)], "not a reply of this version"),
 }
@@ -288,14 +291,24 @@ def test_evaluation_is_every_so_many_rounds_and_after_the_last(run):
     assert [row["round"] for row in result.site_rows("bank") if "own_loss" in row] == [2, 3]
 
 
-def test_rounds_refuse_an_adapter_that_no_float32_can_hold(run):
-    """Finite replies whose aggregate overflows: the strategy is named, no site is blamed."""
+def test_names_in_the_screen_that_nobody_bears_are_told(run):
+    result = run("screen=clair screen.banned=[bnak,court] screen.pinned=[bank] rounds=1")
+    assert result.error is None
+    assert "screen.banned names bnak: no such site has joined" in result.events
+    assert not any("screen.pinned names" in event for event in result.events)
+
+
+@pytest.mark.parametrize(
+    ("rate", "told"), [("1e35", "holds NaN or infinity"), ("1e3", r"holds 1e\+09; weights must be at most 1e\+06")]
+)
+def test_rounds_refuse_an_adapter_that_sites_could_not_send_back(run, rate, told):
+    """Good replies whose aggregate is out of bounds: the strategy is named, no site is blamed."""
     huge = sends(with_adapter(lambda name, array: (name, np.full_like(array, 1e6))))
     result = run(
-        "strategy=fedavgm strategy.learning_rate=1e35 federation.min_sites=4 rounds=1",
+        f"strategy=fedavgm strategy.learning_rate={rate} federation.min_sites=4 rounds=1",
         faults=dict.fromkeys(range(4), huge),
     )
-    text = r"round 1: strategy=fedavgm got good replies, but no adapter out of them: .* holds NaN or infinity"
+    text = f"round 1: strategy=fedavgm got good replies, but no adapter out of them: .* {told}"
     assert re.fullmatch(text, str(result.error))
 
 

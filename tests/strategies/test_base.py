@@ -137,7 +137,9 @@ def update_with(**changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_examples": 0}, "num_examples must be >= 1, got 0"),
+        ({"num_examples": 0}, r"num_examples must be in \[1, 1e\+12\], got 0"),
+        ({"num_examples": 10**400}, r"num_examples must be in \[1, 1e\+12\], got 10000"),
+        ({"extras": {"control": np.array([1e7])}}, r"control holds 1e\+07; weights must be at most"),
         (
             {"expert_tokens": {"l.mlp": np.array([1.0, -1, 0])}},
             r"expert_tokens\[l.mlp\] must be one count in \[0, 1e\+15\]",

@@ -206,6 +206,47 @@ def test_what_all_sites_have_in_common_changes_no_verdict():
     np.testing.assert_allclose(*distances, rtol=1e-3)
 
 
+def boosted(adapter, update, factor):
+    """The update with that many times its change."""
+    return replace(
+        update,
+        adapter={n: (adapter[n] + factor * (a - adapter[n])).astype(np.float32) for n, a in update.adapter.items()},
+    )
+
+
+def small_steps(num_sites=10, width=64):
+    """Sites that all start from one trained pair, whose changes are a thousandth of it."""
+    rng = np.random.default_rng(0)
+    adapter = {"l.q.lora_A": rng.normal(size=(4, width)) / 8, "l.q.lora_B": 1e-3 * rng.normal(size=(48, 4))}
+    adapter = {name: array.astype(np.float32) for name, array in adapter.items()}
+    sent = [
+        {name: (array + 1e-3 * rng.normal(size=array.shape)).astype(np.float32) for name, array in adapter.items()}
+        for _ in range(num_sites)
+    ]
+    return adapter, [ClientUpdate(site=f"site-{i}", adapter=arrays, num_examples=1) for i, arrays in enumerate(sent)]
+
+
+@pytest.mark.parametrize("factor", [1e3, 1e5, 1e8])
+def test_one_huge_update_neither_hides_another_attacker_nor_takes_from_the_accepted(factor):
+    adapter, updates = small_steps()
+    attacked = [*updates[:8], boosted(adapter, updates[8], -30.0), boosted(adapter, updates[9], factor)]
+    result = Clair().aggregate(adapter, {}, attacked)
+    assert rejected(result) == ["site-8", "site-9"]
+    alone = Clair().aggregate(adapter, {}, updates[:8])
+    # The row space, which is sought among all, moves a little; the mean of the accepted does not.
+    for of, tolerance in [(lambda found: found.adapter, 1e-5), (lambda found: found.personal["site-0"], 0.05)]:
+        got, expected = product(of(result), "l.q"), product(of(alone), "l.q")
+        assert np.linalg.norm(got - expected) < tolerance * np.linalg.norm(expected)
+
+
+def test_reply_that_does_not_count_every_expert_is_refused():
+    adapter, updates = expert_round(users=set(range(8)))
+    for counts in ({}, {"l.mlp": np.ones(3)}):
+        with pytest.raises(ValueError, match="expert_tokens"):
+            Clair().check_update(adapter, replace(updates[0], expert_tokens=counts))
+    Clair().check_update(adapter, updates[0])
+
+
 def expert_round(users):
     """Two experts of eight sites; ``users`` of the second one are its only ones. The last site is contaminated."""
     adapter, updates = random_sites(
@@ -243,9 +284,23 @@ def test_expert_few_sites_used_is_judged_by_those_few_or_not_at_all_and_says_so(
 def test_expert_is_the_mean_of_its_users_for_those_that_did_not_use_it():
     adapter, updates = expert_round(users={0, 1, 2})
     result = Clair().aggregate(adapter, {}, updates)
-    name = "l.mlp.experts.w.lora_B"
-    np.testing.assert_array_equal(result.personal["site-5"][name][1], result.adapter[name][1])
-    assert not np.array_equal(result.personal["site-0"][name][1], result.adapter[name][1])
+    everyone, idle, user = (
+        product({name: array[1] for name, array in arrays.items() if "experts" in name}, "l.mlp.experts.w")
+        for arrays in (result.adapter, result.personal["site-5"], result.personal["site-0"])
+    )
+    np.testing.assert_allclose(idle, everyone, atol=1e-5)
+    assert not np.allclose(user, everyone, atol=0.1)
+
+
+def test_mean_of_an_expert_is_turned_towards_the_rows_of_a_site_that_did_not_use_it():
+    adapter, updates = expert_round(users={0, 1, 2})
+    name = "l.mlp.experts.w.lora_A"
+    mean = Clair().aggregate(adapter, {}, updates).personal["site-5"][name][1]
+    orthogonal = np.array([[0.6, -0.8], [0.8, 0.6]])
+    idle = {**updates[5].adapter, name: np.stack([updates[5].adapter[name][0], orthogonal @ mean]).astype(np.float32)}
+    turned = [*updates[:5], replace(updates[5], adapter=idle), *updates[6:]]
+    given = Clair().aggregate(adapter, {}, turned).personal["site-5"][name][1]
+    np.testing.assert_allclose(given, idle[name][1], atol=1e-5)
 
 
 def test_expert_nobody_or_one_site_used_keeps_its_value_or_takes_the_sites():

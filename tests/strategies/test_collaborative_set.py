@@ -89,7 +89,13 @@ def test_no_verdict_on_equal_or_too_few_sites(errors):
 
 def test_rounding_among_exact_sites_is_no_gap():
     found = distances([1e-12, 3e-9, 1e-10, 1e-9, 1e-11, 1.0])
-    assert judge(found, 6, **RULE).accepted.tolist() == [True] * 5 + [False]
+    assert judge(found, 6, **RULE, length_G=np.ones(15)).accepted.tolist() == [True] * 5 + [False]
+
+
+@pytest.mark.parametrize("largest", [1e2, 1e5, 1e9, 1e30])
+def test_one_site_however_far_out_hides_no_other(largest):
+    verdict = judge(distances([1, 1.1, 0.9, 1, 1, 1.05, 1, 0.95, 30, largest]), 10, **RULE)
+    assert verdict.accepted.tolist() == [True] * 8 + [False] * 2
 
 
 def test_sites_that_agree_exactly_have_a_threshold_to_be_measured_by():
@@ -104,7 +110,7 @@ def test_sites_that_agree_exactly_have_a_threshold_to_be_measured_by():
 
 def test_rounding_of_what_was_taken_away_is_no_gap():
     """The only site that trained spans the shared row space itself: beside its length what is left is nothing."""
-    verdict = judge(distances([0, 0, 0, 0, 1e-17]), 5, **RULE, scale=1.0)
+    verdict = judge(distances([0, 0, 0, 0, 1e-17]), 5, **RULE, length_G=np.ones(10))
     assert verdict.accepted.all()
     assert pool("abcde", [("abcde", verdict)] * 8, **RULE).accepted.all()
 

@@ -67,6 +67,17 @@ def test_control_variate_is_always_the_mean_of_the_sites_own_whoever_takes_part(
     assert len(own) == 5
 
 
+def test_site_whose_data_grow_counts_in_c_as_it_did_at_first():
+    value = lambda x: {"w": np.array([x], np.float32)}  # noqa: E731
+    rule, adapter = Scaffold(), value(0)
+    state = rule.init_state(adapter)
+    state = rule.aggregate(
+        adapter, state, [reply("a", 10, value(0), value(1)), reply("b", 10, value(0), value(-1))]
+    ).state
+    state = rule.aggregate(adapter, state, [reply("a", 100, value(0), value(1))]).state
+    assert rule.broadcast(state)[CONTROL + "w"] == 0.5  # of c_i = 2 and -1
+
+
 def test_adapter_is_fedavgs():
     generator = np.random.default_rng(1)
     updates = [reply(f"site-{i}", i + 1, drawn(generator), drawn(generator)) for i in range(3)]

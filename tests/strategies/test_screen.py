@@ -79,9 +79,9 @@ def test_warning_reports_and_keeps_everyone():
 
 
 def test_downweighting_counts_examples_and_tokens_less():
-    """Sites of 50 examples each: 4 weigh 50, 2 weigh 5."""
+    """Sites of one example each: 4 weigh 1, 2 weigh a tenth."""
     adapter, updates = random_sites(0)
-    equal = [replace(update, num_examples=50) for update in updates]
+    equal = [replace(update, num_examples=1) for update in updates]
     result = screen(on_reject=OnReject.downweight, weight=0.1).aggregate(adapter, {}, equal)
     weights = np.array([50, 50, 50, 50, 5, 5]) / 210
     for name in adapter:
@@ -206,11 +206,66 @@ def test_rejected_expert_has_no_say_in_rules_that_weigh_experts_by_tokens(one_ba
     assert not np.array_equal(one.adapter[f"{EXPERT}.lora_B"][1], unscreened[f"{EXPERT}.lora_B"][1])
 
 
-def test_a_round_without_anyone_left_is_refused_with_the_reasons():
+def test_a_round_that_leaves_nobody_is_refused_with_the_reasons():
     adapter, updates = random_sites(0)
-    everyone = screen(banned=[update.site for update in updates])
-    with pytest.raises(ValueError, match=r"screen=clair leaves no update \(site-0: banned; site-1"):
-        everyone.aggregate(adapter, {}, updates)
+    nobody = screen(subspace=SubspaceConfig(threshold=1e-9))
+    with pytest.raises(ValueError, match=r"screen=clair leaves no update \(site-0: outside .* of 2 of 2 matrices"):
+        nobody.aggregate(adapter, {}, updates)
+
+
+def test_a_round_of_banned_and_waiting_sites_alone_changes_nothing():
+    adapter, updates = random_sites(0, contaminated=1)
+    strategy = screen(FedAdam(), banned=["site-0"], forgive_after=2)
+    first = strategy.aggregate(adapter, strategy.init_state(adapter), updates)
+    assert rejected(first) == ["site-0", "site-5"]
+    result = strategy.aggregate(first.adapter, first.state, [updates[0], updates[5]])
+    assert rejected(result) == ["site-0", "site-5"]
+    assert_same(result.adapter, first.adapter)
+    assert_same(result.state, first.state)
+
+
+def test_rounds_in_which_nobody_can_be_judged_forgive_nothing():
+    """Four sites judge nobody, whatever the evidence: six such rounds, and the site still waits for both."""
+    adapter, updates = random_sites(0, contaminated=1)
+    strategy = screen(forgive_after=2, evidence=list(Evidence))
+    state = strategy.aggregate(adapter, {}, updates).state
+    for _ in range(6):
+        result = strategy.aggregate(adapter, state, updates[2:])
+        state = result.state
+        verdict = result.diagnostics["verdicts"]["site-5"]
+        assert (verdict["rejected"], verdict["clean_rounds_needed"]) == (True, 2)
+
+
+@pytest.mark.parametrize("factor", [1e3, 1e6])
+def test_one_huge_update_hides_no_other_attacker(factor):
+    adapter, updates = drawn(10)
+
+    def times(update, share):
+        return {n: (adapter[n] + share * (a - adapter[n])).astype(np.float32) for n, a in update.adapter.items()}
+
+    attacked = swapped(updates, {8: times(updates[8], -30.0), 9: times(updates[9], factor)})
+    assert rejected(screen(evidence=list(Evidence)).aggregate(adapter, {}, attacked)) == ["site-8", "site-9"]
+
+
+def test_values_of_an_expert_without_tokens_count_nothing(one_bad_expert):
+    """By its own count nobody judges it by them; a mean by examples would take them."""
+    adapter, updates = one_bad_expert
+    idle = replace(updates[7], expert_tokens={"l.mlp": np.array([5.0, 0.0])})
+    told = {n: np.stack([a[0], adapter[n][1]]) if n.startswith(EXPERT) else a for n, a in idle.adapter.items()}
+    expected = FedAvg().aggregate(adapter, {}, [*updates[:7], replace(idle, adapter=told)]).adapter
+    result = screen().aggregate(adapter, {}, [*updates[:7], idle])
+    assert rejected(result) == []
+    assert_same(result.adapter, expected)
+    warned = screen(on_reject=OnReject.warn).aggregate(adapter, {}, [*updates[:7], idle])
+    assert_same(warned.adapter, FedAvg().aggregate(adapter, {}, [*updates[:7], idle]).adapter)
+
+
+@pytest.mark.parametrize("counts", [{}, {"l.mlp": np.ones(1)}, {"l.mlp": np.ones(3)}])
+def test_reply_that_does_not_count_every_expert_is_refused(one_bad_expert, counts):
+    adapter, updates = one_bad_expert
+    screen().check_update(adapter, updates[0])
+    with pytest.raises(ValueError, match="expert_tokens"):
+        screen().check_update(adapter, replace(updates[0], expert_tokens=counts))
 
 
 def drawn(num_sites=8, seed=0):
