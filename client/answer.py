@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import platform
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -15,7 +14,7 @@ from flwr.app import Message
 
 from client import messages
 from client.assemble import real_site, simulated_site
-from client.base_model import base_model_loads
+from client.base_model import base_model_loads, process_name
 from client.bases import materialise
 from client.call import Call
 from client.data import site_names
@@ -136,5 +135,6 @@ def _sender_of(site: Site, request: Request) -> Sender:
 
 
 def _sender(site: str, hash_here: str) -> Sender:
-    process = f"{platform.node()}:{os.getpid()}"
-    return Sender(site=site, settings_hash=hash_here, process=process, base_model_loads=base_model_loads())
+    return Sender(
+        site=site, settings_hash=hash_here, process=process_name(os.getpid()), base_model_loads=base_model_loads()
+    )

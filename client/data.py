@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import glob
 import json
 import logging
-import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import datasets
 
 from client.embedded import embedded_rows
 from client.site_names import MIN_ROWS, site_names_from
+from client.tables import READERS, Table, read_table
 from client.templates import Example
 from conf.partitions import Dirichlet, Files, Natural, Pathological, Shard
 from conf.schema import Config, DataConfig
@@ -27,8 +25,6 @@ logger = logging.getLogger(__name__)
 
 NUM_EMBEDDED_EXAMPLES = 1200
 """Rows of the embedded default that are generated unless ``data.num_examples`` says otherwise."""
-
-_FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
 
 
 @dataclass(frozen=True)
@@ -131,30 +127,6 @@ def held_out_file(config: Config, path: str, setting: str = "eval.path") -> list
     return [row.example for row in _usable_rows(table, path, every_row, None)]
 
 
-def read_table(path: Path, setting: str) -> datasets.Dataset:
-    """A table, held in memory.
-
-    Raises:
-        ValueError: Naming ``setting``, if there is no such file or it is not what its suffix says.
-    """
-    file_format = _FORMATS.get(path.suffix.lower())
-    if file_format is None:
-        raise ValueError(f"{setting}={path} must end in one of {sorted(_FORMATS)}")
-    if not path.is_file() or path.stat().st_size == 0:
-        raise ValueError(f"{setting}={path}: {'the file is empty' if path.is_file() else 'there is no such file'}")
-    datasets.disable_progress_bars()
-    try:
-        # A site's data must not stay behind in the cache that every user of this machine shares.
-        with tempfile.TemporaryDirectory() as cache:
-            options = _as_text(path) if file_format == "csv" else {}
-            return datasets.load_dataset(
-                file_format, data_files=str(path), split="train", cache_dir=cache, keep_in_memory=True, **options
-            )
-    except (OSError, ValueError, StopIteration, datasets.exceptions.DatasetsError) as error:
-        cause = str(error.__cause__ or error) or "no rows"
-        raise ValueError(f"{setting}={path} could not be read as {file_format}: {cause}") from error
-
-
 def _sites_of_files(config: Config) -> dict[str, SiteData]:
     files = _site_files(config.data.path)
     return {site: own_site(config, site, str(files[site])) for site in sorted(files)}
@@ -171,9 +143,9 @@ def _site_files(path: str | None) -> dict[str, Path]:
     place = Path(path).expanduser()
     # pathlib's glob takes no absolute pattern.
     found = place.iterdir() if place.is_dir() else map(Path, glob.glob(str(place)))  # noqa: PTH207
-    files = sorted(file for file in found if file.suffix.lower() in _FORMATS and not file.name.startswith("."))
+    files = sorted(file for file in found if file.suffix.lower() in READERS and not file.name.startswith("."))
     if not files:
-        raise ValueError(f"data.path={path} holds no file that ends in one of {sorted(_FORMATS)}")
+        raise ValueError(f"data.path={path} holds no file that ends in one of {sorted(READERS)}")
     stems = [file.stem for file in files]
     repeated = {stem for stem in stems if stems.count(stem) > 1}
     if repeated:
@@ -202,29 +174,22 @@ def _assigned_rows(config: Config) -> dict[str, list[_Row]]:
     return {site: [rows[index] for index in indices] for site, indices in assigned.items()}
 
 
-def _source(data: DataConfig, seed: int) -> datasets.Dataset:
+def _source(data: DataConfig, seed: int) -> Table:
     """The rows that ``data.path`` names: a file's, a hub data set's training split, or the embedded default."""
     if data.path is None:
-        return datasets.Dataset.from_list(embedded_rows(data.num_examples or NUM_EMBEDDED_EXAMPLES, seed))
+        return Table.of_rows(embedded_rows(data.num_examples or NUM_EMBEDDED_EXAMPLES, seed))
     place = Path(data.path).expanduser()
     if place.is_dir() or glob.has_magic(data.path):
         raise ValueError(f"data.path={data.path} names several files: set partition=files, or name one of them")
-    if place.is_file() or place.suffix.lower() in _FORMATS:
+    if place.is_file() or place.suffix.lower() in READERS:
         return read_table(place, "data.path")
     datasets.disable_progress_bars()
     try:
-        return datasets.load_dataset(data.path, split="train")
+        return Table.of_arrow(datasets.load_dataset(data.path, split="train").with_format("arrow")[:])
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(
             f"data.path={data.path} is no file here, and could not be loaded from the hub: {error}"
         ) from error
-
-
-def _as_text(path: Path) -> dict[str, Any]:
-    """Options that keep a CSV file's fields as they are: pandas would read ``007`` as 7 and ``None`` as missing."""
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        names = next(csv.reader(file))
-    return {"features": datasets.Features(dict.fromkeys(names, datasets.Value("string"))), "keep_default_na": False}
 
 
 def _partition_column(config: Config, columns: Sequence[str]) -> str | None:
@@ -238,16 +203,16 @@ def _partition_column(config: Config, columns: Sequence[str]) -> str | None:
     raise ValueError(f"partition={config.partition.name} needs partition.column, one of {sorted(columns)}")
 
 
-def _usable_rows(table: datasets.Dataset, origin: str, data: DataConfig, column: str | None) -> list[_Row]:
+def _usable_rows(table: Table, origin: str, data: DataConfig, column: str | None) -> list[_Row]:
     """Rows that match ``data.filter`` and have a response, as text.
 
     Raises:
-        ValueError: If a column is missing, if no row matches the filter, or if none has a response.
+        ValueError: If a column is missing or holds what is no text, if no row matches the filter, or if none has a
+            response.
     """
     _check_columns(table.column_names, origin, data, column)
-    names = {*_named_columns(data, column).values()}
-    columns = table.select_columns(sorted(name for name in names if name is not None)).to_dict()
-    texts = {name: ["" if value is None else str(value) for value in values] for name, values in columns.items()}
+    named = {name: setting for setting, name in _named_columns(data, column).items() if name is not None}
+    texts = {name: table.texts(name, f"{setting}={name!r} of {origin}") for name, setting in named.items()}
     empty = [""] * len(table)
     wanted = {name: _as_strings(values) for name, values in data.filter.items()}
     chosen = [row for row in range(len(table)) if all(texts[name][row] in values for name, values in wanted.items())]
@@ -267,9 +232,17 @@ def _usable_rows(table: datasets.Dataset, origin: str, data: DataConfig, column:
     ]
     if not rows:
         raise ValueError(f"data.response_column={data.response_column!r} is empty in every row of {origin}")
-    if len(rows) < len(chosen):
-        logger.warning("%s: %d of %d rows dropped: no response", origin, len(chosen) - len(rows), len(chosen))
+    _report_incomplete(rows, len(chosen), origin)
     return rows
+
+
+def _report_incomplete(rows: Sequence[_Row], num_chosen: int, origin: str) -> None:
+    """Log how many rows were dropped, and how many are used though nothing was asked."""
+    if len(rows) < num_chosen:
+        logger.warning("%s: %d of %d rows dropped: no response", origin, num_chosen - len(rows), num_chosen)
+    num_unasked = sum(not row.example.prompt.strip() for row in rows)
+    if num_unasked:
+        logger.warning("%s: %d of %d rows used without a prompt: it is empty", origin, num_unasked, len(rows))
 
 
 def _named_columns(data: DataConfig, column: str | None) -> dict[str, str | None]:

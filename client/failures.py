@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+
+_FOLDERS = re.compile(r"(?<![\w.:/])/(?:[^\s/][^/'\":;,\n]*/)+")
+"""Of an absolute path: everything but the file's name."""
 _OUR_PACKAGES = ("client", "conf", "strategies")
 
 
@@ -10,8 +14,10 @@ class WorkerEndedError(RuntimeError):
 
 
 def reason_of(error: Exception) -> str:
-    """What may leave the site about an error: the text if we worded it, else its type only."""
-    return str(error) if is_ours(error) else f"{type(error).__name__} (details in the site's log)"
+    """What may leave the site about an error: the text if we worded it, without its folders, else its type only."""
+    if not is_ours(error):
+        return f"{type(error).__name__} (details in the site's log)"
+    return _FOLDERS.sub("", str(error))
 
 
 def is_ours(error: Exception) -> bool:

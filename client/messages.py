@@ -28,6 +28,7 @@ from google.protobuf.message import EncodeError
 from numpy.typing import NDArray
 
 from client.evaluation.measured import Measured
+from client.foreign import check_metrics, checked_name
 from client.records import to_arrays, to_record
 from strategies.base import MOST_EXAMPLES, MOST_TOKENS, ClientUpdate
 
@@ -74,7 +75,7 @@ class Sender:
     site: str
     settings_hash: str
     process: str
-    """Host and process id, for counting base model loads."""
+    """The same in all replies of a process, and nothing else: for counting base model loads."""
     base_model_loads: int
     """Times that process has loaded the base model so far."""
 
@@ -171,7 +172,7 @@ def decode_update(reply: Message) -> tuple[Sender, ClientUpdate]:
 
     Raises:
         ValueError: If the reply is foreign, malformed or a failure, adapter or extras are not float32, the token
-            counts are not float64, or a metric is NaN or infinite.
+            counts are not float64, or a metric is out of bounds.
     """
     with _malformed():
         sender, facts = _open(reply)
@@ -184,7 +185,7 @@ def decode_update(reply: Message) -> tuple[Sender, ClientUpdate]:
             extras=to_arrays(arrays["extras"]),
             metrics={str(name): float(value) for name, value in facts["metrics"].items()},
         )
-    _check_metrics(update.metrics)
+    check_metrics(update.metrics)
     return sender, update
 
 
@@ -192,8 +193,8 @@ def decode_losses(reply: Message) -> tuple[Sender, dict[str, HeldOutLoss]]:
     """Read the answer to an evaluate message.
 
     Raises:
-        ValueError: If the reply is foreign, malformed or a failure, a loss or metric is NaN or infinite, or one was
-            measured on nothing.
+        ValueError: If the reply is foreign, malformed or a failure, a loss is NaN or infinite, a metric is out of
+            bounds, or one was measured on nothing.
     """
     with _malformed():
         sender, facts = _open(reply)
@@ -201,7 +202,7 @@ def decode_losses(reply: Message) -> tuple[Sender, dict[str, HeldOutLoss]]:
     for name, loss in losses.items():
         if not math.isfinite(loss.loss):
             raise ValueError(f"held-out loss on {name} is {loss.loss}")
-        _check_metrics(loss.metrics)
+        check_metrics(loss.metrics)
         if not (1 <= loss.num_examples <= MOST_EXAMPLES and 1 <= loss.num_tokens <= MOST_TOKENS):
             counts = f"{str(loss.num_examples)[:30]} examples, {str(loss.num_tokens)[:30]} tokens"
             limits = f"1 to {MOST_EXAMPLES:g} and 1 to {MOST_TOKENS:g} are possible"
@@ -265,12 +266,6 @@ def _malformed() -> Iterator[None]:
         raise ValueError(f"not a reply of this version of Bouquet: {error!r}") from error
 
 
-def _check_metrics(metrics: Mapping[str, float]) -> None:
-    for name, value in metrics.items():
-        if not math.isfinite(value):
-            raise ValueError(f"metric {name} is {value}")
-
-
 def _reply(sender: Sender, facts: Mapping[str, Any], arrays: Mapping[str, ArrayRecord], request: Message) -> Message:
     header = json.dumps({"format": FORMAT, "sender": asdict(sender), "facts": dict(facts)})
     content: dict[str, Any] = {"reply": ConfigRecord({"json": header}), **arrays}
@@ -292,7 +287,10 @@ def _open(reply: Message) -> tuple[Sender, dict[str, Any]]:
 def _sender(*, site: object, settings_hash: object, process: object, base_model_loads: Any) -> Sender:
     """A sender out of foreign JSON, of the right types."""
     return Sender(
-        site=str(site), settings_hash=str(settings_hash), process=str(process), base_model_loads=int(base_model_loads)
+        site=checked_name("a site's name", str(site)),
+        settings_hash=checked_name("a settings hash", str(settings_hash)),
+        process=checked_name("a process' name", str(process)),
+        base_model_loads=int(base_model_loads),
     )
 
 

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from client.data import held_out_file, read_table
+from client.data import held_out_file
 from client.evaluation.choices import Question
 from client.evaluation.examination import EvalSet
+from client.tables import read_table
 from conf.schema import ChoicesConfig, Config
 from conf.seeds import generator_for
 

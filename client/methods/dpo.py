@@ -133,7 +133,7 @@ def weighted(config: DpoConfig, pairs: Sequence[PreferencePair]) -> list[Prefere
     present = sum(preference[name] for name in counts)
     if present <= 0:
         raise ValueError(
-            f"method.preference={config.preference} gives no weight to {sorted(counts)}, all pairs there are"
+            f"method.preference gives no weight to {sorted(counts)}, all pairs there are"
         )
     each = {name: preference[name] / present * len(pairs) / count for name, count in counts.items()}
     return [replace(pair, weight=each[pair.objective]) for pair in pairs]

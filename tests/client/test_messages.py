@@ -136,7 +136,7 @@ def test_losses_come_back_as_they_were():
     assert decode_losses(over_the_wire(encode_losses(SENDER, LOSSES, request(EVALUATE)))) == (SENDER, LOSSES)
 
 
-@given(st.floats(width=32, allow_nan=False, allow_infinity=False), st.floats(allow_nan=False, allow_infinity=False))
+@given(st.floats(width=32, allow_nan=False, allow_infinity=False), st.floats(-1e18, 1e18))
 def test_numbers_lose_no_bit(in_array, in_metric):
     update = replace(UPDATE, adapter={"x": np.float32([in_array])}, metrics={"train_loss": in_metric})
     _, received = decode_update(over_the_wire(encode_update(SENDER, update, request())))
@@ -190,8 +190,8 @@ def test_foreign_reply_is_refused(decode, content):
         ({"facts__num_examples": None}, "not a reply of this version"),
         ({"facts__num_examples": math.inf}, "not a reply of this version"),
         ({"facts__metrics": [1]}, "not a reply of this version"),
-        ({"facts__metrics": {"train_loss": math.nan}}, "^metric train_loss is nan$"),
-        ({"facts__metrics": {"own_loss": math.inf}}, "^metric own_loss is inf$"),
+        ({"facts__metrics": {"train_loss": math.nan}}, "^metric train_loss is nan; "),
+        ({"facts__metrics": {"own_loss": math.inf}}, "^metric own_loss is inf; "),
     ],
 )
 def test_update_with_a_bad_header_is_refused(changes, message):
