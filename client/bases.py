@@ -28,6 +28,7 @@ from packaging.utils import canonicalize_name, parse_wheel_filename
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils import logging as transformers_logging
 
+from client.folders import new_folder, reading
 from client.upcycle import upcycle_folder
 from conf.model import Differentiation, ModelConfig, ModelSource, UpcycleConfig
 
@@ -76,17 +77,15 @@ def export_base(model: ModelConfig, folder: Path) -> BaseIdentity:
     Raises:
         ValueError: If ``folder`` holds something already, or as ``materialise``.
     """
-    if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"export-base needs a new or empty folder, {folder} has files in it")
-    identity = materialise(model)
-    shutil.copytree(identity.folder, folder, dirs_exist_ok=True)
+    with new_folder(folder) as written:
+        shutil.copytree(materialise(model).folder, written, dirs_exist_ok=True)
     absolute = folder.resolve()
     return BaseIdentity(name=model.name, path=str(absolute), sha256=content_sha256(absolute), folder=absolute)
 
 
 def cache_root() -> Path:
     """``$BOUQUET_CACHE``, by default ``~/.cache/bouquet``."""
-    return Path(os.environ.get("BOUQUET_CACHE") or Path.home() / ".cache" / "bouquet")
+    return Path(os.environ.get("BOUQUET_CACHE") or "~/.cache/bouquet").expanduser()
 
 
 def content_sha256(folder: Path) -> str:
@@ -223,7 +222,8 @@ def _upcycled_folder(model: ModelConfig, dense: Path) -> Path:
     if config.differentiate is Differentiation.steps:
         recipe["steps"] = config.steps
     label = f"{dense.name if model.source is ModelSource.hub else model.name}-x{config.num_experts}"
-    return build_once(label, recipe, lambda target: upcycle_folder(dense, config, target))
+    with reading(dense):
+        return build_once(label, recipe, lambda target: upcycle_folder(dense, config, target))
 
 
 def _text_sha256(config: UpcycleConfig) -> str | None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import datasets
 
 from client.embedded import embedded_rows
-from client.site_names import MIN_ROWS, site_names_from
+from client.site_names import MIN_ROWS, check_site_name, site_names_from
 from client.tables import READERS, Table, read_table
 from client.templates import Example
 from conf.partitions import Dirichlet, Files, Natural, Pathological, Shard
@@ -106,10 +106,7 @@ def own_site(config: Config, site: str, path: str) -> SiteData:
     Raises:
         ValueError: As ``simulated_sites``, or if the site's name is not safe as a file name.
     """
-    if site_names_from([site], "site")[site] != site:
-        raise ValueError(
-            f"site must consist of letters, digits, '.', '_' and '-', and start with none of '.-': {site!r}"
-        )
+    check_site_name(site, "site")
     rows = _limited(_usable_rows(read_table(Path(path).expanduser(), "data"), path, config.data, None), config, site)
     if len(rows) < MIN_ROWS:
         raise ValueError(f"site {site!r} needs at least {MIN_ROWS} usable rows, but {path} has {len(rows)}")

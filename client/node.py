@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +41,13 @@ def real_node(node_config: Mapping[str, Any]) -> Node:
     """The node config of a real site.
 
     Raises:
-        ValueError: If ``site`` or ``data`` is missing, or ``device``, ``worker`` or ``preference`` has no such value.
+        ValueError: If ``site`` or ``data`` is missing, a key is not a field of ``Node``, or ``device``, ``worker`` or
+            ``preference`` has no such value.
     """
+    known = [each.name for each in fields(Node)]
+    unknown = [key for key in node_config if key not in known]
+    if unknown:
+        raise ValueError(f"node config {unknown[0]}=... is unknown: one of {', '.join(known)}")
     for key in ("site", "data"):
         if not node_config.get(key):
             example = 'flower-supernode --node-config \'site="NAME" data="FILE"\''

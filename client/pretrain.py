@@ -20,6 +20,7 @@ from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerBase
 
 from client.adapter_layout import moe_layers
 from client.embedded import HOUSE_RULES, pretraining_rows
+from client.folders import new_folder
 from client.routing import balance_loss, count_expert_tokens, routing_entropy
 from client.templates import Example
 from client.text import TokenSequence, byte_tokenizer, collate, encode
@@ -56,10 +57,13 @@ def pretrain_tiny_moe(
     Weights are trained in float32 and stored in float16; the numbers are those of the stored ones.
 
     Raises:
-        ValueError: If ``folder`` holds a model already.
+        ValueError: If ``folder`` is a file or has something in it.
     """
-    if (folder / "config.json").exists():
-        raise ValueError(f"{folder} holds a model already; name another folder")
+    with new_folder(folder) as written:
+        return _pretrain(written, steps=steps, seed=seed, num_threads=num_threads, num_held_out=num_held_out)
+
+
+def _pretrain(folder: Path, *, steps: int, seed: int, num_threads: int, num_held_out: int) -> dict[str, float]:
     config = PretrainConfig(steps=steps, seed=seed, num_held_out=num_held_out)
     torch.set_num_threads(num_threads)
     torch.manual_seed(config.seed)

@@ -11,6 +11,15 @@ MIN_ROWS = 2
 _MAX_NAME_LENGTH = 100
 
 
+def check_site_name(name: str, source: str) -> None:
+    """Raise ``ValueError``, naming ``source``, if a name is not one that ``site_names_from`` leaves as it is."""
+    if len(name) > _MAX_NAME_LENGTH or not re.fullmatch(r"[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_])?", name):
+        raise ValueError(
+            f"{source} must be 1 to {_MAX_NAME_LENGTH} letters (a-z), digits, '.', '_' and '-', with none of '.-' at "
+            f"either end, got {name!r}"
+        )
+
+
 def site_names_from(values: Iterable[str], source: str) -> dict[str, str]:
     """Value -> site name that is safe as a file name: letters, digits, ``.``, ``_``, ``-``; others become ``-``.
 

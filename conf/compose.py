@@ -19,11 +19,12 @@ from itertools import product
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
@@ -97,12 +98,14 @@ def load_saved(text: str, overrides: Sequence[str] = ()) -> Config:
     """Settings out of a run folder's ``config.yaml``, and overrides of them.
 
     Raises:
-        ValueError: As ``load_config``; or if the settings are of another version of Bouquet.
+        ValueError: As ``load_config``; or if the settings are damaged, or of another version of Bouquet.
     """
-    saved = OmegaConf.to_container(OmegaConf.create(text))
-    if not isinstance(saved, dict):
-        raise ValueError("the saved settings are no mapping")  # noqa: TRY004 - foreign data, as all of the settings
-    named = {group: str(saved[group].pop("name")) for group in ("strategy", "method", "partition")}
+    try:
+        saved = yaml.safe_load(text)
+        named = {group: str(saved[group].pop("name")) for group in ("strategy", "method", "partition")}
+    except (yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"damaged settings, or of another version of Bouquet ({reason})") from error
     words = [f"{group}={name}" for group, name in named.items()]
     return load_config([*words, *_leaves(saved, ""), *overrides])
 
@@ -135,8 +138,9 @@ def _as_override(value: Any) -> str:
 
 def quoted(text: str) -> str:
     """Text as it is written in an override, whatever it holds."""
-    escaped = text.replace("'", "\\'")
-    return f"'{escaped}'"
+    # A backslash before ${ keeps it from being replaced by another setting, and must itself be told from those there.
+    literal = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
+    return QuotedString(literal, Quote.single).with_quotes()
 
 
 # Composing takes longer than a small site's round, and a process is asked for the same settings with every message.
@@ -173,7 +177,7 @@ def swept_keys(overrides: Sequence[str]) -> list[str]:
 
 def to_yaml(config: Config) -> str:
     """Every setting, resolved; group choices carry their name as a comment-free ``name`` key."""
-    return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
+    return str(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True))
 
 
 def to_dict(config: Config) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import shlex
 import time
 from collections.abc import Callable, Mapping
@@ -16,7 +15,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from client.assemble import model_for, pooled_held_out
-from client.base_model import base_model_loads
+from client.base_model import base_model_loads, process_name
 from client.data import held_out_file, site_names
 from client.evaluation.examination import EvalSet
 from client.evaluation.general_sets import general_sets
@@ -167,7 +166,7 @@ class Run:
             adapter = {**adapted.initial_adapter(self.config.seed), **rounds.adapter}
             adapted.save_peft(adapter, self.record.folder.path / "adapter")
             results["adapter_sha256"] = adapter_sha256(adapter)
-        here = {f"{platform.node()}:{os.getpid()} (server)": base_model_loads()}
+        here = {f"{process_name(os.getpid())} (server)": base_model_loads()}
         if self._summary:
             results["evaluation"] = self._summary
         return results | {

@@ -14,6 +14,7 @@ import datetime
 import hashlib
 import ipaddress
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,9 +24,13 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from client.site_names import check_site_name
+
 CA_DAYS = 3650
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 """Always in the server's certificate: its own processes and operators at an SSH tunnel connect to these."""
+_MAX_HOST_LENGTH = 253
+_HOST = re.compile(r"(\*\.)?(?!-)[A-Za-z0-9_-]{1,63}(?<!-)(\.(?!-)[A-Za-z0-9_-]{1,63}(?<!-))*")
 
 
 def make_certificates(
@@ -44,18 +49,22 @@ def make_certificates(
         The files written.
 
     Raises:
-        ValueError: If there is no host to issue for, a site's name is not safe as a file name, or the authority's
-            key or certificate is missing, expired or unreadable.
+        ValueError: If there is no host to issue for or one is not a name or address, as ``check_site_name``, if the
+            folder cannot be made, or the authority's key or certificate is missing, expired or unreadable.
     """
-    unsafe = [name for name in (*sites, *replace) if not name.replace("-", "").replace("_", "").isalnum()]
-    if unsafe:
-        raise ValueError(f"--site must consist of letters, digits, '-' and '_', got {unsafe[0]!r}")
+    for option, sites_named in (("--site", sites), ("--replace", replace)):
+        for name in sites_named:
+            check_site_name(name, option)
     names = list(hosts) or _present_hosts(folder)
     if not names:
         raise ValueError(f"--host is needed: the name or address by which sites reach the server (none in {folder})")
-    (folder / "server" / "sites").mkdir(parents=True, exist_ok=True)
-    folder.chmod(0o700)
-    written = [*_make_authority(folder), *_issue_server(folder, names, valid_seconds)]
+    subject_names = [_general_name(host) for host in dict.fromkeys((*names, *LOCAL_HOSTS))]
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        (folder / "server" / "sites").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot make the folder {error.filename}: {error.strerror}") from error
+    written = [*_make_authority(folder), *_issue_server(folder, subject_names, valid_seconds)]
     for site in dict.fromkeys((*sites, *replace)):
         if site in replace or not (folder / "server" / "sites" / f"{site}.pub").exists():
             written += _make_site_key(folder, site)
@@ -194,13 +203,12 @@ def _make_authority(folder: Path) -> list[Path]:
     return [folder / "ca.key", folder / "ca.crt"]
 
 
-def _issue_server(folder: Path, hosts: Sequence[str], valid_seconds: float) -> list[Path]:
+def _issue_server(folder: Path, names: Sequence[x509.GeneralName], valid_seconds: float) -> list[Path]:
     authority = load_certificate(folder / "ca.crt")
     check_valid_now(authority, folder / "ca.crt")
     authority_key = _load_key(folder / "ca.key")
     key = ec.generate_private_key(ec.SECP384R1())
-    names = [_general_name(host) for host in dict.fromkeys((*hosts, *LOCAL_HOSTS))]
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, hosts[0][:64])])
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, str(names[0].value)[:64])])
     certificate = (
         _builder(subject, authority.subject, key.public_key(), authority_key.public_key(), valid_seconds)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
@@ -254,6 +262,11 @@ def _general_name(host: str) -> x509.GeneralName:
     try:
         return x509.IPAddress(ipaddress.ip_address(host))
     except ValueError:
+        if len(host) > _MAX_HOST_LENGTH or not _HOST.fullmatch(host):
+            raise ValueError(
+                f"--host must be an address, or a name of at most {_MAX_HOST_LENGTH} letters (a-z), digits, '-' and "
+                f"'.', without a port, got {host!r}"
+            ) from None
         return x509.DNSName(host)
 
 

@@ -26,6 +26,7 @@ from conf.model import ExpertTraining
 from conf.schema import Config
 from server.certificates import check_private_key, check_server_certificate, public_fingerprint
 from server.flower import environment
+from server.gpu_share import check_share
 from server.probe import check_clock, look_at
 
 MIN_FREE_DISK_BYTES = 1 << 30
@@ -191,9 +192,11 @@ def partition(config: Config) -> str:
     """Training examples of each simulated site, and how uneven they are.
 
     Raises:
-        ValueError: If data cannot be loaded or divided, or too few sites would reply.
+        ValueError: If data cannot be loaded or divided, too few sites would reply, or a site is to have more of this
+            machine than there is.
         Caution: If sizes or labels are very uneven.
     """
+    check_share(config)
     sizes = {name: len(data.train) for name, data in simulated_sites(config).items()}
     check_num_sites(config, len(sizes), f"the number of sites, {len(sizes)},")
     text = f"{len(sizes)} sites, {min(sizes.values())} to {max(sizes.values())} training examples" + label_skew(

@@ -68,7 +68,7 @@ def fast_clientapps(environment: Mapping[str, str]) -> Iterator[dict[str, str]]:
             listener.listen()
             _write_command(folder)
             process = subprocess.Popen(  # noqa: S603
-                [sys.executable, "-P", "-m", "server.clientapps", str(os.getpid())],
+                [sys.executable, "-P", "-m", "server.clientapps", str(os.getpid()), str(folder)],
                 env={**environment, **changes, "PYTHONPATH": str(CODE_ROOT)}, stdin=listener.fileno(),
             )  # fmt: skip
         try:
@@ -113,6 +113,7 @@ def main() -> None:
         _take_over(connection)
         flwr_clientapp()
         sys.exit(0)
+    shutil.rmtree(sys.argv[2], ignore_errors=True)
 
 
 def _take_over(connection: socket.socket) -> None:

@@ -13,7 +13,8 @@ from rich.table import Table
 
 from client.evaluation.measured import BASE, METRICS, MODELS
 from server.intervals import with_interval
-from server.record import RunFolder
+from server.report.files import config_of, evaluation_of
+from server.report.runs import labels_of
 from server.usage import USAGES, usage_of
 
 _DIGITS = {"loss": 4}
@@ -29,14 +30,14 @@ class Seeds:
     """Runs that differ in their seed alone."""
 
     names: list[str] = field(default_factory=list)
-    """Of their folders."""
+    """As the page has them."""
     summaries: list[Summary] = field(default_factory=list)
     usages: list[Mapping[str, float]] = field(default_factory=list)
     """What ``server.usage`` says of each."""
 
     @property
     def title(self) -> str:
-        """For people: the folder's name, of several without the seed."""
+        """For people: the run's name, of several without the seed."""
         if len(self.names) == 1:
             return self.names[0]
         return f"{re.sub(r',?seed=[0-9]+', '', self.names[0]).strip(',')} ({len(self.names)} seeds)"
@@ -56,15 +57,14 @@ def matrix_tables(folders: Sequence[Path]) -> list[Table]:
 def by_seeds(folders: Sequence[Path]) -> list[Seeds]:
     """The runs that have a matrix, together where all settings but seed and output are the same."""
     groups: dict[str, Seeds] = {}
-    for folder in folders:
-        run = RunFolder(folder)
-        evaluation, config = run.evaluation(), run.path / "config.yaml"
+    for folder, label in zip(folders, labels_of(folders), strict=True):
+        evaluation = evaluation_of(folder)
         if evaluation is None:
             continue
-        lines = config.read_text().splitlines() if config.exists() else [str(folder)]
+        lines = config_of(folder).splitlines() or [str(folder)]
         settings = "\n".join(line for line in lines if not line.startswith(_NOT_COMPARED))
         group = groups.setdefault(settings, Seeds())
-        group.names.append(folder.name)
+        group.names.append(label)
         group.summaries.append(evaluation["summary"])
         group.usages.append(usage_of(evaluation))
     return list(groups.values())

@@ -9,14 +9,15 @@ from rich.markup import escape
 from rich.table import Table
 
 from server.alignment import alignment_of, fronts, settings_of
-from server.record import RunFolder
+from server.report.files import config_of, rows_of
+from server.report.runs import labels_of
 from server.view import number
 
 
 def objective_tables(folders: Sequence[Path]) -> list[Table]:
     """One row a run: its last rewards, and what its front dominates; no table if no run has objectives."""
-    settings = [settings_of(_config(folder)) for folder in folders]
-    found = [alignment_of(RunFolder(folder).rows(), one) for folder, one in zip(folders, settings, strict=True)]
+    settings = [settings_of(config_of(folder)) for folder in folders]
+    found = [alignment_of(rows_of(folder)[0], one) for folder, one in zip(folders, settings, strict=True)]
     made = fronts(list(zip(settings, found, strict=True)))
     if not made:
         return []
@@ -31,20 +32,16 @@ def objective_tables(folders: Sequence[Path]) -> list[Table]:
     table.add_column("run")
     for column in ("preference", *map(escape, first.objectives), "KL", "disagreement", "drift", "hypervolume"):
         table.add_column(column, justify="right")
+    labels = labels_of(folders)
     for index, front in sorted(front_of.items()):
         one = found[index]
         assert one is not None
         last = [f"{series[max(series)]:.3g}" if series else "-" for series in (one.kl, one.disagreement, one.drift)]
         table.add_row(
-            escape(folders[index].name),
+            escape(labels[index]),
             one.preference,
             *map(number, one.ends),
             *last,
             f"{front.hypervolume} ({front.num_preferences})",
         )
     return [table]
-
-
-def _config(folder: Path) -> str:
-    path = folder / "config.yaml"
-    return path.read_text() if path.exists() else ""

@@ -110,7 +110,7 @@ def _finding(check: str, look: Callable[[], str]) -> Finding:
         return Finding(check, "ok", look())
     except Caution as caution:
         return Finding(check, "warning", str(caution))
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
         return Finding(check, "failed", str(error))
 
 

@@ -50,7 +50,9 @@ class Connection:
         """
         home = Path(self.environment["FLWR_HOME"])
         run_config = home / f"run-{uuid.uuid4().hex}.toml"
-        run_config.write_text(f"overrides = {json.dumps(overrides)}\ndry-run = {json.dumps(dry_run)}\n")
+        # TOML knows no halves of a character, which JSON's escapes are beyond the first 65,536.
+        quoted = json.dumps(overrides, ensure_ascii=False)
+        run_config.write_text(f"overrides = {quoted}\ndry-run = {json.dumps(dry_run)}\n", encoding="utf-8")
         words = ["run", str(_staged(home / "app")), "bouquet", "--stream", "--run-config", str(run_config)]
         if federation:
             words += ["--federation-config", " ".join(f"{key}={value}" for key, value in federation.items())]
@@ -98,17 +100,15 @@ def local_superlink(num_threads: int) -> Iterator[Connection]:
     Raises:
         RuntimeError: If it does not come up.
     """
-    home = _temporary_home()
-    mark, port = uuid.uuid4().hex, free_port()
-    variables = environment(home, num_threads) | {MARK: mark, "RAY_TMPDIR": str(home / "ray")}
+    home, port = _temporary_home(), free_port()
     # An empty folder: a package named `client` or `server` where the SuperLink starts would shadow ours in Ray.
-    empty = home / "empty"
-    for folder in (empty, home / "ray"):
-        folder.mkdir()
-    _write_connection(home, f"127.0.0.1:{port}", None)
-    log_path = home / "superlink.log"
+    empty, log_path = home / "empty", home / "superlink.log"
     words = ["--insecure", "--simulation", "--isolation", "subprocess", "--host", "127.0.0.1", "--port", str(port)]
-    try:
+    with marked(home) as mark:
+        variables = environment(home, num_threads) | {MARK: mark, "RAY_TMPDIR": str(home / "ray")}
+        for folder in (empty, home / "ray"):
+            folder.mkdir()
+        _write_connection(home, f"127.0.0.1:{port}", None)
         with log_path.open("w") as log:
             process = subprocess.Popen(  # noqa: S603
                 [str(binary("flower-superlink")), *words],
@@ -116,9 +116,6 @@ def local_superlink(num_threads: int) -> Iterator[Connection]:
             )  # fmt: skip
         _wait_until_healthy(process, port, log_path)
         yield Connection(variables)
-    finally:
-        end_marked(mark)
-        shutil.rmtree(home, ignore_errors=True)
 
 
 def _temporary_home() -> Path:
@@ -138,12 +135,25 @@ def remote_superlink(address: str, root_certificates: str | None) -> Iterator[Co
     if root_certificates is not None and not Path(root_certificates).expanduser().is_file():
         raise ValueError(f"federation.root_certificates={root_certificates} is not a file")
     home = Path(tempfile.mkdtemp(prefix="bouquet-"))
-    try:
+    with marked(home) as mark:
         certificates = str(Path(root_certificates).expanduser().resolve()) if root_certificates else None
         _write_connection(home, address, certificates)
-        yield Connection(environment(home, 1))
-    finally:
-        shutil.rmtree(home, ignore_errors=True)
+        yield Connection(environment(home, 1) | {MARK: mark})
+
+
+@contextlib.contextmanager
+def marked(folder: Path | None = None) -> Iterator[str]:
+    """A mark for processes: afterwards, and if this process is killed, they are gone, and so is ``folder``."""
+    mark = uuid.uuid4().hex
+    words = [sys.executable, "-P", "-m", "server.watcher", mark, *([str(folder)] if folder else [])]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, start_new_session=True) as watcher:  # noqa: S603
+        try:
+            yield mark
+        finally:
+            end_marked(mark)
+            if folder:
+                shutil.rmtree(folder, ignore_errors=True)
+            watcher.kill()
 
 
 def end_marked(mark: str) -> None:

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from server.flower import run_id_of
 from server.record import RunFolder, apply_line, parse_line
@@ -47,16 +47,21 @@ def follow(
     Args:
         process: Prints the log.
         view: Draws it.
-        log: File that gets every line that is not ours.
+        log: File that gets every line that is not ours; what an earlier reading left goes when there is a
+            line of ours, since a log is read from its beginning.
         copy: Folder to rebuild from the log; None if the run writes it itself.
         on_start: Told the run's id as soon as it is known.
     """
     outcome = Outcome()
     assert process.stdout is not None
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a") as file:
+    num_older_bytes = log.stat().st_size if log.exists() else 0
+    with log.open("a+") as file:
         for line in process.stdout:
             values = parse_line(line)
+            if num_older_bytes and values is not None:
+                _drop_beginning(file, num_older_bytes)
+                num_older_bytes = 0
             if values is None:
                 file.write(line)
                 outcome.tail.append(line.rstrip())
@@ -71,3 +76,10 @@ def follow(
             view.show(values)
     process.wait()
     return outcome
+
+
+def _drop_beginning(file: TextIO, num_bytes: int) -> None:
+    file.seek(num_bytes)
+    rest = file.read()
+    file.truncate(0)
+    file.write(rest)

@@ -1,14 +1,16 @@
-"""How much of a GPU one simulated site gets, from what its training takes."""
+"""What one simulated site gets of this machine: its cores, and how much of a GPU, from what its training takes."""
 
 from __future__ import annotations
 
 import math
+import os
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 
 from client.node import may_have_gpu
 from conf.schema import Config, Device
+from strategies.base import require
 
 _CONTEXT_BYTES = 1 << 30
 """CUDA's context and the libraries' workspaces, which every process holds besides its tensors."""
@@ -30,8 +32,10 @@ def choose_gpus_per_site(config: Config) -> float:
     """``federation.gpus_per_site``, or without it the share that training was measured to need; 0 without a GPU.
 
     Raises:
-        ValueError: If one site's training does not fit on the GPU, or device=cuda and there is none.
+        ValueError: If one site's training does not fit on the GPU, if there is none though device=cuda, or if a site is
+            to have more than there is.
     """
+    check_share(config)
     given = config.federation.gpus_per_site
     if given is not None:
         return given
@@ -41,6 +45,18 @@ def choose_gpus_per_site(config: Config) -> float:
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         need = pool.submit(_measure, config).result()
     return 0.0 if need is None else gpu_share(need)
+
+
+def check_share(config: Config) -> None:
+    """Raise ``ValueError`` if ``federation`` gives a site more cores or GPUs than this machine has."""
+    cores, gpus = os.cpu_count() or 1, config.federation.gpus_per_site
+    require(
+        config.federation.cpus_per_site <= cores,
+        "federation.cpus_per_site",
+        f"at most {cores}, this machine's cores",
+        config.federation.cpus_per_site,
+    )
+    require(not gpus or may_have_gpu(), "federation.gpus_per_site", "0 or null, since there is no GPU here", gpus)
 
 
 def gpu_share(need: Need) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,11 +11,14 @@ from pathlib import Path
 
 from conf.alignment import FirmConfig
 from conf.check import check_num_sites
-from conf.compose import expand_sweep, load_config, quoted, swept_keys
+from conf.compose import expand_sweep, load_config, quoted, swept_keys, to_dict
 from conf.model import ModelSource, Quantization
 from conf.partitions import Files
 from conf.schema import Config, Mode
 from server.record import default_name
+
+_LONGEST_NAME_BYTES = 200
+"""Of a run's folder in a sweep, without a hash in place of the rest: file systems take 255."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,8 @@ def plan(overrides: list[str], *, multirun: bool) -> tuple[list[Job], Path]:
     """The runs that the settings ask for, all checked, and the folder that will hold them.
 
     Raises:
-        ValueError: If any run's settings are wrong, or a folder already holds a run.
+        ValueError: If any run's settings are wrong, a folder already holds a run, or the runs of a sweep would not have
+            one SuperLink and a folder each.
     """
     if not multirun:
         config = load_config(overrides)
@@ -41,11 +46,28 @@ def plan(overrides: list[str], *, multirun: bool) -> tuple[list[Job], Path]:
         return [job], job.output
     sweep = expand_sweep(overrides)
     configs = [load_config(words) for words in sweep]
-    folder = Path(configs[0].output or f"outputs/compare-{time.strftime('%Y%m%d-%H%M%S')}").expanduser().resolve()
     keys = swept_keys(overrides) or ["strategy"]
+    _check_sweep(keys, configs)
+    folder = Path(configs[0].output or f"outputs/compare-{time.strftime('%Y%m%d-%H%M%S')}").expanduser().resolve()
     names = [_run_name(words, keys, config) for words, config in zip(sweep, configs, strict=True)]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(
+            f"a sweep makes a folder for each run, and two would be called {twice[0]}: name no value twice"
+        )
     jobs = [_job(name, config, words, folder / name) for name, config, words in zip(names, configs, sweep, strict=True)]
     return jobs, folder
+
+
+def _check_sweep(keys: Sequence[str], configs: Sequence[Config]) -> None:
+    """Raise ``ValueError`` for what all runs of a sweep must have in common: their folder and their SuperLink."""
+    if "output" in keys:
+        raise ValueError(
+            f"output={configs[0].output},{configs[-1].output}: a sweep has one output, with a folder a run"
+        )
+    for key in ("mode", "superlink", "root_certificates"):
+        values = sorted({str(to_dict(config)["federation"][key]) for config in configs})
+        if len(values) > 1:
+            raise ValueError(f"federation.{key} is {' and '.join(values)} in one sweep, whose runs share a SuperLink")
 
 
 def _job(name: str, config: Config, overrides: Sequence[str], output: Path) -> Job:
@@ -119,4 +141,7 @@ def _count_sites(config: Config) -> int:
 def _run_name(words: Sequence[str], keys: Sequence[str], config: Config) -> str:
     values = dict(word.lstrip("+").partition("=")[::2] for word in words)
     parts = [config.strategy.name if key == "strategy" else f"{key}={values[key]}" for key in keys]
-    return ",".join(parts).replace("/", "-")
+    name = ",".join(parts).replace("/", "-").encode()
+    if len(name) > _LONGEST_NAME_BYTES:
+        name = name[:_LONGEST_NAME_BYTES] + f"-{hashlib.sha256(name).hexdigest()[:12]}".encode()
+    return name.decode(errors="ignore")

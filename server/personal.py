@@ -17,6 +17,7 @@ from safetensors import safe_open
 
 import client.grafting.grafts
 from client.assemble import real_site, site_model
+from client.folders import new_folder, reading
 from client.grafting.grafts import ARRAYS_FILE, graft_metadata, is_graft_array
 from client.model import AdaptedModel
 from client.node import default_private_root
@@ -25,6 +26,7 @@ from client.site import Site, shared_arrays
 from conf.compose import NOT_HASHED, load_saved
 from conf.schema import Config, Mode
 from server.record import RunFolder
+from server.report.files import summary_of
 from strategies.adapters import Arrays
 
 LOADER_FILE = "graft.py"
@@ -55,16 +57,22 @@ def export_personal(run: Path, site: str, folder: Path, private: Path | None = N
         private: Where this machine keeps private states of real sites; None: the default place.
 
     Raises:
-        ValueError: If the run is not completed, the site or its private state is not here, its personal model is not
-            one adapter, or ``folder`` is not empty.
+        ValueError: If the run is not completed or its folder damaged, the site or its private state is not here, its
+            personal model is not one adapter, or ``folder`` is not empty.
     """
     config, summary = _finished(run)
     for name in (config.method.name, config.strategy.name):
         if name in _NOT_ONE_ADAPTER:
             raise ValueError(f"{run} ran {name}, which has no personal adapter to export: {_NOT_ONE_ADAPTER[name]}")
-    if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} is not empty: choose another folder")
-    adapted = site_model(config)
+    with new_folder(folder) as written:
+        adapted = site_model(config)
+        save_personal(adapted, _in_use(adapted, config, summary, run, site, private=private), written)
+
+
+def _in_use(
+    adapted: AdaptedModel, config: Config, summary: Mapping[str, Any], run: Path, site: str, *, private: Path | None
+) -> Arrays:
+    """The adapter in use at a site, from the run's and the site's private state."""
     shared = _shared(adapted, config, run)
     store = PrivateStore(_private_folder(config, summary, run, private), site, adapted.base.identity.sha256)
     if site not in summary["sites"] and not store.path.exists():
@@ -80,8 +88,7 @@ def export_personal(run: Path, site: str, folder: Path, private: Path | None = N
             "site %r joined later: this is its model after round %d; if that join was interrupted, repeat it first",
             site, _rounds_done(store),
         )  # fmt: skip
-    in_use = Site(site, [], {}, adapted=adapted, config=config, store=store).adapter_in_use(shared)
-    save_personal(adapted, in_use, folder)
+    return Site(site, [], {}, adapted=adapted, config=config, store=store).adapter_in_use(shared)
 
 
 def _trained(run: Path) -> set[str]:
@@ -124,8 +131,8 @@ def join_run(
         else with round 0, which is the run's adapter alone.
 
     Raises:
-        ValueError: If the run is not completed, its sites keep nothing of their own, the site took part in it or has
-            joined it in as many rounds, an override must not be, or its data do not work out.
+        ValueError: If the run is not completed or its folder damaged, its sites keep nothing of their own, the site
+            took part in it or has joined it in as many rounds, an override must not be, or its data do not work out.
     """
     _check_overrides(run, overrides)
     config, summary = _finished(run, overrides)
@@ -161,18 +168,24 @@ def _rounds_done(store: PrivateStore) -> int:
         return int(file.metadata()["server_round"])
 
 
-def _finished(run: Path, overrides: Sequence[str] = ()) -> tuple[Config, dict[str, Any]]:
+def _finished(run: Path, overrides: Sequence[str] = ()) -> tuple[Config, Mapping[str, Any]]:
     """Settings, with ``overrides``, and summary of a completed run; on the device there is here, and all of it."""
-    summary = RunFolder(run).summary()
+    summary = summary_of(run)
     if summary is None or summary["status"] != "completed":
         raise ValueError(f"{run} holds no completed run")
     here = ("device=auto", "federation.gpus_per_site=null", *overrides)
-    return load_saved((run / "config.yaml").read_text(), here), summary
+    path = run / "config.yaml"
+    try:
+        return load_saved(path.read_text(), here), summary
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{' '.join([str(path), *overrides])}: {error}") from error
 
 
 def _shared(adapted: AdaptedModel, config: Config, run: Path) -> Arrays:
     """What of the run's adapter sites have in common."""
-    return shared_arrays({**adapted.initial_adapter(config.seed), **adapted.read_peft(run / "adapter")}, config)
+    with reading(run / "adapter"):
+        received = adapted.read_peft(run / "adapter")
+    return shared_arrays({**adapted.initial_adapter(config.seed), **received}, config)
 
 
 def _private_folder(config: Config, summary: Mapping[str, Any], run: Path, private: Path | None) -> Path:

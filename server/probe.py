@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import email.utils
 import http.client
 import socket
@@ -36,7 +37,7 @@ class Seen:
 
 
 class UnreachableError(RuntimeError):
-    """Nothing answers there now; it may later."""
+    """No SuperLink answers there now; one may later."""
 
 
 def split_address(address: str, setting: str) -> tuple[str, int]:
@@ -59,7 +60,7 @@ def look_at(address: str, root_certificates: Path | None) -> Seen:
         root_certificates: PEM file of the authority; None: plain HTTP.
 
     Raises:
-        UnreachableError: If nothing answers.
+        UnreachableError: If nothing answers, or what does is starting, stopping or a way there that is cut.
         ValueError: If what answers cannot be used; names what to change.
     """
     host, port = split_address(address, "--superlink")
@@ -72,6 +73,8 @@ def look_at(address: str, root_certificates: Path | None) -> Seen:
                 return _health(address, secured)
     except ssl.SSLCertVerificationError as error:
         raise ValueError(_distrust(address, host, root_certificates, error)) from error
+    except ssl.SSLEOFError as error:
+        raise UnreachableError(f"{address} closed the connection within the TLS handshake") from error
     except ssl.SSLError as error:
         if any(word in (error.reason or "") for word in _MEETS_PLAIN_HTTP):
             raise ValueError(
@@ -79,10 +82,9 @@ def look_at(address: str, root_certificates: Path | None) -> Seen:
             ) from error
         raise ValueError(f"{address}: TLS failed: {error.reason}") from error
     except (OSError, http.client.HTTPException) as error:
-        if context is None and isinstance(error, (ConnectionResetError, http.client.HTTPException)):
-            raise ValueError(
-                f"{address} did not answer plain HTTP; it probably speaks TLS: add --root-certificates ca.crt"
-            ) from error
+        foreign = isinstance(error, (ConnectionResetError, http.client.HTTPException))
+        if context is None and foreign and _speaks_tls(host, port):
+            raise ValueError(f"{address} speaks TLS, not plain HTTP: add --root-certificates ca.crt") from error
         raise UnreachableError(f"nothing answers at {address}: {error}") from error
 
 
@@ -109,6 +111,8 @@ def _health(address: str, connection: socket.socket) -> Seen:
     connection.sendall(f"GET /health HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n".encode())
     response = http.client.HTTPResponse(connection)
     response.begin()
+    if response.status >= 500:
+        raise UnreachableError(f"{address} answers GET /health with status {response.status}")
     if response.status != 200:
         raise ValueError(f"{address} answers, but is no SuperLink: GET /health gave status {response.status}")
     told = email.utils.parsedate_to_datetime(response.headers["Date"]).timestamp() if response.headers["Date"] else None
@@ -118,6 +122,16 @@ def _health(address: str, connection: socket.socket) -> Seen:
         clock_ahead_seconds=0.0 if told is None else time.time() - told,
         gated=GATE_HEADER in response.headers,
     )
+
+
+def _speaks_tls(host: str, port: int) -> bool:
+    """Whether a handshake succeeds there, with any certificate: servers hang up on plain HTTP without a word."""
+    trusting = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    trusting.check_hostname, trusting.verify_mode = False, ssl.CERT_NONE
+    with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=PATIENCE_SECONDS) as raw:
+        trusting.wrap_socket(raw).close()
+        return True
+    return False
 
 
 def _distrust(address: str, host: str, authority: Path | None, error: ssl.SSLCertVerificationError) -> str:

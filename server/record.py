@@ -30,6 +30,8 @@ LOGGED_ADAPTER_BYTES = 64 << 20
 LOGGED_DIAGNOSTICS_BYTES = 2 << 20
 """Longer diagnostics of a round stay at the server: a strategy's own may be."""
 _CHUNK_BYTES = 512 << 10
+_LONGEST_TEXT = 2000
+"""Characters of what another machine says."""
 
 
 class RunFolder:
@@ -84,25 +86,35 @@ class RunFolder:
         return self._append("diagnostics/rounds.jsonl", values)
 
     def rows(self) -> list[dict[str, Any]]:
-        """All lines of ``metrics.jsonl``.
-
-        Raises:
-            ValueError: If a line is not JSON.
-        """
-        return self._lines("metrics.jsonl")
+        """All lines of ``metrics.jsonl``: see ``lines``."""
+        return self.lines("metrics.jsonl")[0]
 
     def diagnostics(self) -> list[dict[str, Any]]:
-        """All lines of ``diagnostics/rounds.jsonl``: one a round, none if the run kept none.
+        """All lines of ``diagnostics/rounds.jsonl``: one a round, none if the run kept none; see ``lines``."""
+        return self.lines("diagnostics/rounds.jsonl")[0]
+
+    def lines(self, name: str) -> tuple[list[dict[str, Any]], bool]:
+        """All lines of file ``name``, without a last one that was cut off while it was written; whether there is one.
 
         Raises:
-            ValueError: If a line is not JSON.
+            ValueError: If another line is not JSON.
         """
-        return self._lines("diagnostics/rounds.jsonl")
+        path = self.path / name
+        text = path.read_text() if path.exists() else ""
+        lines, values = text.splitlines(), []
+        for number, line in enumerate(lines, start=1):
+            try:
+                values.append(dict(_read_json(line)))
+            except (ValueError, TypeError) as error:
+                if number == len(lines) and not text.endswith("\n"):
+                    return values, True
+                raise ValueError(f"{path} line {number} is damaged: {error}") from error
+        return values, False
 
     def evaluation(self) -> dict[str, Any] | None:
         """``evaluation.json``; None if the run has none."""
         path = self.path / "evaluation.json"
-        return json.loads(path.read_text()) if path.exists() else None
+        return _read_json(path.read_text()) if path.exists() else None
 
     def _append(self, name: str, values: Mapping[str, Any]) -> int:
         path = self.path / name
@@ -110,21 +122,10 @@ class RunFolder:
         with path.open("a") as file:
             return file.write(to_json(values) + "\n")
 
-    def _lines(self, name: str) -> list[dict[str, Any]]:
-        path = self.path / name
-        lines = path.read_text().splitlines() if path.exists() else []
-        values = []
-        for number, line in enumerate(lines, start=1):
-            try:
-                values.append(dict(json.loads(line)))
-            except (ValueError, TypeError) as error:
-                raise ValueError(f"{path} line {number} is damaged: {error}") from error
-        return values
-
     def summary(self) -> dict[str, Any] | None:
         """``summary.json``; None if the run has not ended."""
         path = self.path / "summary.json"
-        return json.loads(path.read_text()) if path.exists() else None
+        return _read_json(path.read_text()) if path.exists() else None
 
 
 def evaluation_json(values: Mapping[str, Any]) -> str:
@@ -215,9 +216,24 @@ def parse_line(line: str) -> dict[str, Any] | None:
     return values if isinstance(values, dict) and "kind" in values else None
 
 
+def told(text: str) -> str:
+    """Another machine's words, as they may stand in the log: one line, of bounded length, that is no tagged one."""
+    line = "".join(letter if letter.isprintable() else " " for letter in text[:_LONGEST_TEXT])
+    return line.replace(TAG.strip(), TAG.strip().lower()) + ("..." if len(text) > _LONGEST_TEXT else "")
+
+
 def to_json(values: Any) -> str:
     """Strict JSON in one line: NaN and infinity become null."""
     return json.dumps(_jsonable(values), allow_nan=False)
+
+
+def _read_json(text: str) -> Any:
+    """What ``to_json`` wrote: NaN and infinity are damage."""
+    return json.loads(text, parse_constant=_no_number)
+
+
+def _no_number(name: str) -> float:
+    raise ValueError(f"{name} is no number")
 
 
 def adapter_sha256(adapter: Arrays) -> str:

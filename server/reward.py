@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from client.folders import new_folder
 from conf.compose import load_config
 from conf.schema import Config
 
@@ -46,18 +47,20 @@ def train(
     from client.alignment.reward_training import train_head  # noqa: PLC0415
     from client.assemble import model_for  # noqa: PLC0415
 
-    if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} is not empty: choose another folder")
     config = load_config(["partition=iid", *(overrides or [])])  # any one: nothing is divided here
     data = config.data
     if data.path is None or data.rejected_column is None:
         raise ValueError("a reward head needs pairs: set data.path and data.rejected_column")
     if objective is not None and data.objective_column is None:
         raise ValueError(f"--objective {objective} is a value of a column: set data.objective_column")
-    pairs = pairs_of(config, objective)
-    held_out = {"held_out": pairs.held_out, **(held_out_of_others(config, objective) if objective else {})}
-    head = train_head(model_for(config), pairs.train, held_out, objective=objective or "", data=data, penalty=penalty)
-    head.save(folder)
+    with new_folder(folder) as written:
+        pairs = pairs_of(config, objective)
+        others = held_out_of_others(config, objective) if objective else {}
+        head = train_head(
+            model_for(config), pairs.train, {"held_out": pairs.held_out, **others},
+            objective=objective or "", data=data, penalty=penalty,
+        )  # fmt: skip
+        head.save(written)
     shares = ", ".join(f"{name} {share:.3f}" for name, share in head.facts.accuracy.items())
     console = Console(highlight=False)
     console.print(f"{head.facts.num_pairs} pairs; accuracy: {shares}", soft_wrap=True)

@@ -10,7 +10,9 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from client.messages import JOIN, Joined, Request, Sender, decode_joined, encode_request, site_of
+from client.site_names import check_site_name
 from server.exchange import POLL_SECONDS, poll, push
+from server.record import told
 
 
 @dataclass
@@ -129,7 +131,7 @@ class Roster:
             self._check_newcomer(node, sender, joined, present)
         except ValueError as error:
             self._barred.add(node)
-            self.refused[node] = f"{site_of(reply) or f'node {node}'} refused: {error}"
+            self.refused[node] = told(f"{site_of(reply) or f'node {node}'} refused: {error}")
             self.tell(self.refused[node])
         else:
             self.refused.pop(node, None)
@@ -140,6 +142,7 @@ class Roster:
 
     def _check_newcomer(self, node: int, sender: Sender, joined: Joined, present: set[int]) -> None:
         self._check_settings(sender)
+        check_site_name(sender.site, "a site's name")
         owner = self.registered().get(str(node), {}).get("site", sender.site)
         if owner != sender.site:
             raise ValueError(f"its key is that of {owner!r}: bouquet site up --name {owner}")

@@ -28,7 +28,7 @@ from client.site import POOLED
 from conf.check import needed_sites, num_asked
 from conf.schema import Config, Mode
 from server.exchange import Exchange, send
-from server.record import RunRecord
+from server.record import RunRecord, told
 from server.roster import Roster
 from server.round_record import RoundRecord, sample_sites
 from strategies.adapters import Arrays, check_finite, check_size, spread
@@ -281,7 +281,7 @@ class FederatedRounds(FlowerStrategy):
         return sorted(received, key=lambda entry: self.roster.name_of(entry[0]))
 
     def _drop(self, node: int, reason: str) -> None:
-        site = self.roster.name_of(node)
+        site, reason = self.roster.name_of(node), told(reason)
         reasons = [self._round.dropped[site], reason] if site in self._round.dropped else [reason]
         self._round.dropped[site] = self._round.site(site)["dropped"] = "; ".join(reasons)
         self.record.event(f"round {self._round.server_round}: dropped {site}: {reason}")

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
-import re
 import socket
 import subprocess
 import sys
 import threading
 import time
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -19,7 +17,10 @@ from typing import IO, Annotated, NoReturn
 
 import typer
 
+from client.node import real_node
+from client.site_names import check_site_name
 from server.certificates import (
+    CA_DAYS,
     check_private_key,
     check_server_certificate,
     hosts_of,
@@ -27,7 +28,7 @@ from server.certificates import (
     make_certificates,
 )
 from server.clientapps import fast_clientapps
-from server.flower import MARK, Connection, end_marked, environment, free_port, remote_superlink
+from server.flower import MARK, Connection, environment, free_port, marked, remote_superlink
 from server.probe import UnreachableError, check_clock, look_at, split_address
 from server.register import SITES_FILE, Register
 
@@ -65,7 +66,7 @@ def certs(
     host: Annotated[list[str] | None, typer.Option(help="Name or address by which sites reach the server.")] = None,
     site: Annotated[list[str] | None, typer.Option(help="Site that needs a key pair.")] = None,
     replace: Annotated[list[str] | None, typer.Option(help="Site whose key pair is made anew.")] = None,
-    days: Annotated[float, typer.Option(min=0, help="Validity of the server's certificate.")] = 365,
+    days: Annotated[int, typer.Option(min=1, max=CA_DAYS, help="Validity of the server's certificate.")] = 365,
 ) -> None:
     """Make an authority, the server's certificate and the sites' keys; again: issue the certificate anew."""
     written = make_certificates(folder, host or [], site or [], replace=replace or [], valid_seconds=days * 86400)
@@ -110,6 +111,7 @@ def site_up(  # noqa: PLR0917 - its options
     settings: Annotated[list[str] | None, typer.Argument(help="Node settings: private=FOLDER device=cuda ...")] = None,
 ) -> None:
     """Run the site until stopped; it waits for the server and comes back after any interruption."""
+    check_site_name(name, "--name")
     folder = _neutral(home or DATA_ROOT / "sites" / name)
     security = _site_security(superlink, root_certificates, key, insecure=insecure)
     words = [sys.executable, "-P", "-m", "server.supernode", *security, "--superlink", superlink, "--host", "127.0.0.1"]
@@ -122,10 +124,8 @@ def node_config(name: str, data: Path, home: Path, settings: Sequence[str]) -> s
     """Flower's ``--node-config`` of a site.
 
     Raises:
-        ValueError: If the name is not safe, the data file is missing or a setting is not KEY=VALUE.
+        ValueError: If the data file is missing, a setting is not KEY=VALUE, or as ``real_node``.
     """
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name):
-        raise ValueError(f"--name must be letters, digits, '.', '_' and '-', and start with none of '.-', got {name!r}")
     if not data.expanduser().is_file():
         raise ValueError(f"--data {data} is not a file")
     values = {"site": name, "data": str(data.expanduser().resolve()), "private": str((home / "private").resolve())}
@@ -137,6 +137,7 @@ def node_config(name: str, data: Path, home: Path, settings: Sequence[str]) -> s
     for setting, value in values.items():
         if "'" in value:
             raise ValueError(f"{setting}={value}: Flower takes no value with an apostrophe")
+    real_node(values)
     return " ".join(f"{setting}='{value}'" for setting, value in values.items())
 
 
@@ -261,20 +262,16 @@ def _wait_until_healthy(process: subprocess.Popen[str], dialled: str, authority:
 def _service(
     words: Sequence[str], home: Path, variables: Mapping[str, str], stdout: int | None = None
 ) -> Iterator[subprocess.Popen[str]]:
-    """A Flower process in ``home``; at the end it and all it started are gone."""
-    mark = uuid.uuid4().hex
+    """A Flower process in ``home``; at the end, also if this process is killed, it and all it started are gone."""
     # Whoever sets this could have a SuperLink believe any address that a client writes into its request.
     inherited = {key: value for key, value in environment(home / "flwr", 1).items() if key != "FORWARDED_ALLOW_IPS"}
-    process = subprocess.Popen(  # noqa: S603
-        list(words),
-        cwd=home, env={**inherited, MARK: mark, **variables}, stdout=stdout,
-        stderr=subprocess.STDOUT if stdout else None, text=True, errors="replace", start_new_session=True,
-    )  # fmt: skip
-    try:
+    with marked() as mark:
+        process = subprocess.Popen(  # noqa: S603
+            list(words),
+            cwd=home, env={**inherited, MARK: mark, **variables}, stdout=stdout,
+            stderr=subprocess.STDOUT if stdout else None, text=True, errors="replace", start_new_session=True,
+        )  # fmt: skip
         yield process
-    finally:
-        end_marked(mark)
-        process.wait()
 
 
 def _neutral(folder: Path) -> Path:

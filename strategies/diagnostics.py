@@ -63,14 +63,15 @@ def round_diagnostics(
 ) -> dict[str, Any]:
     """JSON values that describe a round, small enough to keep: ``sites`` (their order), ``layers`` and ``kinds``.
 
-    Each MoE layer, and each kind of other arrays as a block of one expert, has as [expert] ``lowest_cosine`` (of any
-    site's update with the consensus), ``kept`` (||consensus|| / mean ||update||: what averaging left), ``scale``
-    (<step taken, consensus> / ||consensus||^2), ``norm`` (of the next global adapter) and ``num_tokens``; as
-    [site][expert] ``tokens``, ``length`` (||update||), ``cosine`` and ``cosine_to_others`` (with the consensus without
-    the site itself, whose share in it hides that it goes against the rest); and the cosines of the sites' updates with
-    each other, pairs j < k in the order of ``itertools.combinations``, as ``pairs`` [expert][pair] and, over the whole
-    block, ``block_pairs`` [pair]. None where there is nothing to compare. What the strategy itself found of a layer
-    (``diagnostics["experts"]``) is its ``rule``.
+    Each MoE layer, and each kind of other arrays as a block of one expert, has as [expert] ``lowest_cosine`` and
+    ``lowest_to_others`` (lowest of any site: see below), ``kept`` (||consensus|| / mean ||update||: what averaging
+    left), ``scale`` (<step taken, consensus> / ||consensus||^2), ``norm`` (of the next global adapter) and
+    ``num_tokens``; as [site][expert] ``tokens``, ``length`` (||update||), ``cosine`` (of the update with the consensus)
+    and ``cosine_to_others`` (with the consensus without the site itself, whose share in it hides that it goes against
+    the rest); and the cosines of the sites' updates with each other, pairs j < k in the order of
+    ``itertools.combinations``, as ``pairs`` [expert][pair] and, over the whole block, ``block_pairs`` [pair]. None
+    where there is nothing to compare. What the strategy itself found of a layer (``diagnostics["experts"]``) is its
+    ``rule``.
 
     Args:
         received: Global adapter before the round.
@@ -151,9 +152,11 @@ def _block(adapters: _Adapters, names: Sequence[str], tokens_CE: NDArray[np.floa
         used_CE &= tokens_CE != 0
     norm_E = np.sqrt(np.maximum(gram_EKK[:, len(used_CE) + 1, len(used_CE) + 1], 0.0))
     whole = _cosines(changes_EXX.sum(axis=0, keepdims=True)[:, :-1, :-1], np.any(used_CE, axis=1)[:, None])
+    to_others_CE = _to_others(changes_EXX[:, :-1, :-1], used_CE)
     return table | _against_consensus(changes_EXX, lengths_EX[:, :-1].T, used_CE) | {
         "norm": norm_E,
-        "cosine_to_others": _to_others(changes_EXX[:, :-1, :-1], used_CE),
+        "lowest_to_others": np.fmin.reduce(to_others_CE, axis=0),
+        "cosine_to_others": to_others_CE,
         "pairs": _cosines(changes_EXX[:, :-1, :-1], used_CE),
         "block_pairs": whole[0],
     }  # fmt: skip
@@ -232,7 +235,9 @@ def _cosines(gram_ECC: NDArray[np.float64], used_CE: NDArray[np.bool_]) -> NDArr
 
 
 _OF_SITES = ("tokens", "length", "cosine", "cosine_to_others")
-_DECIMALS = {"tokens": 0, "num_tokens": 0, "pairs": 2, "block_pairs": 2, "lowest_cosine": 3, "cosine": 3, "kept": 3}
+_DECIMALS = {"tokens": 0, "num_tokens": 0, "pairs": 2, "block_pairs": 2, "kept": 3} | dict.fromkeys(
+    ("lowest_cosine", "cosine", "lowest_to_others", "cosine_to_others"), 3
+)
 """Of those that have a natural unit; the others are rounded to four digits."""
 
 

@@ -132,9 +132,7 @@ def weighted(config: DpoConfig, pairs: Sequence[PreferencePair]) -> list[Prefere
     counts = Counter(pair.objective for pair in pairs)
     present = sum(preference[name] for name in counts)
     if present <= 0:
-        raise ValueError(
-            f"method.preference gives no weight to {sorted(counts)}, all pairs there are"
-        )
+        raise ValueError(f"method.preference gives no weight to {sorted(counts)}, all pairs there are")
     each = {name: preference[name] / present * len(pairs) / count for name, count in counts.items()}
     return [replace(pair, weight=each[pair.objective]) for pair in pairs]
 

@@ -10,15 +10,19 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
-from server.report.charts import PANEL, Chart, bounds_of, line_chart
-from server.report.heat import Heat, Scale, Value, around, cells, flat, from_zero, near
+from server.report.charts import PANEL, Chart, bounds_of, line_chart, nice_ticks
+from server.report.heat import Heat, Scale, Value, around, cells, cosines, flat, from_zero, near
 from server.report.runs import Run
 
 MAPS = {
+    "lowest_to_others": (
+        "Cosine to the other sites, lowest of any",
+        "Of the site that goes most against the sum of the other sites' updates: below 0 it undoes what they do.",
+    ),
     "lowest_cosine": (
-        "Cosine to the consensus",
-        "Of the site that goes along least: 1 agrees with the mean update of the sites that used the expert, "
-        "0 has nothing in common with it, below 0 opposes it.",
+        "Cosine to the consensus, lowest of any site",
+        "To the mean update of the sites that used the expert. A site's own share is in it: of K orthogonal updates of "
+        "one length each has 1/√K, so 0 is already opposition.",
     ),
     "kept": (
         "Length kept by averaging",
@@ -26,19 +30,33 @@ MAPS = {
     ),
     "scale": (
         "Scale of the step taken",
-        "How far the next global adapter goes along the mean update: 1 is the whole of it. Values far out have the "
-        "last colour.",
+        "How far the next global adapter goes along the mean update: 1 is the whole of it. The mean counts sites "
+        "alike, so a rule that counts examples, as FedAvg does, may be off 1. Values far out have the last colour.",
     ),
     "num_tokens": ("Tokens", "Routed to the expert in local training, by all sites together."),
 }
-"""Diagnostic -> title and how to read it; drawn as layer x expert."""
+"""Diagnostic -> title and how to read it; drawn as layer x expert where a run of the page has it."""
 
 OF_SITES = {
     "load": ("Load", "Share of the site's tokens in this layer that went to each expert."),
-    "cosine": ("Cosine to the consensus", "Of each site's update of each expert."),
+    "cosine_to_others": (
+        "Cosine to the other sites",
+        "Of each site's update of each expert, to the sum of the others.",
+    ),
+    "cosine": (
+        "Cosine to the consensus, of each site",
+        "Of each site's update of each expert; the site's own share is in the consensus.",
+    ),
     "weight": ("Weight in the rule", "The say that the strategy gave each site in each expert."),
+    "conflict": (
+        "Conflict in the rule",
+        "Share of the expert's parts in which the strategy found the site in conflict with the others.",
+    ),
 }
-"""Diagnostic -> title and how to read it; drawn as site x expert."""
+"""Diagnostic -> title and how to read it; drawn as site x expert. Of the rule where the run has it, others where a run
+of the page has it."""
+
+OF_RULE = frozenset({"weight", "conflict"})
 
 PAIRS = ("Who pulls against whom", "Cosine between the updates of two sites: below 0 they undo each other.")
 
@@ -49,6 +67,8 @@ class ExpertsView:
 
     run: Run
     index: int
+    told: str
+    """Which round it shows where that is not the chosen one."""
     maps: list[Heat]
     pairs: Heat
     of_sites: list[Heat]
@@ -66,24 +86,32 @@ def blocks_of(line: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 
 
 def scales(runs: Sequence[Run]) -> dict[str, Scale]:
-    """One scale for each diagnostic, the same for all runs and rounds."""
+    """One scale for each diagnostic that any run has, the same for all runs and rounds."""
     blocks = [block for line in lines_of(runs) for block in blocks_of(line).values()]
 
     def every(name: str) -> list[float]:
         return [number for block in blocks for number in flat(block.get(name))]
 
-    loads = [share for block in blocks for row in block.get("tokens", []) for share in load(row) if share is not None]
-    weights = [number for block in blocks for number in flat(block.get("rule", {}).get("weight"))]
-    return {
-        "lowest_cosine": Scale("d", -1.0, 1.0, "fixed"),
-        "cosine": Scale("d", -1.0, 1.0, "fixed"),
+    def of_sites(name: str) -> list[float]:
+        return [number for block in blocks for number in flat(site_values(name, block))]
+
+    to_consensus, to_others = (
+        cosines(every(lowest) + every(each))
+        for lowest, each in (("lowest_cosine", "cosine"), ("lowest_to_others", "cosine_to_others"))
+    )
+    found = {
+        "lowest_cosine": to_consensus,
+        "cosine": to_consensus,
         "kept": Scale("s", 0.0, 1.0, "fixed"),
-        "weight": from_zero(weights, "fixed", 0.05),
+        "weight": from_zero(of_sites("weight"), "share", 0.05),
+        "conflict": Scale("s", 0.0, 1.0, "fixed"),
         "scale": around(1.0, near(1.0, every("scale")), 0.1),
         "num_tokens": from_zero(every("num_tokens"), "count", 1.0),
-        "load": from_zero(loads, "percent", 0.05),
-        "pairs": around(0.0, every("pairs") + every("block_pairs"), 0.25),
+        "load": from_zero(of_sites("load"), "percent", 0.05),
+        "pairs": cosines(every("pairs") + every("block_pairs")),
     }
+    new = {name for name in ("lowest_to_others", "cosine_to_others") if any(name in block for block in blocks)}
+    return found | dict.fromkeys(new, to_others)
 
 
 def load(tokens: Sequence[Value]) -> list[Value]:
@@ -95,26 +123,39 @@ def load(tokens: Sequence[Value]) -> list[Value]:
 
 
 def experts_view(run: Run, index: int, scale: Mapping[str, Scale], server_round: int | None, block: str) -> ExpertsView:
-    """A run's part for the whole of ``block`` in a round; without numbers where the run has none of that round."""
-    nothing: Mapping[str, Any] = {"sites": [], "layers": {}, "kinds": {}}
-    line = next((line for line in run.diagnostics if line["round"] == server_round), nothing)
-    has_rule = any("rule" in layer for each in run.diagnostics for layer in each["layers"].values())
+    """A run's part for the whole of ``block`` in a round; where it has none of that round, in its last one before."""
+    nothing: Mapping[str, Any] = {"round": None, "sites": [], "layers": {}, "kinds": {}}
+    past = [line for line in run.diagnostics if line["round"] <= (server_round or 0)]
+    line = past[-1] if past else nothing
+    own = {name for each in lines_of([run]) for found in blocks_of(each).values() for name in found.get("rule", {})}
+    tables = [name for name in OF_SITES if (name in own if name in OF_RULE else name in scale)]
     return ExpertsView(
         run,
         index,
-        maps=[_map(name, run, line, scale[name]) for name in MAPS],
+        told=told_round(run, line["round"], server_round),
+        maps=[_map(name, run, line, scale[name]) for name in MAPS if name in scale],
         pairs=_pairs(run, line, block, scale["pairs"]),
-        of_sites=[_of_sites(name, run, line, block, scale[name]) for name in OF_SITES if name != "weight" or has_rule],
+        of_sites=[_of_sites(name, run, line, block, scale[name]) for name in tables],
         norms=_norms(run, index),
     )
+
+
+def told_round(run: Run, shown: int | None, chosen: int | None) -> str:
+    """Which round a run shows, where that is not the chosen one."""
+    if shown == chosen:
+        return ""
+    if shown is None:
+        return "no round yet"
+    return f"round {shown}, its last" if shown == run.diagnostics[-1]["round"] else f"round {shown}"
 
 
 def _map(name: str, run: Run, line: Mapping[str, Any], scale: Scale) -> Heat:
     """Layer x expert."""
     widths = {block: _width(block, run) for block in run.blocks()}
-    found = blocks_of(line)
-    rows = [(block, cells(found.get(block, {}).get(name) or [None] * width, scale)) for block, width in widths.items()]
-    return Heat(name, *MAPS[name], scale, "layer", rows, _numbered(max(widths.values(), default=0)))
+    most = max(widths.values(), default=0)
+    found = {block: values.get(name) for block, values in blocks_of(line).items()}
+    rows = [(block, cells(found.get(block) or [None] * width, scale, most)) for block, width in widths.items()]
+    return Heat(name, *MAPS[name], scale, "layer", rows, _numbered(most))
 
 
 def _pairs(run: Run, line: Mapping[str, Any], block: str, scale: Scale) -> Heat:
@@ -122,15 +163,16 @@ def _pairs(run: Run, line: Mapping[str, Any], block: str, scale: Scale) -> Heat:
     cosines = blocks_of(line).get(block, {}).get("block_pairs", [])
     known = dict(zip(combinations(line["sites"], 2), cosines, strict=False))
     known |= {(right, left): value for (left, right), value in known.items()}
-    rows = [(left, cells([known.get((left, right)) for right in run.sites], scale)) for left in run.sites]
-    return Heat("pairs", *PAIRS, scale, "site", rows, _numbered(len(run.sites), first=1))
+    count = len(run.sites)
+    rows = [(left, cells([known.get((left, right)) for right in run.sites], scale, count)) for left in run.sites]
+    return Heat("pairs", *PAIRS, scale, "site", rows, _numbered(count, first=1))
 
 
 def _of_sites(name: str, run: Run, line: Mapping[str, Any], block: str, scale: Scale) -> Heat:
     """Site x expert."""
     width = _width(block, run)
     known = dict(zip(line["sites"], site_values(name, blocks_of(line).get(block, {})), strict=False))
-    rows = [(site, cells(known.get(site) or [None] * width, scale)) for site in run.sites]
+    rows = [(site, cells(known.get(site) or [None] * width, scale, width)) for site in run.sites]
     return Heat(name, *OF_SITES[name], scale, "site", rows, _numbered(width))
 
 
@@ -138,7 +180,7 @@ def site_values(name: str, block: Mapping[str, Any]) -> list[list[Value]]:
     """[site][expert] of a diagnostic of a block; empty if there is none."""
     if name == "load":
         return [load(row) for row in block.get("tokens", [])]
-    source = block.get("rule", {}) if name == "weight" else block
+    source = block.get("rule", {}) if name in OF_RULE else block
     values: list[list[Value]] = source.get(name, [])
     return values
 
@@ -147,6 +189,16 @@ def short_name(block: str) -> str:
     """``layer 3`` for ``model.layers.3.mlp``; the name itself where it has no or several numbers."""
     numbers = [part for part in block.split(".") if part.isdigit()]
     return f"layer {numbers[0]}" if len(numbers) == 1 else block
+
+
+def kinds_of(runs: Sequence[Run]) -> set[str]:
+    """Names of blocks that are no layers and have no experts."""
+    return {name for line in lines_of(runs) for name in line["kinds"]}
+
+
+def where_of(block: str, runs: Sequence[Run]) -> str:
+    """A block as a whole, for people."""
+    return short_name(block) if block in kinds_of(runs) else f"{short_name(block)}, all experts"
 
 
 def _width(name: str, run: Run) -> int:
@@ -171,11 +223,12 @@ def _norms(run: Run, index: int) -> list[Chart]:
             norms = block.get("norm", [])
             rows = series.setdefault(name, [{} for _ in norms])
             for values, norm in zip(rows, norms, strict=False):
-                values[line["round"]] = norm
-    bounds = bounds_of([{0: 0.0}, *(values for rows in series.values() for values in rows)])
+                if norm is not None:
+                    values[line["round"]] = norm
+    ticks = nice_ticks(*bounds_of([{0: 0.0}, *(values for rows in series.values() for values in rows)]), 3)
     charts = [
         line_chart(
-            f"norm-{index}-{number}", name, [(str(e), "expert", values) for e, values in enumerate(rows)], PANEL, bounds
+            f"norm-{index}-{number}", name, [(str(e), "expert", values) for e, values in enumerate(rows)], PANEL, ticks
         )
         for number, (name, rows) in enumerate(series.items())
     ]

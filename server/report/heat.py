@@ -25,7 +25,7 @@ class Scale:
     low: float
     high: float
     style: str
-    """``fixed``: two decimals; ``count``: whole numbers with k and M; ``percent``."""
+    """``fixed``: two decimals; ``count``: whole numbers with k and M; ``percent``; ``share``: with a decimal."""
 
     def colour(self, value: Value) -> str:
         """Class of a cell: ``d0`` to ``d10``, ``s0`` to ``s8``, or ``n`` for no value."""
@@ -41,9 +41,16 @@ class Scale:
             return "·"
         if self.style == "percent":
             return f"{_fixed(100 * value, 0)}%"
+        if self.style == "share":
+            return f"{_fixed(100 * value, 1)}%"
         if self.style == "count":
             return count_text(value)
         return _fixed(value, 2)
+
+    @property
+    def middle(self) -> float:
+        """The number half-way."""
+        return (self.low + self.high) / 2
 
     @property
     def legend(self) -> list[str]:
@@ -77,13 +84,14 @@ class Heat:
 
     @property
     def is_wide(self) -> bool:
-        """Whether the cells show their colour only."""
+        """Whether the cells have their colour only."""
         return len(self.columns) > MAX_COLUMNS_WITH_TEXT
 
 
-def cells(values: Iterable[Value], scale: Scale) -> list[Cell]:
-    """One cell for each value."""
-    return [Cell(scale.colour(value), scale.text(value)) for value in values]
+def cells(values: Iterable[Value], scale: Scale, num_columns: int = 0) -> list[Cell]:
+    """One cell for each value, without text in a table of many columns."""
+    is_wide = num_columns > MAX_COLUMNS_WITH_TEXT
+    return [Cell(scale.colour(value), "" if is_wide else scale.text(value)) for value in values]
 
 
 def count_text(value: float) -> str:
@@ -106,6 +114,12 @@ def around(middle: float, values: Iterable[Value], least: float) -> Scale:
     farthest = max((abs(value - middle) for value in values if value is not None), default=0.0)
     reach = round_up(max(farthest, least))
     return Scale("d", middle - reach, middle + reach, "fixed")
+
+
+def cosines(values: Sequence[float]) -> Scale:
+    """A diverging scale of what most cosines span."""
+    reach = min(1.0, around(0.0, near(0.0, values), 0.25).high)
+    return Scale("d", -reach, reach, "fixed")
 
 
 def near(middle: float, values: Sequence[float]) -> list[float]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from client.evaluation.measured import LOWER_IS_BETTER, METRICS, PERSONAL, is_general
 from server.report.heat import Cell, Heat, Scale, Value, cells, round_up
-from server.report.runs import Run
+from server.report.runs import Run, natural
 from server.usage import usage_of
 
 Row = Mapping[str, Any]
@@ -59,7 +59,7 @@ def _scale(metric: str, values: Iterable[Value]) -> Scale | None:
 def _heat(metric: str, rows: Sequence[Row], scale: Scale) -> Heat:
     """Model x set; personal models are named after their sites."""
     measured = [row for row in rows if row[metric] is not None]
-    sets = sorted({row["on"] for row in measured}, key=lambda name: (is_general(name), name))
+    sets = sorted({row["on"] for row in measured}, key=lambda name: (is_general(name), natural(name)))
     models = dict.fromkeys(_name(row) for row in measured)
     known = {(_name(row), row["on"]): row[metric] for row in measured}
     digits = 3

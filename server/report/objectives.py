@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from server.alignment import Alignment, Front, Gauge, Series, alignment_of, fronts, settings_of
+from server.alignment import Alignment, Front, Gauge, Series, alignment_of, fronts
 from server.pareto import non_dominated
 from server.report.charts import PANEL, Axis, Chart, Size, line_chart, nice_ticks, spread
-from server.report.runs import Run
+from server.report.runs import Run, natural
 
 WIDE_PANEL = PANEL._replace(width=336, height=142, left=56, right=126, bottom=34)
 """Room for labels at the lines' ends."""
@@ -145,7 +145,7 @@ def fronts_view(runs: Sequence[Run], num_colours: int) -> ObjectivesView | None:
 
 def _aligned(runs: Sequence[Run]) -> tuple[list[Mapping[str, Any]], list[Alignment | None]]:
     """Settings and objectives of each run; None if it has none, or is told otherwise than the first that has any."""
-    settings = [settings_of(run.config_yaml) for run in runs]
+    settings = [run.settings for run in runs]
     found = [alignment_of(run.rows, of_run) for run, of_run in zip(runs, settings, strict=True)]
     first = next(((one.objectives, one.gauge) for one in found if one), None)
     return settings, [one if one and (one.objectives, one.gauge) == first else None for one in found]
@@ -178,9 +178,9 @@ def _weights(index: int, run: Run, one: Alignment) -> RunWeights:
             site,
             [(name, f"run-{number}", series) for number, (name, series) in enumerate(of_site.items())],
             WIDE_PANEL,
-            (0.0, 1.0),
+            nice_ticks(0.0, 1.0, 3),
         )
-        for place, (site, of_site) in enumerate(one.weights.items())
+        for place, (site, of_site) in enumerate(sorted(one.weights.items(), key=lambda item: natural(item[0])))
     ]
     return RunWeights(index, run.label, [panel for panel in panels if panel])
 

@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from server.record import RunFolder
+from server.alignment import settings_of
+from server.report.files import (
+    DIAGNOSTICS,
+    METRICS,
+    config_of,
+    cut_off,
+    diagnostics_of,
+    evaluation_of,
+    rows_of,
+    summary_of,
+)
 
+MAX_RUNS = 8
+"""Runs of a page that are shown whole: colours that can be told apart, by colour-blind people too."""
 MAX_DIAGNOSTICS_BYTES = 16 << 20
-"""A run's diagnostics on a page; beyond, evenly spaced rounds are left out."""
+"""Diagnostics of all of them on a page, in equal shares; beyond, evenly spaced rounds are left out."""
 
 _MAPS = "maps of experts and of who pulls against whom"
 
@@ -41,8 +54,13 @@ class Run:
 
     @cached_property
     def sites(self) -> list[str]:
-        """Names of all sites that took part, sorted."""
-        return sorted({str(row["site"]) for row in self.rows if row.get("type") == "site"})
+        """Names of all sites that took part, in their natural order."""
+        return sorted({row["site"] for row in self.rows if row.get("type") == "site"}, key=natural)
+
+    @cached_property
+    def settings(self) -> Mapping[str, Any]:
+        """``config.yaml``, read; empty if there is none."""
+        return settings_of(self.config_yaml)
 
     def of_site(self, site: str, key: str) -> dict[int, float]:
         """Round -> the site's number, where there is one."""
@@ -56,12 +74,13 @@ class Run:
         """Names of MoE layers, then of other kinds of arrays, that diagnostics speak of."""
         layers = {name for line in self.diagnostics for name in line["layers"]}
         kinds = {name for line in self.diagnostics for name in line["kinds"]}
-        return [*sorted(layers, key=_by_number), *sorted(kinds)]
+        return [*sorted(layers, key=natural), *sorted(kinds)]
 
 
-def _by_number(name: str) -> list[tuple[int, str]]:
-    """Layer 2 before layer 10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+def natural(name: str) -> list[tuple[bool, int, str]]:
+    """Key of an order in which layer 2, or hospital-2, comes before number 10."""
+    parts = re.findall("[0-9]+|[^0-9]+", name)
+    return [(False, int(part), "") if part[0] in "0123456789" else (True, 0, part) for part in parts]
 
 
 def _numbers(key: str, rows: Iterable[Mapping[str, Any]]) -> dict[int, float]:
@@ -75,7 +94,8 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
         ValueError: If a folder holds no run, or a file of one is damaged.
     """
     paths = run_folders(folders)
-    return [_read(path, label) for path, label in zip(paths, _labels(paths), strict=True)]
+    share = MAX_DIAGNOSTICS_BYTES // min(MAX_RUNS, len(paths))
+    return [_read(path, label, share) for path, label in zip(paths, labels_of(paths), strict=True)]
 
 
 def run_folders(folders: Sequence[Path]) -> list[Path]:
@@ -104,7 +124,7 @@ def _is_run(folder: Path) -> bool:
     return any((folder / name).exists() for name in ("metrics.jsonl", "summary.json"))
 
 
-def _labels(paths: Sequence[Path]) -> list[str]:
+def labels_of(paths: Sequence[Path]) -> list[str]:
     """The shortest ends of the paths, of whole names, that tell them apart."""
     depth = 1
     while len({path.parts[-depth:] for path in paths}) < len(paths):
@@ -112,27 +132,12 @@ def _labels(paths: Sequence[Path]) -> list[str]:
     return ["/".join(path.parts[-depth:]) for path in paths]
 
 
-def _read(path: Path, label: str) -> Run:
-    folder = RunFolder(path)
-    rows = folder.rows()
-    damaged = next((row for row in rows if not isinstance(row.get("round"), int)), None)
-    if damaged is not None:
-        raise ValueError(f"{path}/metrics.jsonl is damaged: a line without a round: {json.dumps(damaged)[:80]}")
-    try:
-        summary = folder.summary()
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}/summary.json is damaged: {error}") from error
-    lines = folder.diagnostics()
-    if any(not {"round", "sites", "layers", "kinds"} <= line.keys() for line in lines):
-        raise ValueError(f"{path}/diagnostics/rounds.jsonl is damaged, or of another version of Bouquet")
-    kept = thinned(lines, MAX_DIAGNOSTICS_BYTES)
-    config = path / "config.yaml"
-    missing = list(_missing(rows, summary, lines, kept))
-    try:
-        evaluation = folder.evaluation()
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}/evaluation.json is damaged: {error}") from error
-    return Run(label, summary, config.read_text() if config.exists() else "", rows, kept, missing, evaluation)
+def _read(path: Path, label: str, max_bytes: int) -> Run:
+    (rows, is_cut), (lines, is_cut_too) = rows_of(path), diagnostics_of(path)
+    summary, kept = summary_of(path), thinned(lines, max_bytes)
+    missing = [cut_off(name) for name, is_so in ((METRICS, is_cut), (DIAGNOSTICS, is_cut_too)) if is_so]
+    missing += _missing(rows, summary, lines, kept)
+    return Run(label, summary, config_of(path), rows, kept, missing, evaluation_of(path))
 
 
 def thinned(lines: Sequence[Mapping[str, Any]], max_bytes: int) -> list[Mapping[str, Any]]:

@@ -45,6 +45,10 @@ def test_real_site_keeps_its_private_state_where_the_environment_says(tmp_path, 
             {"site": "w", "data": "x", "device": "gpu"},
             r"^node config device must be one of auto, cpu, cuda, got 'gpu'$",
         ),
+        (
+            {"site": "w", "data": "x", "devcie": "cuda"},
+            r"^node config devcie=\.\.\. is unknown: one of site, data, private",
+        ),
         ({"site": "w", "data": "x", "worker": "no"}, r"^node config worker must be on or off, got 'no'$"),
     ],
 )

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from client.adapter_layout import moe_layers
-from client.bases import content_sha256, export_base, materialise
+from client.base_model import load_base
+from client.bases import cache_root, content_sha256, export_base, materialise
 from conf.model import Differentiation, ModelConfig, ModelSource, UpcycleConfig
 from tests.client.tiny_models import save_tiny_base
 
@@ -88,8 +89,32 @@ def test_exported_base_is_the_same_base(tmp_path: Path) -> None:
     assert exported.sha256 == materialise(ModelConfig()).sha256
     again = materialise(ModelConfig(name=str(tmp_path / "exported"), source=ModelSource.hub))
     assert (again.sha256, again.path) == (exported.sha256, exported.path)
-    with pytest.raises(ValueError, match="new or empty folder"):
+    with pytest.raises(ValueError, match="Directory not empty"):
         export_base(ModelConfig(), tmp_path / "exported")
+
+
+def test_a_damaged_model_is_named_where_it_is_upcycled(tmp_path: Path) -> None:
+    dense = save_tiny_base(tmp_path / "dense", "llama")
+    weights = Path(dense.name) / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=rf"{dense.name} cannot be read: SafetensorError"):
+        materialise(ModelConfig(name=dense.name, source=ModelSource.hub, upcycle=UpcycleConfig(num_experts=2)))
+
+
+@pytest.mark.parametrize(("name", "content"), [("model.safetensors", b"half"), ("config.json", b"{"),
+                                               ("tokenizer.json", b"{}")])  # fmt: skip
+def test_a_damaged_model_is_named_where_it_is_loaded(tmp_path: Path, name: str, content: bytes) -> None:
+    model = save_tiny_base(tmp_path / "base", "olmoe")
+    (Path(model.name) / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"^{model.name} cannot be read: "):
+        load_base(model, torch.device("cpu"))
+
+
+def test_the_cache_may_be_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for value in ("~/mine", ""):
+        monkeypatch.setenv("BOUQUET_CACHE", value)
+        assert cache_root() == tmp_path / (value[2:] or ".cache/bouquet")
 
 
 def test_upcycling_settings_make_another_base(tmp_path: Path) -> None:

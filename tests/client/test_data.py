@@ -249,7 +249,7 @@ def test_own_site_needs_two_rows_and_a_safe_name(rows, tmp_path):
     path = write(tmp_path / "one.jsonl", rows[:1])
     with pytest.raises(ValueError, match=r"site 'one' needs at least 2 usable rows, but .* has 1"):
         own_site(config_for(None), "one", str(path))
-    with pytest.raises(ValueError, match=r"site must consist of letters.*'a/b'"):
+    with pytest.raises(ValueError, match=r"site must be 1 to 100 letters .* got 'a/b'"):
         own_site(config_for(None), "a/b", str(path))
 
 

@@ -41,6 +41,18 @@ def test_a_seed_makes_the_same_model_again(pretrained: Path, tmp_path: Path) -> 
     assert (tmp_path / "model.safetensors").read_bytes() == (pretrained / "model.safetensors").read_bytes()
 
 
-def test_a_model_is_never_overwritten(pretrained: Path) -> None:
-    with pytest.raises(ValueError, match="holds a model already"):
-        pretrain(pretrained)
+def test_what_is_there_is_refused_before_training(pretrained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("client.pretrain.train_whole_model")
+    for taken in (pretrained, pretrained / "config.json"):
+        with pytest.raises(ValueError, match=f"{taken} cannot be "):
+            pretrain(taken)
+
+
+def test_an_interrupted_training_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("client.pretrain._evaluate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []

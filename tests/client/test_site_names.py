@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from client.site_names import site_names_from
+from client.site_names import check_site_name, site_names_from
 
 
 def test_site_names_are_safe_as_file_names():
@@ -37,3 +37,17 @@ def test_a_site_name_is_one_path_component_and_stays_as_it_is(value):
     assert "/" not in name
     assert name.isascii()
     assert site_names_from([name], "x") == {name: name}
+
+
+@given(st.one_of(st.text(), st.text("aZ9._-", max_size=4), st.integers(99, 101).map("x".__mul__)))
+@settings(max_examples=300)
+def test_a_given_site_name_is_taken_if_it_would_stay_as_it_is(name):
+    try:
+        stays = site_names_from([name], "x")[name] == name
+    except ValueError:
+        stays = False
+    if stays:
+        check_site_name(name, "--name")
+    else:
+        with pytest.raises(ValueError, match="--name must be 1 to 100 letters"):
+            check_site_name(name, "--name")

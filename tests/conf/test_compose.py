@@ -8,6 +8,8 @@ from enum import Enum
 
 import pytest
 import yaml
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from conf.compose import (
     METHODS,
@@ -17,6 +19,7 @@ from conf.compose import (
     expand_sweep,
     load_config,
     load_saved,
+    quoted,
     settings_hash,
     swept_keys,
     to_dict,
@@ -310,6 +313,22 @@ def test_written_settings_read_back_as_the_same_run(words):
     assert again == config
     assert settings_hash(again) == settings_hash(config)
     assert load_saved(to_yaml(config), ["rounds=17", "seed=4"]) == dataclasses.replace(config, rounds=17, seed=4)
+
+
+@settings(max_examples=10, deadline=None)
+@example(["a\\", "it\\'s", "${seed}", "\\${seed}\\", "${", "1e3", "a,b"])
+@given(st.lists(st.text(st.sampled_from("\\'\"${}a,: \n") | st.characters(codec="utf-8"), min_size=1), min_size=2))
+def test_any_text_survives_an_override_and_a_run_folder(texts):
+    options = ",".join(quoted(text) for text in texts)
+    config = load_config([f"output={quoted(texts[0])}", f"eval.options=[{options}]"])
+    assert (config.output, config.eval.options) == (texts[0], texts)
+    assert load_saved(to_yaml(config)) == config
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "strategy: x", "rounds: {", "strategy: {}"])
+def test_damaged_settings_of_a_run_are_refused(text):
+    with pytest.raises(ValueError, match=r"^damaged settings, or of another version of Bouquet \("):
+        load_saved(text)
 
 
 @pytest.mark.parametrize(("word", "value"), [("3", 3), ("auto", "auto"), ("null", None)])

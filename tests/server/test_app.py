@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 import server.app
 from client.assemble import pooled_held_out, simulated_site
+from client.base_model import process_name
 from client.evaluation.held_out import held_out_loss
 from client.site import POOLED, shared_arrays
 from client.text import encode
@@ -79,7 +80,8 @@ def test_summary_holds_what_it_promises(fc_moe_run):
     assert summary["settings_hash"] == settings_hash(config)
     assert summary["base_model"]["sha256"] == model_of(config).base.identity.sha256
     assert summary["versions"].keys() >= {"flwr", "torch", "transformers", "peft"}
-    here = f"{platform.node()}:{os.getpid()}"
+    here = process_name(os.getpid())
+    assert platform.node() not in here
     assert summary["base_model_loads"].keys() == {here, f"{here} (server)"}
     assert summary["wall_seconds"] > 0
     assert sorted(summary["site_loss"]) == SITES

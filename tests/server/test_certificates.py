@@ -119,5 +119,31 @@ def test_server_certificate_must_be_complete_matching_and_valid(folder, tmp_path
 def test_hosts_are_needed_once_and_site_names_are_checked(tmp_path):
     with pytest.raises(ValueError, match=r"--host is needed"):
         make_certificates(tmp_path, [], ["a"], valid_seconds=DAY)
-    with pytest.raises(ValueError, match=r"--site must consist of .*'\.\./a'"):
-        make_certificates(tmp_path, ["h"], ["../a"], valid_seconds=DAY)
+    for name in ("../a", "é", "-x"):
+        with pytest.raises(ValueError, match=rf"--site must be 1 to 100 letters.*'{name}'"):
+            make_certificates(tmp_path, ["h"], [name], valid_seconds=DAY)
+        with pytest.raises(ValueError, match=rf"--replace must be 1 to 100 letters.*'{name}'"):
+            make_certificates(tmp_path, ["h"], [], replace=[name], valid_seconds=DAY)
+    make_certificates(tmp_path, ["h"], ["a.b"], valid_seconds=DAY)
+    assert (tmp_path / "server" / "sites" / "a.b.pub").is_file()
+
+
+@pytest.mark.parametrize(
+    "host", ["x y", "", "h:8000", "[::1]", "-h", "h-", "a..b", "h.", "é.org", "*", "x" * 64, "x." * 127 + "x"]
+)
+def test_what_no_site_could_dial_is_no_host(tmp_path, host):
+    with pytest.raises(ValueError, match="--host must be an address, or a name"):
+        make_certificates(tmp_path / "c", ["h", host], [], valid_seconds=DAY)
+    assert not (tmp_path / "c").exists()
+
+
+def test_names_and_addresses_of_every_kind_are_hosts(tmp_path):
+    hosts = ["fl.example.org", "*.example.org", "node-1", "my_host", "203.0.113.7", "2001:db8::1", "x" * 63]
+    make_certificates(tmp_path / "c", hosts, [], valid_seconds=DAY)
+    assert set(hosts) < set(hosts_of(load_certificate(tmp_path / "c" / "server" / "server.crt")))
+
+
+def test_a_folder_that_was_there_stays_open_to_those_who_could_enter_it(tmp_path):
+    tmp_path.chmod(0o755)
+    make_certificates(tmp_path, ["h"], [], valid_seconds=DAY)
+    assert tmp_path.stat().st_mode & 0o777 == 0o755

@@ -76,6 +76,12 @@ def test_use_of_experts_and_cost_stand_with_an_interval_where_they_are_known(tmp
     assert "busiest" not in shown([tmp_path / "local"])
 
 
+def test_runs_of_one_name_are_told_apart(tmp_path):
+    folders = [write_run(tmp_path / day / "flex", 0, {"a": 1.0}, rank=rank) for rank, day in ((4, "mon"), (8, "tue"))]
+    table = shown(folders)
+    assert cells(table, "mon/flex")[1] == cells(table, "tue/flex")[1] == "global"
+
+
 def test_runs_without_a_matrix_make_no_table(tmp_path):
     RunFolder(tmp_path / "plain").create()
     assert matrix_tables([tmp_path / "plain"]) == []

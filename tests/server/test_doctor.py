@@ -78,6 +78,19 @@ def test_failure_names_the_setting_to_change(settings, word, check, text):
     assert text in finding.text
 
 
+def test_a_damaged_base_model_is_named(settings, tmp_path):
+    model = save_tiny_base(tmp_path / "half", "olmoe")
+    (tmp_path / "half" / "model.safetensors").write_bytes(b"half")
+    found = findings([*settings, f"model.name={model.name}"])["base model"]
+    assert (found.state, found.text.startswith(f"{model.name} cannot be read: SafetensorError")) == ("failed", True)
+
+
+def test_a_file_that_a_check_cannot_open_fails_the_check(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(checks, "partition", lambda _: (tmp_path / "no file").read_text())
+    found = findings(settings)["data"]
+    assert (found.state, found.text) == ("failed", f"[Errno 2] No such file or directory: '{tmp_path}/no file'")
+
+
 def test_sets_of_the_server_are_read_where_they_lie(settings, tmp_path):
     general = tmp_path / "general.jsonl"
     general.write_text("".join(json.dumps(row) + "\n" for row in embedded_rows(8, seed=9)))

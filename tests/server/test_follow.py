@@ -44,6 +44,17 @@ def test_run_far_away_is_rebuilt_here_and_its_summary_decides(followed, fc_moe_r
     assert log == f"{FLOWER}INFO : done\n"
 
 
+def test_a_log_read_again_is_there_once(followed, fc_moe_run, tmp_path):
+    copy = RunFolder(tmp_path / "copy")
+    followed(f"INFO : first\n{fc_moe_run.log}INFO : cut", copy)
+    assert followed(f"INFO : first\n{fc_moe_run.log}INFO : cut off\n", copy)[2] == "INFO : first\nINFO : cut off\n"
+
+
+def test_a_log_stays_when_nothing_more_can_be_read(followed, fc_moe_run):
+    followed(f"INFO : first\n{fc_moe_run.log}")
+    assert followed("Error: could not connect\n")[2] == "INFO : first\nError: could not connect\n"
+
+
 def test_run_that_writes_its_folder_itself_is_only_watched(followed, fc_moe_run, tmp_path):
     outcome, _, _ = followed(fc_moe_run.log)
     assert outcome.completed

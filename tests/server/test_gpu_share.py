@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import server.gpu_share
 from conf.compose import load_config
 from server.gpu_share import Need, choose_gpus_per_site, gpu_share
 
@@ -39,7 +40,8 @@ def test_what_does_not_fit_on_a_gpu_is_refused_with_numbers():
     ("words", "share"),
     [("device=cpu", 0.0), ("federation.gpus_per_site=0.25", 0.25), ("federation.gpus_per_site=0", 0.0)],
 )
-def test_a_share_that_is_set_and_a_run_on_cpus_need_no_measurement(words, share):
+def test_a_share_that_is_set_and_a_run_on_cpus_need_no_measurement(monkeypatch, words, share):
+    monkeypatch.setattr(server.gpu_share, "may_have_gpu", lambda: True)
     assert choose_gpus_per_site(load_config(words)) == share
 
 
@@ -49,3 +51,22 @@ def test_a_gpu_that_was_asked_for_and_is_not_there_is_told_before_anything_start
         pytest.skip("there is a GPU")
     with pytest.raises(ValueError, match="device=cuda, but torch sees no CUDA device here"):
         choose_gpus_per_site(load_config("device=cuda"))
+
+
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        (
+            "federation.cpus_per_site=4096",
+            r"federation.cpus_per_site must be at most \d+, this machine's cores, got 4096",
+        ),
+        (
+            "federation.gpus_per_site=0.5",
+            "federation.gpus_per_site must be 0 or null, since there is no GPU here, got 0.5",
+        ),
+    ],
+)
+def test_more_of_a_machine_than_there_is_is_refused_before_anything_starts(monkeypatch, setting, told):
+    monkeypatch.setattr(server.gpu_share, "may_have_gpu", lambda: False)
+    with pytest.raises(ValueError, match=told):
+        choose_gpus_per_site(load_config([setting]))

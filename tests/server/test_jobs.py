@@ -50,6 +50,31 @@ def test_sweep_with_one_wrong_value_starts_nothing():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (
+            ["federation=remote", "federation.superlink=a:1,b:2"],
+            r"^federation\.superlink is a:1 and b:2 in one sweep, whose runs share a SuperLink$",
+        ),
+        (["federation=simulation,remote"], r"^federation\.mode is remote and simulation in one sweep"),
+        (["seed=0,0"], r"two would be called seed=0: name no value twice$"),
+        (["output=a,b"], r"^output=a,b: a sweep has one output"),
+    ],
+)
+def test_runs_of_a_sweep_have_one_superlink_one_output_and_a_folder_each(words, message):
+    with pytest.raises(ValueError, match=message):
+        plan(words, multirun=True)
+
+
+def test_folder_of_a_long_value_can_be_made_and_is_no_other_runs(tmp_path):
+    long = ",".join(["'" + "é" * 99 + "'"] * 2)
+    jobs, _ = plan([f"eval.options=[{long},a],[{long},b]", f"output={tmp_path}"], multirun=True)
+    for job in jobs:
+        job.output.mkdir()
+    assert all(job.output.name.startswith("eval.options=['ééé") for job in jobs)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
         (["model.quantization=int8"], r"quantization=int8 needs the package torchao: pip install 'bouquet-fl\[int8\]'"),
         (
             ["strategy=firm", "method.rewards=[length,sentiment]"],

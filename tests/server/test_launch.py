@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -32,26 +29,6 @@ def test_compare_and_fetch_name_the_folder_that_holds_no_run(tmp_path):
     assert "holds no launch.json" in str(runner.invoke(cli, ["fetch", str(tmp_path)]).exception)
 
 
-INTERRUPTED_LAST = """
-import os, signal, sys
-from server.launch import main
-
-class Late:
-    def __del__(self, kill=os.kill, process=os.getpid(), number=int(sys.argv.pop())):
-        kill(process, number)
-
-late = Late()
-main()
-"""
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_an_interrupt_when_all_is_done_is_not_the_exit_code(tmp_path, number):
-    """Python takes a program's own handlers away before it takes away its objects."""
-    words = [sys.executable, "-c", INTERRUPTED_LAST, "compare", str(tmp_path), str(int(number))]
-    assert subprocess.run(words, cwd=ROOT, capture_output=True, check=False).returncode == 2
-
-
 def test_export_base_and_merge_give_models_that_transformers_loads(tmp_path):
     from transformers import AutoModelForCausalLM
 
@@ -61,6 +38,23 @@ def test_export_base_and_merge_give_models_that_transformers_loads(tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "base").config.model_type == "olmoe"
     refused = runner.invoke(cli, ["merge", str(tmp_path)])
     assert "holds no adapter" in str(refused.exception)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"), [("{", "JSONDecodeError"), ('{"run_id": "1"}', "KeyError: 'superlink'"), ("[]", "TypeError")]
+)
+def test_damaged_note_of_a_remote_run_is_named(tmp_path, content, reason):
+    (tmp_path / "launch.json").write_text(content)
+    result = CliRunner().invoke(cli, ["fetch", str(tmp_path)])
+    assert f"{tmp_path}/launch.json is damaged ({reason}" in str(result.exception)
+
+
+@pytest.mark.parametrize("output", ["file", "file/below"])
+def test_output_that_can_be_no_folder_is_refused_before_anything_starts(tmp_path, monkeypatch, output):
+    monkeypatch.delattr("server.launch.connect")
+    (tmp_path / "file").write_text("mine")
+    result = CliRunner().invoke(cli, ["run", f"output={tmp_path / output}"])
+    assert f"output={tmp_path / output} cannot be made a folder: " in str(result.exception)
 
 
 def test_a_long_temporary_folder_is_not_used_where_sockets_are_made(monkeypatch, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -123,8 +124,25 @@ def test_what_cannot_be_exported_is_refused_with_the_reason(honest, flex, tmp_pa
     assert not (tmp_path / "bank").exists()
     (tmp_path / "full").mkdir()
     (tmp_path / "full/notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match="is not empty"):
+    with pytest.raises(ValueError, match="Directory not empty"):
         export_personal(flex, "bank", tmp_path / "full")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.yaml", b"rounds: {", "config.yaml: damaged settings"),
+        ("summary.json", b'{"status"', "summary.json is damaged"),
+        ("adapter/adapter_model.safetensors", b"half", "adapter cannot be read: SafetensorError"),
+    ],
+)
+def test_a_damaged_file_of_a_run_is_named(flex, tmp_path, name, content, message):
+    run = tmp_path / "run"
+    shutil.copytree(flex, run)
+    (run / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"^{run}/{message}"):
+        export_personal(run, "bank", tmp_path / "bank")
+    assert list(tmp_path.iterdir()) == [run]
 
 
 def test_a_site_that_was_never_asked_has_nothing_to_export(honest, tmp_path):

@@ -26,7 +26,7 @@ with socket.socket(socket.AF_UNIX) as listener, subprocess.Popen(["true"]) as pa
     listener.bind(tempfile.mkdtemp() + "/socket")
     listener.listen()
     os.dup2(listener.fileno(), 0)
-    sys.argv = ["clientapps", str(parent.pid)]
+    sys.argv = ["clientapps", str(parent.pid), tempfile.mkdtemp()]
     main()
 """
 PULL = """

@@ -174,11 +174,19 @@ def test_diagnostics_too_long_for_a_log_are_kept_at_the_server(tmp_path, monkeyp
     assert len(kept.folder.diagnostics()) == 2
 
 
-@pytest.mark.parametrize("line", ["{", "3", '{"a": 1}}'])
+@pytest.mark.parametrize("line", ["{", "3", '{"a": 1}}', '{"a": NaN}'])
 def test_damaged_line_is_named(tmp_path, line):
     (tmp_path / "metrics.jsonl").write_text(f'{{"round": 0}}\n{line}\n')
     with pytest.raises(ValueError, match=r"metrics.jsonl line 2 is damaged"):
         RunFolder(tmp_path).rows()
+
+
+@pytest.mark.parametrize(("end", "is_cut"), [("", False), ('{"round": 1}', False), ('{"rou', True), ("3", True)])
+def test_last_line_that_was_cut_off_is_left_out(tmp_path, end, is_cut):
+    (tmp_path / "metrics.jsonl").write_text(f'{{"round": 0}}\n{end}')
+    rows = [{"round": 0}, {"round": 1}] if end and not is_cut else [{"round": 0}]
+    assert RunFolder(tmp_path).lines("metrics.jsonl") == (rows, is_cut)
+    assert RunFolder(tmp_path).rows() == rows
 
 
 ADAPTER = {"b": np.float32([[1, 2]]), "a": np.float32([0.0, -0.0])}

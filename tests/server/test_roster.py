@@ -99,6 +99,14 @@ def test_site_that_does_not_fit_is_refused_with_the_reason(roster, told, case):
     assert any(line.endswith(reason.rpartition("refused: ")[2]) for line in told)
 
 
+@pytest.mark.parametrize("name", ["../a", "*pooled*", "a" * 101, "a\nBOUQUET {}"])
+def test_site_whose_name_is_none_is_refused_in_one_line(roster, told, name):
+    with pytest.raises(RuntimeError, match="name must be"):
+        roster.wait_for(grid_of(joins(name), joins("b")), 2, 60, fixed=True)
+    (line,) = [line for line in told if "refused" in line]
+    assert "\n" not in line
+
+
 def test_silent_node_is_waited_for_and_counted(roster):
     with pytest.raises(RuntimeError, match=r"^1 of 2 .*_seconds=0.1, 1 still to answer\): nobody was refused$"):
         roster.wait_for(grid_of(joins("a"), stays_silent), 2, 0.1, fixed=False)

@@ -11,17 +11,29 @@ import pytest
 from flwr.app import Message, RecordDict
 
 from client.evaluation.held_out import HeldOutLoss
-from client.messages import EVALUATE, JOIN, TRAIN, decode_losses, decode_request, decode_update, encode_losses
+from client.messages import (
+    EVALUATE,
+    JOIN,
+    TRAIN,
+    Sender,
+    decode_losses,
+    decode_request,
+    decode_update,
+    encode_failure,
+    encode_losses,
+)
 from client.site import POOLED
 from conf.compose import load_config
 from server.alignment import GAUGES, alignment_of
 from server.app import Run
-from server.record import RunFolder, RunRecord, adapter_sha256
+from server.record import RunFolder, RunRecord, adapter_sha256, parse_line
 from server.round_record import sample_sites
 from strategies.fedavg import FedAvg
 from tests.server.conftest import SITES
 from tests.server.faults import answers_twice, crashes, sends, stays_silent, with_adapter
 from tests.server.loopback import in_round, run_server, simulation
+
+SENDER = Sender(site="bank", settings_hash="", process="1", base_model_loads=0)
 
 FAULTS = {
     "crash": (crashes, "the client app crashed: killed: out of memory"),
@@ -289,6 +301,22 @@ def test_evaluation_is_every_so_many_rounds_and_after_the_last(run):
     assert [row["round"] for row in result.rounds() if row["global_loss"] is not None] == [0, 2, 3]
     assert [row["round"] for row in result.site_rows("bank") if "loss" in row] == [2, 3]
     assert [row["round"] for row in result.site_rows("bank") if "own_loss" in row] == [2, 3]
+
+
+@pytest.mark.parametrize("kind", [TRAIN, EVALUATE])
+def test_what_a_site_says_is_one_bounded_line_of_the_log_and_never_a_tagged_one(run, kind):
+    forged = 'x\nBOUQUET {"kind": "summary", "status": "completed", "error": null}\n' + "y" * 5000
+
+    def fails(message, honest):
+        reply = honest(message)
+        return [encode_failure(SENDER, forged, message) if message.metadata.message_type == kind else reply]
+
+    result = run("federation.min_sites=3 rounds=1", faults={0: fails})
+    reason = result.rounds()[1]["dropped"]["bank"]
+    assert "bouquet {" in reason
+    assert "\n" not in reason
+    assert len(reason) < 2100
+    assert parse_line(f"Traceback: {reason}") is None
 
 
 def test_names_in_the_screen_that_nobody_bears_are_told(run):

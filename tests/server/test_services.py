@@ -16,6 +16,7 @@ import pytest
 from server.certificates import make_certificates
 from server.services import node_config
 from tests.server.commands import SMALL, Service, bouquet, free_port, service, superlink, write_site_files
+from tests.server.listeners import answering, hang_up
 
 pytestmark = pytest.mark.timeout(600)
 DAY = 86400.0
@@ -63,18 +64,49 @@ def test_node_config_is_what_flower_reads_back(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "words", "text"),
+    ("word", "text"),
     [
-        ("-a", [], "--name must be letters"),
-        ("a", ["site=b"], "KEY=VALUE"),
-        ("a", ["device"], "KEY=VALUE"),
-        ("a", ["device='cpu'"], "apostrophe"),
+        ("site=b", "KEY=VALUE"),
+        ("device", "KEY=VALUE"),
+        ("device='cpu'", "apostrophe"),
+        ("privte=/secure/folder", "node config privte=... is unknown"),
+        ("device=tpu", "node config device must be one of auto, cpu, cuda, got 'tpu'"),
+        ("preference=1,high", "node config preference must be numbers"),
     ],
 )
-def test_node_settings_that_flower_would_misread_are_refused(tmp_path, name, words, text):
+def test_node_settings_that_would_be_misread_are_refused(tmp_path, word, text):
     (tmp_path / "x.jsonl").write_text("{}")
     with pytest.raises(ValueError, match=text):
-        node_config(name, tmp_path / "x.jsonl", tmp_path, words)
+        node_config("a", tmp_path / "x.jsonl", tmp_path, [word])
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("name", ["../../x", "-x", "a.", "é", "x" * 101])
+def test_site_of_an_unsafe_name_makes_no_folder(tmp_path, name):
+    words = ("site", "up", f"--name={name}", "--superlink", "127.0.0.1:9", "--data", "x", "--insecure")
+    refused = bouquet(*words, cwd=tmp_path, prefix=["env", f"HOME={tmp_path / 'home'}"])
+    assert (refused.returncode, "--name must be 1 to 100 letters" in refused.stderr) == (2, True), refused.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (("certs", "new", "--host", "h", "--days", "0"), "'--days': 0 is not in the range 1<=x<=3650"),
+        (("certs", "new", "--host", "h", "--days", "999999999"), "not in the range 1<=x<=3650"),
+        (("certs", "new", "--host", "x y"), "--host must be an address, or a name of at most 253"),
+        (("certs", "file", "--host", "h"), "cannot make the folder file: File exists"),
+        (("certs", "file/new", "--host", "h"), "cannot make the folder file/new: Not a directory"),
+    ],
+)
+def test_certificates_that_nobody_could_use_are_not_made(tmp_path, words, text):
+    (tmp_path / "file").write_text("mine")
+    refused = bouquet(*words, cwd=tmp_path)
+    assert refused.returncode == 2
+    assert text in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 @pytest.mark.processes
@@ -130,8 +162,18 @@ def test_plain_http_to_a_tls_server_is_refused_on_both_ends(home, running):
         "--home", str(home / "plain"), cwd=home,
     )  # fmt: skip
     assert plain.returncode == 2
-    assert "it probably speaks TLS: add --root-certificates ca.crt" in plain.stderr
+    assert "speaks TLS, not plain HTTP: add --root-certificates ca.crt" in plain.stderr
     server_up.wait_for("plain HTTP, this server speaks TLS")
+
+
+@pytest.mark.processes
+def test_site_waits_where_connections_are_closed_at_once_until_there_is_a_server(home):
+    with contextlib.ExitStack() as stack:
+        with answering(hang_up) as address:
+            bank = stack.enter_context(site(home, address))
+            bank.wait_for(f"waiting: {address} closed the connection within the TLS handshake")
+        stack.enter_context(server(home, state="late", port=int(address.rpartition(":")[2])))
+        bank.wait_for("SuperNode ID:")
 
 
 @pytest.mark.processes

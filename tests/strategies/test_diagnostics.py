@@ -78,6 +78,7 @@ def naive(adapter, updates, after, block, expert, personal):
             "pairs": {(j, k): sites[j] @ sites[k] / (length[j] * length[k]) for j, k in combinations(sorted(sites), 2)},
         }
         found["lowest_cosine"] = min(found["cosine"].values())
+        found["lowest_to_others"] = min(found["cosine_to_others"].values(), default=None)
     return found
 
 
@@ -106,8 +107,9 @@ def test_every_number_is_its_definition_on_dense_matrices(shapes, own, seed):
     for block, table in blocks.items():
         for expert in range(NUM_EXPERTS if block in LAYERS else 1):
             expected = naive(adapter, updates, result.adapter, block, expert, personal)
-            for name, decimals in (("norm", None), ("scale", None), ("kept", 3), ("lowest_cosine", 3)):
-                assert close(table[name][expert], expected.get(name), decimals), (block, expert, name)
+            decimals = {"norm": None, "scale": None, "kept": 3, "lowest_cosine": 3, "lowest_to_others": 3}
+            for name, kept in decimals.items():
+                assert close(table[name][expert], expected.get(name), kept), (block, expert, name)
             for row, site in enumerate(found["sites"]):
                 for name in ("cosine", "cosine_to_others"):
                     assert close(table[name][row][expert], expected.get(name, {}).get(site), 3), (name, site)
@@ -173,7 +175,8 @@ def test_a_sites_own_share_in_the_consensus_does_not_hide_that_it_goes_against_t
     """(4, 0), (-1, 1) and (-1, 1) have the sum (2, 2); without the first it is (-2, 2), without a second one (3, 1)."""
     found = one_expert((4, 0), (-1, 1), (-1, 1))
     assert found["cosine"] == [[0.707], [0.0], [0.0]]
-    assert found["cosine_to_others"] == [[-0.7071], [-0.4472], [-0.4472]]
+    assert found["cosine_to_others"] == [[-0.707], [-0.447], [-0.447]]
+    assert found["lowest_to_others"] == [-0.707]
     assert one_expert((4, 0), (0, 0))["cosine_to_others"] == [[None], [None]]
 
 
@@ -262,8 +265,8 @@ def test_large_models_keep_less_and_always_what_there_is_of_each_expert(limit, k
     found = round_diagnostics(adapter, updates, result, max_numbers=limit)
     layer = found["layers"][LAYERS[0]]
     assert {"pairs", "cosine", "tokens"} & layer.keys() == kept
-    assert {"lowest_cosine", "kept", "scale", "norm", "num_tokens", "block_pairs"} <= layer.keys()
-    always = 2 * (5 * NUM_EXPERTS + NUM_EXPERTS + 28) + 2 * (4 + 28)
+    assert {"lowest_cosine", "lowest_to_others", "kept", "scale", "norm", "num_tokens", "block_pairs"} <= layer.keys()
+    always = 2 * (6 * NUM_EXPERTS + NUM_EXPERTS + 28) + 2 * (5 + 28)
     assert numbers_in(found) <= always + 8 + limit
 
 

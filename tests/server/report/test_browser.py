@@ -3,67 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import subprocess
-from html.parser import HTMLParser
+from itertools import combinations
 
 import pytest
 
 from server.report.experts import blocks_of, experts_view, scales
 from server.report.page import render
 from server.report.runs import read_runs
-from strategies.fedavg import FedAvg
+from tests.server.report.conftest import LAYER
 from tests.server.report.folders import write_run
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(BROWSER is None, reason="no Chromium here")]
-
-ERRORS = "<head><script>window.failed = []; addEventListener('error', (event) => failed.push(event.message));</script>"
-CELLS = """
-const cells = () => [...document.querySelectorAll("table.cells")].map((table) => [...table.tBodies[0].rows].map(
-  (row) => [...row.cells].slice(1).map((cell) => [cell.className, cell.textContent])));
-"""
-LAYER = "model.layers.1.mlp"
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs")
-    layers = {"model.layers.0.mlp": 20, LAYER: 4}
-    return read_runs([
-        write_run(folder / "fc_moe", layers=layers), write_run(folder / "fedavg", FedAvg(), rounds=2, layers=layers),
-    ])  # fmt: skip
-
-
-@pytest.fixture
-def browse(runs, tmp_path):
-    """Runs the body of a function in the opened page; what it returned."""
-
-    def result_of(script, *options, page=None):
-        probe = f"<script>document.body.dataset.result = JSON.stringify((() => {{{CELLS}{script}}})());</script></body>"
-        text = (page or render(runs)).replace("<head>", ERRORS, 1)
-        head, _, tail = text.rpartition("</body>")
-        (tmp_path / "page.html").write_text(head + probe + tail)
-        words = [BROWSER, "--headless", "--disable-gpu", f"--user-data-dir={tmp_path}/profile", *options]
-        words += ["--no-sandbox"] if os.geteuid() == 0 else []
-        address = (tmp_path / "page.html").as_uri()
-        run = subprocess.run([*words, "--dump-dom", address], capture_output=True, text=True, timeout=60, check=True)
-        return json.loads(body_of(run.stdout)["data-result"])
-
-    return result_of
-
-
-def body_of(dom):
-    found = {}
-
-    class Reader(HTMLParser):
-        def handle_starttag(self, tag, attributes):
-            if tag == "body":
-                found.update(attributes)
-
-    Reader().feed(dom)
-    return found
+pytestmark = pytest.mark.slow
 
 
 def drawn(runs, server_round, block):
@@ -78,8 +28,10 @@ def drawn(runs, server_round, block):
 
 
 def test_script_redraws_what_python_drew_and_fails_nowhere(browse, runs):
-    shown, failed = browse("return [cells(), failed];")
+    script = "return [cells(), failed, [...document.querySelectorAll('[data-told]')].map((run) => run.textContent)];"
+    shown, failed, rounds = browse(script)
     assert failed == []
+    assert rounds == ["", "round 2, its last"]
     assert shown == drawn(runs, 3, "model.layers.0.mlp")
 
 
@@ -89,35 +41,36 @@ def test_slider_shows_another_round_in_every_table(browse, runs, server_round):
     const slider = document.getElementById("round");
     slider.value = {server_round - 1};
     slider.dispatchEvent(new Event("input"));
-    return [cells(), document.getElementById("round-shown").textContent, slider.getAttribute("aria-valuetext")];
+    const rounds = [...document.querySelectorAll("[data-told]")].map((run) => run.textContent);
+    return [cells(), document.getElementById("round-shown").textContent, slider.getAttribute("aria-valuetext"), rounds];
     """
-    shown, told, spoken = browse(script)
+    shown, told, spoken, rounds = browse(script)
     assert shown == drawn(runs, server_round, "model.layers.0.mlp")
     assert told.split()[0] == str(server_round)
     assert spoken == f"round {server_round}"
+    assert rounds == ["", ""]
 
 
 def test_keyboard_reaches_an_expert_and_its_pairs_appear(browse, runs):
     """From the first layer's head: down to the second layer, right to its expert 0, right to its expert 1."""
     script = """
-    const press = (key) => document.activeElement.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
     document.querySelector("table.cells tbody th").focus();
-    ["ArrowDown", "ArrowRight", "ArrowRight"].forEach(press);
+    ["ArrowDown", "ArrowRight", "ArrowRight"].forEach((key) => press(key));
     const chosen = [...document.querySelectorAll('table[data-sort="map"] [aria-selected="true"]')];
     const stops = document.querySelectorAll('table.cells [tabindex="0"]').length;
     const pairs = [...document.querySelectorAll('[data-sort="pairs"]')].map(
       (table) => table.rows[1].cells[2].textContent);
     return [chosen.map((cell) => [cell.parentElement.cells[0].title, cell.cellIndex - 1]), stops, pairs,
-      document.querySelector("[data-where]").textContent, document.getElementById("readout").textContent];
+      document.querySelector("[data-where]").textContent, readout()];
     """
-    chosen, stops, pairs, where, readout = browse(script)
-    assert chosen == [[LAYER, 1]] * 8  # in four maps of two runs
-    assert stops == 8 + 2 + 3 + 2  # one a table
+    chosen, stops, pairs, where, told = browse(script)
+    assert chosen == [[LAYER, 1]] * 10  # in five maps of two runs
+    assert stops == 10 + 2 + 5 + 3  # one a table
     assert where == "layer 1, expert 1"
     lines = [run.diagnostics[-1] for run in runs]
     assert pairs[0] == f"{lines[0]['layers'][LAYER]['pairs'][1][1]:.2f}".replace("-", "\u2212")  # sites 0 and 2
-    assert pairs[1] == "·"  # the second run did not reach this round
-    assert f"{lines[0]['layers'][LAYER]['num_tokens'][1]} tokens" in readout
+    assert pairs[1] == f"{lines[1]['layers'][LAYER]['pairs'][1][1]:.2f}".replace("-", "\u2212")
+    assert f"{lines[0]['layers'][LAYER]['num_tokens'][1]} tokens" in told
 
 
 def test_line_of_text_follows_the_round(browse, runs):
@@ -126,7 +79,7 @@ def test_line_of_text_follows_the_round(browse, runs):
     const slider = document.getElementById("round");
     slider.value = 0;
     slider.dispatchEvent(new Event("input"));
-    return document.getElementById("readout").textContent;
+    return readout();
     """
     tokens = runs[0].diagnostics[0]["layers"]["model.layers.0.mlp"]["num_tokens"][0]
     assert browse(script).endswith(f", {tokens} tokens")
@@ -136,12 +89,86 @@ def test_pointing_previews_an_expert_and_leaving_returns(browse):
     script = """
     const cell = document.querySelector("table.cells").tBodies[0].rows[1].cells[3];
     const where = () => document.querySelector("[data-where]").textContent;
-    cell.dispatchEvent(new PointerEvent("pointerover", { bubbles: true, pointerType: "mouse" }));
+    point(cell);
     const pointed = where();
     cell.closest("table").dispatchEvent(new PointerEvent("pointerleave"));
     return [pointed, where()];
     """
     assert browse(script) == ["layer 1, expert 2", "layer 0, all experts"]
+
+
+@pytest.mark.parametrize(
+    ("key", "more", "place"),
+    [
+        ("Home", {}, [1, 0]),
+        ("End", {}, [1, 4]),
+        ("Home", {"ctrlKey": True}, [0, 0]),
+        ("End", {"ctrlKey": True}, [2, 1]),
+    ],
+)
+def test_home_and_end_go_along_the_row_and_with_control_through_the_table(browse, key, more, place):
+    """The second map row has four experts; the last one is the router, of one."""
+    script = f"""
+    const rows = document.querySelector("table.cells").tBodies[0].rows;
+    rows[1].cells[2].focus();
+    press("{key}", {json.dumps(more)});
+    return [[...rows].indexOf(document.activeElement.parentElement), document.activeElement.cellIndex];
+    """
+    assert browse(script) == place
+
+
+def test_line_of_text_names_who_opposes_whom_and_kinds_have_no_expert(browse, runs):
+    script = f"""
+    const row = document.querySelector('table.cells tbody th[title="{LAYER}"]').parentElement;
+    point(row.cells[2]);
+    const expert = readout();
+    point(row.nextElementSibling.cells[1]);
+    return [expert, readout(), document.querySelector("[data-where]").textContent];
+    """
+    expert, kind, where = browse(script)
+    line = runs[0].diagnostics[-1]
+    layer = line["layers"][LAYER]
+    cosines = [row[1] for row in layer["cosine_to_others"]]
+    assert f"lowest cosine to the others {told(min(cosines))} ({line['sites'][cosines.index(min(cosines))]})" in expert
+    pairs = dict(zip(combinations(line["sites"], 2), layer["pairs"][1], strict=True))
+    opposed = min(pairs, key=pairs.get)
+    assert any(f"most opposed {one} and {other} {told(pairs[opposed])}" in expert for one, other in
+               (opposed, opposed[::-1]))  # fmt: skip
+    assert where == "router"
+    assert kind.startswith("router: lowest cosine")
+    assert "expert" not in kind
+    assert "tokens" not in kind
+
+
+def told(number):
+    return str(number).replace("-", "\u2212")
+
+
+def test_pointing_touches_what_changed_alone(browse):
+    """Another expert of a layer: the old and the new cell of each map, pairs, a column of each table of sites; another
+    layer: the numbers of its sites too. Charts and maps keep their colours and texts.
+    """
+    script = """
+    const watched = new MutationObserver(() => {});
+    watched.observe(document.body, { subtree: true, childList: true, attributes: true, characterData: true });
+    const first = document.querySelector('article table[data-sort="map"]').tBodies[0].rows[0];
+    point(first.cells[1]);
+    const touched = (cell) => {
+      watched.takeRecords();
+      point(cell);
+      const records = watched.takeRecords().map((one) => {
+        const table = one.target.closest("table")?.dataset.sort ?? one.target.closest("svg")?.tagName ?? "text";
+        return `${table} ${one.attributeName ?? one.type}`;
+      });
+      return [...new Set(records)].sort();
+    };
+    return [touched(first.cells[2]), touched(first.nextElementSibling.cells[2])];
+    """
+    same, other = browse(script)
+    assert "map class" not in same + other
+    assert {one for one in same if one.startswith("sites")} == {"sites aria-selected"}
+    assert {"sites class", "sites childList"} <= set(other)
+    assert {one for one in same + other if one.startswith("svg")} <= {"svg class"}  # the lines of the chosen expert
 
 
 def test_site_tables_take_the_width_of_the_chosen_layer(browse, runs):
@@ -162,30 +189,6 @@ def test_click_on_a_chart_chooses_its_round(browse):
     return ["#round-shown b", "tspan[data-line]"].map((where) => document.querySelector(where).textContent);
     """
     assert browse(script) == ["1", "1.5000"]
-
-
-@pytest.mark.parametrize("width", [500, 760, 1400])
-def test_page_fits_its_window_and_loads_nothing(browse, width):
-    loaded = "performance.getEntriesByType('resource').length"
-    script = f"return [innerWidth, document.documentElement.scrollWidth, {loaded}];"
-    inner, needed, loaded = browse(script, f"--window-size={width},900")
-    assert needed <= inner
-    assert loaded == 0
-
-
-@pytest.mark.parametrize(("scheme", "is_dark"), [(0, True), (1, False)])
-def test_page_has_the_theme_of_its_reader(browse, scheme, is_dark):
-    """What is drawn, not only what is written: paper and ink, and the colours that charts and cells are drawn in."""
-    script = """
-    const light = (colour) => colour.match(/\\d+/g).slice(0, 3).reduce((sum, value) => sum + +value, 0) / 765;
-    const style = (where) => getComputedStyle(document.querySelector(where));
-    return [matchMedia("(prefers-color-scheme: dark)").matches, light(style("body").backgroundColor),
-      light(style("body").color), light(style(".line.run-0").stroke)];
-    """
-    found, paper, ink, line = browse(script, f"--blink-settings=preferredColorScheme={scheme}")
-    assert found is is_dark
-    assert (paper < 0.2, ink > 0.8) == (is_dark, is_dark)
-    assert (line > 0.5) is is_dark
 
 
 def test_page_of_a_run_without_diagnostics_fails_nowhere(browse, tmp_path):

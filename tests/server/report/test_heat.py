@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import server.report
-from server.report.heat import Scale, around, count_text, flat, from_zero, near, round_up
+from server.report.heat import Scale, around, cosines, count_text, flat, from_zero, near, round_up
 from server.report.page import MAX_RUNS
 
 COSINE = Scale("d", -1.0, 1.0, "fixed")
@@ -64,6 +64,21 @@ def test_one_value_far_out_does_not_set_the_scale():
     assert near(1.0, []) == []
 
 
+def test_scale_of_cosines_is_of_what_most_span():
+    """Distances 0.1, 0.2 and 3: the median is 0.2, so 3 is far out; from 0.25 on, and never beyond 1."""
+    assert (cosines([0.1, -0.2]).low, cosines([0.1, -0.2]).high) == (-0.25, 0.25)
+    assert cosines([0.1, -0.4, 0.3]).high == 0.4
+    assert cosines([0.01] * 5 + [0.9]).high == 0.25
+    assert cosines([0.99, -1.0]).high == cosines([1.2]).high == 1.0
+    assert cosines([]).middle == 0.0
+
+
+def test_small_shares_read_apart():
+    """1/60 and 1/45 are 2 % both."""
+    scale = from_zero([1 / 45], "share", 0.05)
+    assert [scale.text(value) for value in (1 / 60, 1 / 45, 0.125, None)] == ["1.7%", "2.2%", "12.5%", "·"]
+
+
 def test_numbers_of_nested_lists_come_without_gaps():
     assert flat([[1, None], [[2.5]], []]) == [1.0, 2.5]
     assert flat(None) == []
@@ -104,7 +119,26 @@ def test_text_can_be_read_on_every_colour(theme):
     for name in ("ink", "muted"):
         assert contrast(theme[name], theme["paper"]) >= 4.5, name
     for run in range(MAX_RUNS):
-        assert contrast(theme[f"run-{run}"], theme["paper"]) >= 3.0, run
+        assert contrast(theme[f"run-{run}"], theme["paper"]) >= 4.5, run
+
+
+@pytest.mark.parametrize("theme", themes(), ids=["light", "dark"])
+def test_lines_of_experts_can_be_seen(theme):
+    rule = re.search(r"\.line\.expert \{([^}]*)\}", STYLE).group(1)
+    assert "opacity" not in rule
+    assert contrast(theme[re.search(r"--colour: var\(--(\w+)\)", rule).group(1)], theme["paper"]) >= 3.0
+
+
+@pytest.mark.parametrize("theme", themes(), ids=["light", "dark"])
+def test_steps_of_the_sequential_scale_are_of_even_lightness(theme):
+    lightness = [lab(theme[f"s{i}"])[0] for i in range(9)]
+    steps = [abs(after - before) for before, after in pairwise(lightness)]
+    assert max(steps) < 1.8 * min(steps)
+
+
+def test_colours_that_mean_something_stay_in_print_and_where_colours_are_forced():
+    (names,) = re.findall(r"\n([^\n{]*) \{ forced-color-adjust: none;[^}]* print-color-adjust: exact; \}", STYLE)
+    assert names == ".cells td, .legend i, .bars i, .swatch"
 
 
 @pytest.mark.parametrize("theme", themes(), ids=["light", "dark"])
@@ -134,18 +168,21 @@ def test_both_sides_of_zero_differ_for_colour_blind_people(theme, blindness):
         assert np.linalg.norm(sides[0] - sides[1]) > 5, step
 
 
+def dashes(kind):
+    """Run -> how its line, or its swatch, is broken; whole ones are left out."""
+    rules = re.findall(rf"((?:\.{kind}\.run-\d,? ?)+)\{{ (?:stroke-dasharray|background): ([^;]*);", STYLE)
+    return {int(run): how for names, how in rules for run in re.findall(r"\d", names)}
+
+
 @pytest.mark.parametrize("theme", themes(), ids=["light", "dark"])
-@pytest.mark.parametrize("blindness", BLINDNESS)
-def test_runs_drawn_alike_differ_for_colour_blind_people(theme, blindness):
-    """As above, any two of the runs with whole lines and any two of those with dashed ones."""
-    rule = re.search(r"((?:\.line\.run-\d,? ?)+)\{ stroke-dasharray", STYLE).group(1)
-    dashed = {int(run) for run in re.findall(r"\d", rule)}
-    matrix = np.array(BLINDNESS[blindness])
-    for runs in (dashed, set(range(MAX_RUNS)) - dashed):
-        assert len(runs) == MAX_RUNS / 2
-        seen = {run: lab(np.clip(matrix @ theme[f"run-{run}"], 0, 1)) for run in runs}
-        for one, other in combinations(runs, 2):
-            assert np.linalg.norm(seen[one] - seen[other]) > 5, (one, other)
+@pytest.mark.parametrize("blindness", [*BLINDNESS, "none"])
+def test_any_two_runs_differ_by_dash_or_by_colour_for_everybody(theme, blindness):
+    """By more than four times a just noticeable difference (2.3 in CIELAB)."""
+    matrix = np.array(BLINDNESS.get(blindness, np.eye(3)))
+    seen = [lab(np.clip(matrix @ theme[f"run-{run}"], 0, 1)) for run in range(MAX_RUNS)]
+    for one, other in combinations(range(MAX_RUNS), 2):
+        differ = [dashes(kind).get(one) != dashes(kind).get(other) for kind in ("line", "swatch")]
+        assert all(differ) or np.linalg.norm(seen[one] - seen[other]) > 10, (one, other)
 
 
 def lab(colour):

@@ -13,7 +13,7 @@ from server.report.matrix import matrix_views
 from server.report.page import render
 from server.report.runs import read_runs
 from tests.server.report.folders import NASTY, write_run
-from tests.server.report.test_page import Reader
+from tests.server.report.reading import Reader
 
 TOKENS = {"bank": {"model.layers.0.mlp": [3.0, 1.0]}}
 

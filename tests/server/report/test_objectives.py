@@ -14,7 +14,7 @@ from server.report.objectives import fronts_view, objectives_view
 from server.report.page import MAX_RUNS, render
 from server.report.runs import read_runs
 from tests.server.report.folders import NASTY, SITES, write_run
-from tests.server.report.test_page import Reader
+from tests.server.report.reading import Reader
 
 
 @pytest.fixture(scope="module")
@@ -114,3 +114,12 @@ def test_compare_adds_a_table(folders, tmp_path):
     row = next(line for line in lines if "p0.1-b1" in line)
     assert "0.1 : 0.9" in row
     assert objective_tables([write_run(tmp_path / "plain")]) == []
+
+
+def test_compare_tells_runs_of_one_name_apart(tmp_path):
+    console = Console(file=io.StringIO(), width=160)
+    console.print(
+        *objective_tables([write_run(tmp_path / day / "firm", share=0.5, rounds=1) for day in ("mon", "tue")])
+    )
+    assert "mon/firm" in console.file.getvalue()
+    assert "tue/firm" in console.file.getvalue()

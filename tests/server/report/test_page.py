@@ -4,49 +4,18 @@ from __future__ import annotations
 
 import json
 import re
-from html.parser import HTMLParser
+from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
-from server.launch import cli
 from server.report.experts import experts_view, load, scales, short_name
-from server.report.page import contents, render, write_report
+from server.report.overview import traffic
+from server.report.page import contents, render
 from server.report.runs import read_runs
 from strategies.fedavg import FedAvg
 from tests.server.report.folders import NASTY, SITES, write_run
-
-
-class Reader(HTMLParser):
-    """Elements and text of a page; raises where tags do not close."""
-
-    VOID = frozenset({"meta", "input", "img", "br", "link", "line", "circle", "path"})
-
-    def __init__(self, page):
-        super().__init__()
-        self.open, self.elements, self.text = [], [], []
-        self.feed(page)
-        assert self.open == []
-
-    def handle_starttag(self, tag, attributes):
-        self.elements.append((tag, dict(attributes)))
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        self.elements.append((tag, dict(attributes)))
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, text):
-        if self.open and self.open[-1] not in {"script", "style"}:
-            self.text.append(text)
-
-    def named(self, tag):
-        return [attributes for name, attributes in self.elements if name == tag]
+from tests.server.report.reading import Reader, page_of
 
 
 @pytest.fixture(scope="module")
@@ -123,13 +92,111 @@ def test_runs_share_their_scales_and_the_rules_weight_stands_where_there_is_one(
         for value in layer["scale"]
     ]
     assert scale["scale"].low <= min(every) <= max(every) <= scale["scale"].high
-    assert [heat.name for heat in experts_view(runs[0], 0, scale, 2, "router").of_sites] == ["load", "cosine", "weight"]
-    assert [heat.name for heat in experts_view(runs[1], 1, scale, 2, "router").of_sites] == ["load", "cosine"]
+    assert [heat.name for heat in experts_view(runs[0], 0, scale, 2, "router").of_sites] == [
+        "load", "cosine_to_others", "cosine", "weight", "conflict",
+    ]  # fmt: skip
+    assert [heat.name for heat in experts_view(runs[1], 1, scale, 2, "router").of_sites] == [
+        "load", "cosine_to_others", "cosine",
+    ]  # fmt: skip
 
 
-def test_round_that_a_run_did_not_reach_is_left_empty(runs):
-    view = experts_view(runs[1], 1, scales(runs), 3, "model.layers.0.mlp")
-    assert {cell.text for heat in view.maps for _, row in heat.rows for cell in row} == {"·"}
+def drawn(view):
+    return [(heat.name, heat.rows) for heat in (*view.maps, view.pairs, *view.of_sites)]
+
+
+def test_run_shows_its_last_line_where_it_did_not_reach_the_chosen_round_and_says_so(runs):
+    scale = scales(runs)
+    views = [experts_view(runs[1], 1, scale, number, "model.layers.0.mlp") for number in (0, 1, 2, 3)]
+    assert [view.told for view in views] == ["no round yet", "", "", "round 2, its last"]
+    assert drawn(views[3]) == drawn(views[2]) != drawn(views[1])
+    assert {cell.text for heat in views[0].maps for _, row in heat.rows for cell in row} == {"·"}
+    assert "round 2, its last" in render(runs)
+
+
+def test_run_that_left_rounds_out_says_which_one_it_shows(runs):
+    thinned = replace(runs[0], diagnostics=[runs[0].diagnostics[0], runs[0].diagnostics[2]])
+    assert experts_view(thinned, 0, scales([thinned]), 2, "router").told == "round 1"
+
+
+def test_runs_written_before_opposition_was_kept_have_no_map_of_it(tmp_path):
+    """With both kinds on a page the new one is drawn, the old one without numbers."""
+    old, new = write_run(tmp_path / "old", rounds=1), write_run(tmp_path / "new", rounds=1)
+    path = old / "diagnostics/rounds.jsonl"
+    line = json.loads(path.read_text())
+    for block in [*line["layers"].values(), *line["kinds"].values()]:
+        del block["lowest_to_others"], block["cosine_to_others"]
+    path.write_text(json.dumps(line) + "\n")
+    assert "Cosine to the other sites" not in render(read_runs([old]))
+    runs = read_runs([old, new])
+    first, second = [experts_view(run, 0, scales(runs), 1, "router").maps[0] for run in runs]
+    assert first.title == second.title == "Cosine to the other sites, lowest of any"
+    assert {cell.text for _, row in first.rows for cell in row} == {"·"}
+    assert "·" not in {cell.text for _, row in second.rows for cell in row}
+
+
+def test_opposition_is_drawn_as_it_was_kept(runs):
+    layer = runs[0].diagnostics[-1]["layers"]["model.layers.0.mlp"]
+    view = experts_view(runs[0], 0, scales(runs), 3, "model.layers.0.mlp")
+    tables = {heat.name: [[cell.text for cell in row] for _, row in heat.rows] for heat in view.of_sites}
+    shown = {name: [[None if text == "·" else float(text.replace("\u2212", "-")) for text in row] for row in rows]
+             for name, rows in tables.items() if name in {"cosine_to_others", "conflict"}}  # fmt: skip
+    order = [runs[0].diagnostics[-1]["sites"].index(site) for site in runs[0].sites]
+    assert shown["cosine_to_others"] == [pytest.approx(layer["cosine_to_others"][i], abs=0.0051) for i in order]
+    assert shown["conflict"] == [layer["rule"]["conflict"][i] for i in order]
+
+
+def test_settings_that_differ_are_a_table_and_a_note_where_losses_are_not_of_one_thing(tmp_path):
+    folders = [write_run(tmp_path / name, rounds=1) for name in ("a", "b")]
+    assert "Settings that differ" not in page_of(read_runs(folders))
+    for folder, count in zip(folders, (400, 800), strict=True):
+        (folder / "config.yaml").write_text(f"seed: {count}\ndata:\n  num_examples: {count}\noutput: {folder}\n")
+    page = " ".join(page_of(read_runs(folders)).split())
+    assert "Losses may not be comparable: the runs differ in data.num_examples. See Settings below." in page
+    for name in ("data.num_examples", "seed"):
+        assert f'{name}</th><td title="400">400</td><td title="800">800</td>' in page
+    assert '<th scope="row">output' not in page
+    (folders[1] / "config.yaml").write_text("seed: 1\ndata:\n  num_examples: 400\n")
+    page = page_of(read_runs(folders))
+    assert "Settings that differ" in page
+    assert "comparable" not in page
+
+
+def test_note_on_comparability_is_about_all_runs_of_the_page(tmp_path):
+    folders = [write_run(tmp_path / f"run-{number}", rounds=0) for number in range(9)]
+    (folders[8] / "config.yaml").write_text("data:\n  num_examples: 3\n")
+    (folders[0] / "config.yaml").write_text("data:\n  num_examples: 4\n")
+    assert "Losses may not be comparable" in page_of(read_runs(folders))
+
+
+def test_bytes_have_their_sum_and_what_was_not_counted_by_kind_stands_once(runs):
+    one = traffic(runs[0])
+    assert [kind for kind, _ in one.rows] == ["experts", "router", "counts, framing", "all"]
+    for way in ("up", "down"):
+        assert one.rows[-1][1][way] == sum(row[way] for _, row in one.rows[:-1])
+    old = replace(runs[0], rows=[{k: row[k] for k in row if k != "bytes_by_kind"} for row in runs[0].rows])
+    assert traffic(old).rows == [one.rows[-1]]
+
+
+def test_names_of_runs_are_short_and_tell_their_ends(tmp_path):
+    names = [f"fc_moe_with_a_very_long_name-{number}" for number in (119, 120)]
+    page = page_of(read_runs([write_run(tmp_path / name, rounds=1) for name in names]))
+    assert all(f"fc_moe_with_…ng_name-{number}</text>" in page for number in (119, 120))
+
+
+def test_line_of_a_shorter_run_has_a_leader_and_every_run_its_swatch(page):
+    figure = re.search(r'data-chart="global">(.*?)</figure>', page, re.DOTALL).group(1)
+    assert figure.count('class="leader"') == 1
+    values = re.findall(r'<span class="values">(.*?)</figcaption>', page)
+    assert len(values) == len(SITES)
+    assert all(re.findall(r'swatch (run-\d)"></i><b class="(run-\d)"', each) == [("run-0",) * 2, ("run-1",) * 2]
+               for each in values)  # fmt: skip
+
+
+def test_legends_tell_the_middle(runs, page):
+    scale = scales(runs)["lowest_to_others"]
+    assert f"<small>{scale.text(scale.low)}</small>" in page
+    assert '<i class="d5">0.00</i>' in page
+    assert '<i class="d5">1.00</i>' in page  # of the step's scale
 
 
 def test_load_is_a_share():
@@ -173,61 +240,3 @@ def test_of_more_runs_than_colours_all_are_in_the_overview_and_the_first_have_ch
     assert [attributes["aria-label"] for attributes in read.named("article")] == names[:8]
     assert "and 1 more" in text
     assert "Objectives" not in text
-
-
-def test_commands_write_the_page_where_they_say(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    one, other = write_run(tmp_path / "a"), write_run(tmp_path / "b")
-    runner = CliRunner()
-    alone = runner.invoke(cli, ["report", str(one)])
-    assert alone.output.strip() == str(one / "report.html")
-    assert runner.invoke(cli, ["report", str(one), str(other)]).exit_code == 0
-    assert runner.invoke(cli, ["report", str(one), "--output", "x/y.html"]).exit_code == 0
-    assert (one / "report.html").read_text() == (tmp_path / "x" / "y.html").read_text()
-    assert "<title>a, b" in (tmp_path / "report.html").read_text()
-
-
-def test_report_of_no_run_is_an_error_that_names_the_folder(tmp_path):
-    assert f"{tmp_path}: no run in it" in str(CliRunner().invoke(cli, ["report", str(tmp_path)]).exception)
-
-
-@pytest.mark.parametrize(
-    ("words", "place"), [(["sweep"], "sweep/compare.html"), (["sweep/a", "sweep/b"], "compare.html"),
-                         (["sweep", "--html", "x/y.html"], "x/y.html")],
-)  # fmt: skip
-def test_compare_writes_the_page_and_says_where_below_its_table(tmp_path, monkeypatch, words, place):
-    """A folder of runs keeps it; several leave it here; what is named wins."""
-    monkeypatch.chdir(tmp_path)
-    for name in ("a", "b"):
-        write_run(Path("sweep", name), rounds=1, sites=["bank", "clinic"])
-    (tmp_path / "sweep/b/summary.json").unlink()  # has not ended: in the table, and on the page
-    table, _, told = compared(words).rpartition("\n")
-    assert "held-out loss" in table
-    assert "no summary" in table
-    assert told == f"page: {place}"
-    assert "<title>a, b " in Path(place).read_text()
-    assert not list(Path().rglob("*report.html"))
-
-
-def compared(words):
-    result = CliRunner().invoke(cli, ["compare", *words])
-    assert result.exit_code == 0, result.exception
-    return result.output.strip()
-
-
-@pytest.mark.parametrize("command", ["report", "compare"])
-def test_page_replaces_an_earlier_page_and_nothing_else(tmp_path, command):
-    folder, page = write_run(tmp_path / "a", rounds=1), tmp_path / "a" / f"{command}.html"
-    page.write_text(render(read_runs([write_run(tmp_path / "other", rounds=0)])))
-    assert CliRunner().invoke(cli, [command, str(folder)]).exit_code == 0
-    assert "<title>a " in page.read_text()
-    page.write_text("<title>My notes</title>")
-    with pytest.raises(ValueError, match=rf"{command}.html is there already, and no page of Bouquet's"):
-        CliRunner().invoke(cli, [command, str(folder)], catch_exceptions=False)
-    assert page.read_text() == "<title>My notes</title>"
-
-
-def test_page_that_cannot_be_written_is_an_error_that_says_where(tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(RuntimeError, match=r"cannot write .*file/report.html: .*; name another file"):
-        write_report([write_run(tmp_path / "a", rounds=1)], tmp_path / "file" / "report.html")

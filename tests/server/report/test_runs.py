@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 
 import pytest
+from typer.testing import CliRunner
 
+from server.launch import cli
 from server.record import RunFolder
 from server.report import runs
 from server.report.page import render
-from server.report.runs import read_runs, thinned
+from server.report.runs import natural, read_runs, thinned
 from tests.server.report.folders import LAYERS, NASTY, write_run
 
 
@@ -77,20 +79,70 @@ def test_run_before_its_first_round_has_nothing_to_draw(tmp_path):
     assert run.missing == ["no round was completed: there is nothing to draw"]
 
 
+LINE = '{"round": 1, "sites": [], "layers": {}, "kinds": {}}\n'
+
+
+@pytest.mark.parametrize("command", ["report", "compare"])
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("metrics.jsonl", '{"round": 0}\n{"rou', "metrics.jsonl line 2 is damaged"),
-        ("metrics.jsonl", '{"type": "round"}\n', "a line without a round"),
-        ("diagnostics/rounds.jsonl", '{"round": 1}\n', "diagnostics/rounds.jsonl is damaged, or of another version"),
+        ("metrics.jsonl", '{"round": 0}\n{"rou\n', "metrics.jsonl line 2 is damaged"),
+        ("metrics.jsonl", '{"round": 0}\n{"rou\n{"round": 1', "metrics.jsonl line 2 is damaged"),
+        ("metrics.jsonl", '{"round": 0}\n{"type": "other"}\n', r"metrics.jsonl line 2 is .*: no round"),
+        ("metrics.jsonl", '{"round": true}\n', "no round"),
+        ("metrics.jsonl", '{"round": 1, "type": "site"}\n', "no site"),
+        ("metrics.jsonl", '{"round": 1, "type": "round", "bytes_up": 3}\n', "bytes_down: no number"),
+        ("metrics.jsonl", '{"round": 1, "type": "site", "site": "a", "loss": "x"}\n', "loss: no number"),
+        ("diagnostics/rounds.jsonl", '{"round": 1}\n', "rounds.jsonl line 1 is damaged, or of another version"),
+        (
+            "diagnostics/rounds.jsonl",
+            LINE.replace('"sites": []', '"sites": NaN'),
+            "line 1 is damaged: NaN is no number",
+        ),
+        ("diagnostics/rounds.jsonl", LINE.replace('"kinds": {}', '"kinds": []'), "layers or kinds hold no tables"),
+        ("diagnostics/rounds.jsonl", LINE.replace('"sites": []', '"sites": 3'), "sites are no list"),
         ("summary.json", "{", "summary.json is damaged"),
+        ("summary.json", "{}", "summary.json is .*: no status"),
+        ("summary.json", "[]", "summary.json is damaged"),
+        ("summary.json", '{"status": "failed"}', "summary.json is .*: no error"),
+        ("summary.json", '{"status": "completed"}', "summary.json is .*: no bytes_down, bytes_up, global_loss"),
+        ("summary.json", '{"status": "failed", "error": NaN}', "summary.json is damaged: NaN is no number"),
+        ("config.yaml", "a: [1, 2", "config.yaml is damaged: while parsing"),
+        ("config.yaml", "- 1", "config.yaml is damaged: it holds no settings"),
+        ("evaluation.json", "{}", "evaluation.json is .*: no cost, routing, scores, summary"),
     ],
 )
-def test_damaged_file_is_named(tmp_path, name, content, message):
+def test_damaged_file_is_named_in_one_line(tmp_path, command, name, content, message):
     folder = write_run(tmp_path / "run")
     (folder / name).write_text(content)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as raised:
+        CliRunner().invoke(cli, [command, str(folder)], catch_exceptions=False)
+    assert str(folder / name) in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "diagnostics/rounds.jsonl", "summary.json", "config.yaml"])
+def test_file_that_is_no_text_or_no_file_is_named(tmp_path, name):
+    folder = write_run(tmp_path / "run")
+    (folder / name).write_bytes(b"a: \xff")
+    with pytest.raises(ValueError, match=rf"{name} is damaged: no UTF-8 at byte 3"):
         read_runs([folder])
+    (folder / name).unlink()
+    (folder / name).mkdir()
+    with pytest.raises(ValueError, match=rf"{name} cannot be read: Is a directory"):
+        read_runs([folder])
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "diagnostics/rounds.jsonl"])
+def test_last_line_that_was_cut_off_is_left_out_and_told(tmp_path, name):
+    folder = write_run(tmp_path / "run", rounds=2)
+    text = (folder / name).read_text()
+    (folder / name).write_text(text + text.splitlines()[0][:20])
+    (run,) = read_runs([folder])
+    assert run.missing == [f"the last line of {name} was cut off: left out"]
+    assert len(run.rows if name == "metrics.jsonl" else run.diagnostics) == len(text.splitlines())
+    (folder / name).write_text(text.removesuffix("\n"))
+    assert read_runs([folder])[0].missing == []
 
 
 def test_folder_without_a_run_is_named(tmp_path):
@@ -107,6 +159,19 @@ def test_page_stays_bounded_by_leaving_rounds_out(tmp_path, monkeypatch):
     (run,) = read_runs([folder])
     assert [line["round"] for line in run.diagnostics] == [3, 6, 9, 12]
     assert "show 4 of them" in run.missing[0]
+
+
+def test_runs_of_a_page_share_its_room(tmp_path, monkeypatch):
+    folders = [write_run(tmp_path / name, rounds=4) for name in ("a", "b")]
+    length = (folders[0] / "diagnostics/rounds.jsonl").stat().st_size
+    monkeypatch.setattr(runs, "MAX_DIAGNOSTICS_BYTES", length + 100)
+    assert [len(run.diagnostics) for run in read_runs(folders)] == [2, 2]
+    assert len(read_runs(folders[:1])[0].diagnostics) == 4
+
+
+def test_names_with_numbers_have_their_natural_order():
+    names = ["hospital-10", "a", "hospital-2", "2", "10", "hospital", "hospital-2b"]
+    assert sorted(names, key=natural) == ["2", "10", "a", "hospital", "hospital-2", "hospital-2b", "hospital-10"]
 
 
 def test_thinning_keeps_everything_that_fits_and_always_the_last():
