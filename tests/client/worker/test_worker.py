@@ -26,6 +26,7 @@ from flwr.app import Context, RecordDict
 import client.training
 from client.app import _wanted
 from client.assemble import model_for
+from client.base_model import process_name
 from client.call import Call, process_started
 from client.embedded import embedded_rows
 from client.memory import choose_micro_batch
@@ -87,8 +88,8 @@ class Ward:
 
     def worker(self):
         """Process id of the worker that answers, one being started if need be."""
-        sender, _ = decode_joined(self.ask(JOIN))
-        return int(sender.process.rpartition(":")[2])
+        decode_joined(self.ask(JOIN))
+        return int([line for line in self.log.splitlines() if line.endswith(" ready")][-1].split()[2])
 
     @property
     def config(self):
@@ -149,7 +150,8 @@ def test_it_answers_every_kind_of_message_with_one_load_of_the_base(ward):
     losses = decode_losses(ward.ask(EVALUATE, 1, ward.adapter, run="all"))
     later = decode_joined(ward.ask(JOIN, run="later"))
     senders = [sender for sender, _ in (joined, update, losses, later)]
-    assert {sender.process for sender in senders} == {f"{os.uname().nodename}:{ward.worker()}"}
+    (process,) = {sender.process for sender in senders}
+    assert os.uname().nodename not in process
     assert {sender.base_model_loads for sender in senders} == {1}
     assert update[1].metrics["startup_seconds"] > 0
     assert np.isfinite(losses[1]["ward"].loss)
@@ -284,7 +286,8 @@ def wait_for(condition, seconds=60):
 def test_train_message_whose_worker_is_killed_gives_what_it_would_have_given(ward):
     """FC-MoE's second round depends on what the first one left in the private store."""
     first = ward.worker()
-    adapter = decode_update(ward.ask(TRAIN, 1, ward.adapter, run="killed"))[1].adapter
+    sender_before, trained = decode_update(ward.ask(TRAIN, 1, ward.adapter, run="killed"))
+    adapter = trained.adapter
     before = ward.log.count("train of run")
 
     def kill_in_training():
@@ -295,7 +298,7 @@ def test_train_message_whose_worker_is_killed_gives_what_it_would_have_given(war
     killer.start()
     sender, update = decode_update(ward.ask(TRAIN, 2, adapter, run="killed"))
     killer.join()
-    assert sender.process != f"{os.uname().nodename}:{first}"
+    assert sender.process != sender_before.process
     assert sender.base_model_loads == 1
     here = {"worker": "off", "private": str(ward.folder / "here")}
     decode_update(ward.ask(TRAIN, 1, ward.adapter, run="killed", **here))
@@ -332,4 +335,4 @@ def test_message_whose_sender_hangs_up_is_not_worked_on(ward):
 def test_node_decides_whether_it_has_a_worker(ward):
     assert ward.wanted == Wanted(enabled=True, idle_seconds=600, base=ward.wanted.base)
     sender, _ = decode_joined(ward.ask(JOIN, worker="off", run="here"))
-    assert sender.process == f"{os.uname().nodename}:{os.getpid()}"
+    assert sender.process == process_name(os.getpid())
