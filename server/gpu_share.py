@@ -32,10 +32,8 @@ def choose_gpus_per_site(config: Config) -> float:
     """``federation.gpus_per_site``, or without it the share that training was measured to need; 0 without a GPU.
 
     Raises:
-        ValueError: If one site's training does not fit on the GPU, if there is none though device=cuda, or if a site is
-            to have more than there is.
+        ValueError: If one site's training does not fit on the GPU, or device=cuda and there is none.
     """
-    check_share(config)
     given = config.federation.gpus_per_site
     if given is not None:
         return given

@@ -15,6 +15,7 @@ from conf.compose import expand_sweep, load_config, quoted, swept_keys, to_dict
 from conf.model import ModelSource, Quantization
 from conf.partitions import Files
 from conf.schema import Config, Mode
+from server.gpu_share import check_share
 from server.record import default_name
 
 _LONGEST_NAME_BYTES = 200
@@ -78,6 +79,7 @@ def _job(name: str, config: Config, overrides: Sequence[str], output: Path) -> J
     sites = None
     if config.federation.mode is Mode.simulation:
         _check_installed(config)
+        check_share(config)
         sites = _count_sites(config)
     if sites is not None:
         # The run's processes start elsewhere: relative paths are made absolute here, where the user wrote them.
