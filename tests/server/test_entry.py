@@ -42,6 +42,7 @@ class Importing:
             os.kill(os.getpid(), signal.SIGINT)
 
 sys.meta_path.insert(0, Importing())
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell runs in the background ignores it
 main()
 """
 
