@@ -106,6 +106,8 @@ class FederatedRounds(FlowerStrategy):
                     self._round.global_loss = self.global_loss(self.adapter)
                 self.aggregate_evaluate(server_round, exchange.replies())
             self._finish_round()
+        if num_rounds and not self.losses:
+            raise RuntimeError(f"round {num_rounds}: no site could be evaluated ({self._reasons()})")
         return Result(arrays=to_record(self.adapter))
 
     def _enough(self, connected: int) -> bool:
@@ -148,10 +150,9 @@ class FederatedRounds(FlowerStrategy):
                 # A site's metrics must not overwrite what we measured ourselves.
                 self._round.sites[update.site] = {**update.metrics, **row}
         if len(updates) < needed_sites(self.config):
-            reasons = "; ".join(f"{site}: {reason}" for site, reason in sorted(self._round.dropped.items()))
             raise RuntimeError(
                 f"round {server_round}: {len(updates)} good replies, federation.min_sites="
-                f"{needed_sites(self.config)} are needed ({reasons or 'no other site was asked'})"
+                f"{needed_sites(self.config)} are needed ({self._reasons()})"
             )
         self._aggregate(sorted(updates, key=lambda update: update.site))
         return to_record(self.adapter), None
@@ -279,6 +280,11 @@ class FederatedRounds(FlowerStrategy):
             waited = f"no reply within {self.config.federation.round_timeout_seconds:g} s"
             self._drop(node, waited if taken else "Flower could not store the message to it")
         return sorted(received, key=lambda entry: self.roster.name_of(entry[0]))
+
+    def _reasons(self) -> str:
+        """Why replies of this round were not used, for people."""
+        reasons = "; ".join(f"{site}: {reason}" for site, reason in sorted(self._round.dropped.items()))
+        return reasons or "no other site was asked"
 
     def _drop(self, node: int, reason: str) -> None:
         site, reason = self.roster.name_of(node), told(reason)

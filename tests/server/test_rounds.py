@@ -319,6 +319,16 @@ def test_what_a_site_says_is_one_bounded_line_of_the_log_and_never_a_tagged_one(
     assert parse_line(f"Traceback: {reason}") is None
 
 
+def test_run_whose_last_evaluation_nobody_answers_fails_and_keeps_its_adapter(run):
+    def silent_at_the_end(message, honest):
+        return [] if message.metadata.message_type == EVALUATE else [honest(message)]
+
+    result = run("rounds=1", faults=dict.fromkeys(range(4), silent_at_the_end))
+    assert str(result.error).startswith("round 1: no site could be evaluated (bank: no reply within")
+    assert result.summary["status"] == "failed"
+    assert (result.folder.path / "adapter" / "adapter_model.safetensors").exists()
+
+
 def test_names_in_the_screen_that_nobody_bears_are_told(run):
     result = run("screen=clair screen.banned=[bnak,court] screen.pinned=[bank] rounds=1")
     assert result.error is None
