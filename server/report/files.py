@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Real
 from pathlib import Path
@@ -27,10 +27,7 @@ def rows_of(folder: Path) -> tuple[Rows, bool]:
     Raises:
         ValueError: If a line is damaged.
     """
-    with _named(folder / METRICS):
-        rows, is_cut = RunFolder(folder).lines(METRICS)
-    _check_lines(folder / METRICS, (_wrong_row(row) for row in rows))
-    return rows, is_cut
+    return _lines_of(folder, METRICS, _wrong_row)
 
 
 def diagnostics_of(folder: Path) -> tuple[Rows, bool]:
@@ -39,10 +36,7 @@ def diagnostics_of(folder: Path) -> tuple[Rows, bool]:
     Raises:
         ValueError: If a line is damaged.
     """
-    with _named(folder / DIAGNOSTICS):
-        lines, is_cut = RunFolder(folder).lines(DIAGNOSTICS)
-    _check_lines(folder / DIAGNOSTICS, (_wrong_diagnostics(line) for line in lines))
-    return lines, is_cut
+    return _lines_of(folder, DIAGNOSTICS, _wrong_diagnostics)
 
 
 def cut_off(name: str) -> str:
@@ -115,10 +109,15 @@ def _named(path: Path) -> Iterator[None]:
         raise ValueError(f"{path} is damaged: {error}") from error
 
 
-def _check_lines(path: Path, wrong: Iterable[str]) -> None:
-    for number, reason in enumerate(wrong, start=1):
-        if reason:
+def _lines_of(folder: Path, name: str, wrong: Callable[[Mapping[str, Any]], str]) -> tuple[Rows, bool]:
+    """Lines of a file; ``wrong`` says what one lacks."""
+    path = folder / name
+    with _named(path):
+        lines, is_cut = RunFolder(folder).lines(name)
+    for number, line in enumerate(lines, start=1):
+        if reason := wrong(line):
             raise ValueError(f"{path} line {number} is damaged, or of another version of Bouquet: {reason}")
+    return lines, is_cut
 
 
 def _check_keys(path: Path, values: Any, wanted: set[str]) -> None:
