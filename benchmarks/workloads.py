@@ -62,7 +62,7 @@ class Workload:
     @cached_property
     def version(self) -> str:
         """Changes with what the workload is made by: results of another version are not used."""
-        functions = [self.rows, _drawn, cut, *(part for part in (in_roles, _sampled) if self._uses(part))]
+        functions = [self.rows, _drawn, cut, *(part for part in (in_roles, _sampled, _clinc) if self._uses(part))]
         made_by = [inspect.getsource(function) for function in functions if function is not None]
         settings = repr((self.rounds, self.settings, self.labels, self.model))
         return hashlib.sha256("".join([self._base(), *made_by, settings]).encode()).hexdigest()[:8]
@@ -173,6 +173,13 @@ def _clinc(data: Path, seed: int) -> Rows:
             found[row["split"]].append({"text": f"{WORD} {row['text']}", "label": label, "group": label})
     sizes = {"train": ("train", 1000), "validation": ("val", 500), "test": ("test", 500)}
     return {split: _drawn(found[name], count, seed, split) for split, (name, count) in sizes.items()}
+
+
+def _clinc_few(data: Path, seed: int) -> Rows:
+    """Those of ``_clinc``, and of what is judged on as many as a processor reads with a large model."""
+    rows = _clinc(data, seed)
+    judged = {split: _drawn(rows[split], count, seed, "few") for split, count in (("validation", 100), ("test", 200))}
+    return {**rows, **judged}
 
 
 BANKING_WORDS = {
@@ -354,6 +361,16 @@ WORKLOADS: dict[str, Workload] = {
             tuple(CLINC_WORDS.values()),
             _clinc,
             model=_SMOLLM2,
+        ),
+        # Sized for a processor: a step of it takes seconds there.
+        Workload(
+            "clinc_smollm2_short",
+            "CLINC150 domains, SmolLM2-135M as experts, 10 sites, Dirichlet 0.1, 6 rounds of 2 steps with 8 examples",
+            6,
+            ("train.batch_size=8", "train.max_steps=2", "train.num_threads=1", *_dirichlet(0.1), "data.max_length=40"),
+            tuple(CLINC_WORDS.values()),
+            _clinc_few,
+            model=("model=smollm2_moe", "data.template=plain"),
         ),
         Workload(
             "dolly_smollm2",
