@@ -63,11 +63,13 @@ _PLUS = (
     Knob("strategy.flatten", (0.0, 0.5, 1.0), 1.0),
     Knob("strategy.momentum", _MOMENTUM, 0.5),
 )
+_FIXED = tuple(replace(knob, values=(knob.start,)) for knob in _PLUS)
+_WHOLE = ("strategy=fc_moe_plus", "strategy.agreement=null")
 _PLUS_SWEEPS = {
     "step": (1.0, 1.5, 2.0, 3.0, 4.0), "flatten": (0.0, 0.5, 1.0), "momentum": _MOMENTUM,
     "ridge": (0.03, 0.1, 1.0, 3.0),
 }  # fmt: skip
-"""Of ``fc_moe_plus``; its ridge is not tuned and 0.3."""
+"""Of ``fc_moe_plus_whole``; its ridge is not tuned and 0.3."""
 _PLUS_OFF = {"step": 1.0, "flatten": 0.0, "momentum": 0.0}
 """Values that take a part of the rule away: such an ablation finds its own learning rate."""
 
@@ -95,17 +97,26 @@ CONTENDERS: dict[str, Contender] = {
     "fc_moe": Contender("FC-MoE", ("strategy=fc_moe",), (_RETENTION,)),
     "fc_moe_plus": Contender("FC-MoE plus", ("strategy=fc_moe_plus",), _PLUS),
     # CLINC's search begins at these values; on any other data nobody tuned them.
-    "fc_moe_plus_as_shipped": Contender(
-        "FC-MoE plus, as shipped",
-        ("strategy=fc_moe_plus",),
-        tuple(replace(knob, values=(knob.start,)) for knob in _PLUS),
+    "fc_moe_plus_as_shipped": Contender("FC-MoE plus, as shipped", ("strategy=fc_moe_plus",), _FIXED),
+    **{
+        f"fc_moe_plus_agreement_{value}": Contender(
+            f"agreement {value}",
+            ("strategy=fc_moe_plus",),
+            follows="fc_moe_plus_as_shipped",
+            instead={"strategy.agreement": float(value)},
+        )
+        for value in ("0.125", "0.5")
+    },
+    # What the rule was before its step looked at what sites have in common.
+    "fc_moe_plus_whole": Contender("FC-MoE plus, whole steps always", _WHOLE, _PLUS),
+    "fc_moe_plus_whole_as_shipped": Contender(
+        "FC-MoE plus, whole steps always, other values as shipped", _WHOLE, _FIXED
     ),
     "fc_moe_plus_mean": Contender(
-        "FC-MoE plus, mean by examples instead of the equal say", ("strategy=fc_moe_plus", "strategy.ridge=null"), _PLUS
+        "FC-MoE plus, whole steps, mean by examples instead of the equal say", (*_WHOLE, "strategy.ridge=null"), _PLUS
     ),
     "flattening": Contender(
-        "flattening alone",
-        ("strategy=fc_moe_plus", "strategy.ridge=null", "strategy.step=1", "strategy.momentum=0"),
+        "flattening alone", (*_WHOLE, "strategy.ridge=null", "strategy.step=1", "strategy.momentum=0")
     ),
     **{
         f"fc_moe_no_{name}": Contender(f"- {title}", ("strategy=fc_moe", setting), follows="fc_moe", retunes=_RATE)
@@ -173,20 +184,20 @@ CONTENDERS: dict[str, Contender] = {
     "local_only": Contender("local only (bound)", ("strategy=local_only",)),
     "centralised": Contender("centralised (bound)", ("strategy=centralised",)),
     **{
-        f"fc_moe_plus_{knob}_{value:g}": Contender(
+        f"fc_moe_plus_whole_{knob}_{value:g}": Contender(
             f"{knob} {value:g}" + (", own learning rate" if value == _PLUS_OFF.get(knob) else ""),
-            ("strategy=fc_moe_plus",),
-            follows="fc_moe_plus",
+            _WHOLE,
+            follows="fc_moe_plus_whole",
             retunes=_RATE if value == _PLUS_OFF.get(knob) else (),
             instead={f"strategy.{knob}": value},
         )
         for knob, values in _PLUS_SWEEPS.items()
         for value in values
     },
-    "fc_moe_plus_factors": Contender(
+    "fc_moe_plus_whole_factors": Contender(
         "space factors",
-        ("strategy=fc_moe_plus",),
-        follows="fc_moe_plus",
+        _WHOLE,
+        follows="fc_moe_plus_whole",
         instead={"strategy.space": "factors"},
         of_factors=True,
     ),

@@ -28,7 +28,7 @@ Rows = dict[str, list[dict[str, str]]]
 
 KEY_CONTENDERS = (
     "fedavg", "noise", "fedavg_step", "fedavgm", "fedalign_moe", "fc_moe", "fc_moe_plus", "fc_moe_plus_as_shipped",
-    "local_only", "centralised"
+    "fc_moe_plus_whole", "fc_moe_plus_whole_as_shipped", "local_only", "centralised"
 )  # fmt: skip
 """Who is compared where not everyone is."""
 ABLATED = (

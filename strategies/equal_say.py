@@ -31,10 +31,32 @@ class EqualSay:
     """(C, E) 1 where that cosine is negative, else 0; NaN for a site without a say."""
     scale: NDArray[np.float64]
     """(E,) length of the step over that of the updates' mean by examples; NaN if that is 0."""
+    pairs: NDArray[np.float64]
+    """(E,) mean cosine of two sites' updates; NaN with less than two sites that have a say."""
+
+
+def common_share(pairs: float, num_sites_E: NDArray[np.integer]) -> NDArray[np.float64]:
+    """(E,) how much of the squared length of the sites' mean direction is what they have in common, in [0, 1].
+
+    Of C unit directions whose pairs have the mean cosine p, the mean's squared length is (1 + (C - 1) p) / C. If they
+    are one common part and, beside it, parts of their own that are orthogonal on average, p is the squared length of
+    the common part, and C p / (1 + (C - 1) p) its share in that of the mean: what a mean of C measurements is shrunk
+    by, to be nearest to what they measure (James & Stein, 1961). 0 where p is negative; 1 for a single site.
+
+    Args:
+        pairs: p, in [-1, 1].
+        num_sites_E: C, >= 1.
+    """
+    common = max(pairs, 0.0)
+    return np.where(num_sites_E > 1, num_sites_E * common / (1.0 + (num_sites_E - 1) * common), 1.0)
 
 
 def equal_say(
-    gram_ECC: NDArray[np.float64], examples_CE: NDArray[np.floating], *, ridge: float | None, step: float
+    gram_ECC: NDArray[np.float64],
+    examples_CE: NDArray[np.floating],
+    *,
+    ridge: float | None,
+    step: float | NDArray[np.float64],
 ) -> EqualSay:
     """The step of each expert, from the inner products ``gram_ECC`` of its sites' updates.
 
@@ -56,7 +78,7 @@ def equal_say(
         examples_CE: Training examples of each site; 0 takes away its say in an expert it did not use. So does an
             update of length 0.
         ridge: > 0, or None.
-        step: > 0.
+        step: > 0, of all experts or (E,).
     """
     length_EC = np.sqrt(np.maximum(np.diagonal(gram_ECC, axis1=-2, axis2=-1), 0.0))
     has_say_EC = (examples_CE.T > 0) & (length_EC > 0)
@@ -69,8 +91,10 @@ def equal_say(
     squared_E = np.einsum("ec,ec->e", share_EC, dot_EC)
     mean_E = np.sqrt(np.where(squared_E > _NOTHING, squared_E, 0.0))
     typical_E = (by_examples_EC * length_EC).sum(axis=-1)
-    factor_E = np.minimum(step, divided(1.0, mean_E, otherwise=step)) * typical_E
+    factor_E = np.minimum(step, divided(1.0, mean_E, otherwise=np.inf)) * typical_E
     averaged_E = np.sqrt(np.maximum(np.einsum("ec,ecd,ed->e", by_examples_EC, gram_ECC, by_examples_EC), 0.0))
+    num_E = has_say_EC.sum(axis=-1)
+    of_pairs_E = cosines_ECC.sum(axis=(-2, -1)) - np.einsum("ecc->e", cosines_ECC)
     cosine_EC = np.where(has_say_EC, divided(dot_EC, mean_E[:, None], otherwise=np.nan), np.nan)
     return EqualSay(
         coefficients=(factor_E[:, None] * share_EC * inverse_EC).T,
@@ -78,6 +102,7 @@ def equal_say(
         cosine=cosine_EC.T,
         conflict=np.where(has_say_EC, cosine_EC < 0, np.nan).T,
         scale=divided(factor_E * mean_E, averaged_E, otherwise=np.nan),
+        pairs=divided(of_pairs_E, (num_E * (num_E - 1)).astype(np.float64), otherwise=np.nan),
     )
 
 

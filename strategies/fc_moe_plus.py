@@ -6,9 +6,9 @@ Shapes: C sites, E experts of one MoE layer, O outputs, I inputs.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,7 @@ from strategies.adapters import Arrays
 from strategies.base import Aggregation, ClientUpdate, Strategy, require
 from strategies.change_span import WeightedSum, changes_of
 from strategies.conflicts import Granularity, Space, join, split
-from strategies.equal_say import EqualSay, equal_say
+from strategies.equal_say import EqualSay, common_share, equal_say
 from strategies.expert_rounds import Attention, ExpertRange, Findings, aggregate_experts, check_expert_tokens
 from strategies.experts import is_expert_array
 from strategies.flatten import flattened
@@ -27,6 +27,11 @@ from strategies.quotient import divided
 
 _LORA = (".lora_A", ".lora_B")
 _PREVIOUS = "previous/"
+_PAIRS = "pairs/"
+_LEAST = 0.25
+"""Of step and momentum, where sites have nothing in common."""
+_UNKNOWN = 0.5
+"""Of step and momentum, before anything is known of that: as shipped, FedAvg's step."""
 _EPSILON = float(np.finfo(np.float32).eps)
 _TRACE = 1e-6
 """Of a product's length: above the rounding of float32, below what is learnt."""
@@ -44,6 +49,11 @@ class FcMoePlus(Strategy):
        the sites went on average: ``equal_say``;
     2. ``momentum`` times the expert's change in the last round is added;
     3. singular values of each matrix of that raised to 1 - ``flatten`` at the same Frobenius norm: ``flatten``.
+
+    ``step`` and ``momentum`` are taken whole where sites have something in common. Where their updates of a layer were
+    orthogonal in the last round, or undid each other, sites learn by heart what is theirs alone, and a long step is
+    worse than a short one: both shrink with ``common_share``, from the mean cosine of two sites' updates, over the
+    layer's experts that two or more used. In the first round nothing is known, and they are half.
 
     Whole experts step as they are. LoRA experts step in their products B A, which are never formed. Of the sum over
     sites and the last change, whose rank is that of all adapters together, the part counts that the received factors
@@ -66,6 +76,9 @@ class FcMoePlus(Strategy):
     """1: all singular values of a matrix' step alike; 0: as they are. In [0, 1]."""
     momentum: float = 0.5
     """Share of an expert's last change that is taken again, in [0, 1); 0 remembers nothing."""
+    agreement: float | None = 0.25
+    """Share of what sites have in common, in the squared length of their mean direction, from which step and momentum
+    are whole; below it they are in proportion, but a quarter at the least. In (0, 1]; null: always whole."""
     space: Space = Space.product
     """What a LoRA expert's update is; ``factors`` are not flattened, since their spectra are not the product's."""
     attention: Attention = Attention.averaged
@@ -75,9 +88,14 @@ class FcMoePlus(Strategy):
         require(0 < self.step < math.inf, "strategy.step", "> 0", self.step)
         require(0 <= self.flatten <= 1, "strategy.flatten", "in [0, 1]", self.flatten)
         require(0 <= self.momentum < 1, "strategy.momentum", "in [0, 1)", self.momentum)
+        in_range = self.agreement is None or 0 < self.agreement <= 1
+        require(in_range, "strategy.agreement", "null or in (0, 1]", self.agreement)
 
     def init_state(self, adapter: Arrays) -> Arrays:
-        """With momentum ``previous/<name>``: what was received a round earlier, of all arrays that step."""
+        """With momentum ``previous/<name>``: what was received a round earlier, of all arrays that step.
+
+        After a round also ``pairs/<layer>``, (1,): mean cosine of two sites' updates in it.
+        """
         if self.momentum == 0:
             return {}
         pairs_step = self.attention is Attention.as_experts
@@ -96,38 +114,55 @@ class FcMoePlus(Strategy):
         """One step of every expert that was used, and the mean of the other arrays, or a step of attention too.
 
         Diagnostics: as those of ``FcMoe``, from ``EqualSay``: ``cosine`` and ``conflict`` are to the step before
-        momentum is added and it is flattened, ``scale`` is its length over that of the mean by examples.
+        momentum is added and it is flattened, ``scale`` is its length over that of the mean by examples; and ``pairs``.
         """
-        previous = {name.removeprefix(_PREVIOUS): array for name, array in state.items()}
-        stepped, report = aggregate_experts(adapter, updates, self._step, self.attention, previous)
-        return Aggregation(adapter=stepped, state=self.init_state(adapter), diagnostics=report)
+        pairs = _under(_PAIRS, state)
 
-    def _step(self, layer: ExpertRange) -> tuple[Arrays, Findings]:
+        def step(layer: ExpertRange) -> tuple[Arrays, Findings]:
+            return self._step(layer, self._whole(layer, pairs.get(layer.path)))
+
+        stepped, report = aggregate_experts(adapter, updates, step, self.attention, _under(_PREVIOUS, state))
+        found = {} if self.agreement is None else pairs | _mean_pairs(report)
+        after = {**self.init_state(adapter)} | {_PAIRS + path: array for path, array in found.items()}
+        return Aggregation(adapter=stepped, state=after, diagnostics=report)
+
+    def _whole(self, layer: ExpertRange, pairs_1: NDArray[np.floating] | None) -> NDArray[np.float64]:
+        """(E,) how much of step and momentum is taken, by the mean cosine of the round before; None: not known."""
+        num_sites_E = (layer.tokens_CE > 0).sum(axis=0)
+        if self.agreement is None:
+            return np.ones(len(num_sites_E))
+        if pairs_1 is None:
+            return np.where(num_sites_E > 1, _UNKNOWN, 1.0)
+        return np.clip(common_share(float(pairs_1[0]), num_sites_E) / self.agreement, _LEAST, 1.0)
+
+    def _step(self, layer: ExpertRange, whole_E: NDArray[np.float64]) -> tuple[Arrays, Findings]:
         is_lora = all(name.endswith(_LORA) for name in layer.received)
         if is_lora and self.space is Space.product:
-            return self._step_products(layer)
-        return self._step_arrays(layer, flatten=0.0 if is_lora else self.flatten)
+            return self._step_products(layer, whole_E)
+        return self._step_arrays(layer, whole_E, flatten=0.0 if is_lora else self.flatten)
 
-    def _say(self, layer: ExpertRange, gram_ECC: NDArray[np.float64]) -> tuple[EqualSay, NDArray[np.float64]]:
+    def _say(
+        self, layer: ExpertRange, whole_E: NDArray[np.float64], gram_ECC: NDArray[np.float64]
+    ) -> tuple[EqualSay, NDArray[np.float64]]:
         """Also (C, E) factor of each change in the step, that of the last one, turned back, being a further row."""
         examples_CE = np.where(layer.tokens_CE > 0, layer.examples_C[:, None], 0.0)
         sites = slice(len(examples_CE))
-        say = equal_say(gram_ECC[:, sites, sites], examples_CE, ridge=self.ridge, step=self.step)
+        say = equal_say(gram_ECC[:, sites, sites], examples_CE, ridge=self.ridge, step=self.step * whole_E)
         if not layer.previous:
             return say, say.coefficients
-        return say, np.vstack([say.coefficients, -self.momentum * (say.weight.sum(axis=0) > 0)])
+        return say, np.vstack([say.coefficients, -self.momentum * whole_E * (say.weight.sum(axis=0) > 0)])
 
-    def _step_arrays(self, layer: ExpertRange, flatten: float) -> tuple[Arrays, Findings]:
+    def _step_arrays(self, layer: ExpertRange, whole_E: NDArray[np.float64], flatten: float) -> tuple[Arrays, Findings]:
         """The next arrays (E, ...), each expert's as one vector; matrices (E, O, I) are flattened."""
         ((names, block),) = split(layer.received, _ends(layer), Granularity.expert).items()
-        say, factor_CE = self._say(layer, block.gram()[:, 0])
+        say, factor_CE = self._say(layer, whole_E, block.gram()[:, 0])
         step_EGD = block.weighted(factor_CE[..., None])
         steps: Arrays = join(names, step_EGD, layer.received, Granularity.expert)
         if flatten:
             steps = {name: _flattened_whole(step, layer.received[name], flatten) for name, step in steps.items()}
         return {name: layer.received[name] + step for name, step in steps.items()}, _findings(say)
 
-    def _step_products(self, layer: ExpertRange) -> tuple[Arrays, Findings]:
+    def _step_products(self, layer: ExpertRange, whole_E: NDArray[np.float64]) -> tuple[Arrays, Findings]:
         """The next LoRA factors; ``lost_energy`` (E,): largest share of a product's squared norm that was truncated."""
         changes = {
             prefix: changes_of(
@@ -137,7 +172,7 @@ class FcMoePlus(Strategy):
             for prefix in low_rank.lora_prefixes(layer.received)
         }
         grams = [change.gram() for change in changes.values()]
-        say, factor_CE = self._say(layer, np.sum(grams, axis=0))
+        say, factor_CE = self._say(layer, whole_E, np.sum(grams, axis=0))
         used_E = say.weight.sum(axis=0) > 0
         stepped: dict[str, NDArray[np.floating]] = {}
         lost = []
@@ -193,4 +228,16 @@ def _stepped_product(
 
 
 def _findings(say: EqualSay) -> dict[str, NDArray[np.float64]]:
-    return {"weight": say.weight, "cosine": say.cosine, "conflict": say.conflict, "scale": say.scale}
+    return {name: getattr(say, name) for name in ("weight", "cosine", "conflict", "scale", "pairs")}
+
+
+def _under(prefix: str, state: Arrays) -> dict[str, NDArray[np.floating]]:
+    """What of the state is called so, without the prefix."""
+    return {name.removeprefix(prefix): array for name, array in state.items() if name.startswith(prefix)}
+
+
+def _mean_pairs(report: Mapping[str, Any]) -> dict[str, NDArray[np.floating]]:
+    """Layer -> (1,) mean over its experts of ``EqualSay.pairs``; layers of which nothing is known are left out."""
+    found = {path: layer["pairs"] for layers in report.values() for path, layer in layers.items()}
+    known = {path: [pair for pair in pairs if pair is not None] for path, pairs in found.items()}
+    return {path: np.array([np.mean(pairs)]) for path, pairs in known.items() if pairs}

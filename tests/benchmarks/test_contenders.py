@@ -99,7 +99,7 @@ def test_variants_of_fc_moe_tune_their_rate_and_another_retention_its_strength()
         strength = ("method.retention.strength",) if name in both else ()
         assert keys == ("train.learning_rate", *strength), name
     assert {"fc_moe_no_projection", "fc_moe_pairwise", "fc_moe_guarded", *both} < retunes.keys()
-    off = {"fc_moe_plus_step_1", "fc_moe_plus_flatten_0", "fc_moe_plus_momentum_0"}  # a part of the rule is gone
+    off = {f"fc_moe_plus_whole_{part}" for part in ("step_1", "flatten_0", "momentum_0")}  # a part of the rule is gone
     assert {name for name in CONTENDERS.keys() - retunes.keys() if CONTENDERS[name].retunes} == off
     assert all(CONTENDERS[name].retunes == ("train.learning_rate",) for name in off)
     for contender in CONTENDERS.values():
@@ -120,12 +120,20 @@ def test_grids_of_tables_that_were_complete_are_those_they_were_tuned_over():
         assert set(values[name]) < set(CONTENDERS[name].knobs[0].values)
 
 
-def test_fc_moe_plus_by_the_mean_differs_in_the_equal_say_alone():
-    ours, control = (load_config(CONTENDERS[name].settings) for name in ("fc_moe_plus", "fc_moe_plus_mean"))
-    assert control.strategy.ridge is None
-    assert replace(control, strategy=ours.strategy) == ours
-    assert replace(control.strategy, ridge=ours.strategy.ridge) == ours.strategy
-    assert CONTENDERS["fc_moe_plus_mean"].knobs == CONTENDERS["fc_moe_plus"].knobs
+@pytest.mark.parametrize(
+    ("name", "control", "key"),
+    [
+        ("fc_moe_plus_whole", "fc_moe_plus_mean", "ridge"),
+        ("fc_moe_plus", "fc_moe_plus_whole", "agreement"),
+        ("fc_moe_plus_as_shipped", "fc_moe_plus_whole_as_shipped", "agreement"),
+    ],
+)
+def test_controls_of_fc_moe_plus_lack_one_part_of_it(name, control, key):
+    ours, without = (load_config(CONTENDERS[one].settings) for one in (name, control))
+    assert getattr(without.strategy, key) is None
+    assert replace(without, strategy=ours.strategy) == ours
+    assert replace(without.strategy, **{key: getattr(ours.strategy, key)}) == ours.strategy
+    assert CONTENDERS[name].knobs == CONTENDERS[control].knobs
 
 
 def test_fc_moe_plus_as_shipped_has_the_defaults_and_shares_its_runs_where_those_are_what_is_tuned():

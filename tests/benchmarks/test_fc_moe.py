@@ -35,7 +35,7 @@ def test_table_pairs_by_seed_and_says_what_is_missing():
     tested["fedavg"] = Outcome(("train.learning_rate=1",), {0: row(0, 0.6), 1: row(1, 0.4), 2: row(2, 0.5)})
     tested["fc_moe"] = Outcome((), {1: row(1, 0.6), 2: row(2, 0.5)})
     tested["fedprox"] = Outcome((), {0: {"failed": "round 2: loss is nan"}})
-    tested["fc_moe_plus"] = Outcome((), {1: row(1, 0.65), 2: row(2, 0.65)})
+    tested["fc_moe_plus_as_shipped"] = Outcome((), {1: row(1, 0.65), 2: row(2, 0.65)})
     table = comparison("title", tested, [0, 1, 2])
     fedavg, ours = cells_of(table, "FedAvg |"), cells_of(table, "FC-MoE (2")
     assert fedavg[1].startswith("50.0 ±")
@@ -43,7 +43,7 @@ def test_table_pairs_by_seed_and_says_what_is_missing():
     assert ours[0] == "FC-MoE (2 of 3 seeds)"
     assert ours[2].startswith("+10.0 ±")
     assert ours[3].startswith("+10.0 ±")  # 5 and 15
-    assert (fedavg[3].split(" ")[0], cells_of(table, "FC-MoE plus")[3]) == ("+20.0", "")
+    assert (fedavg[3].split(" ")[0], cells_of(table, "FC-MoE plus, as shipped")[3]) == ("+20.0", "")
     assert (fedavg[5], ours[5].split(" ±")[0]) == ("0.500", "0.450, -0.100")
     assert (fedavg[6], ours[6:9]) == ("1.0", ["1.0, x 1.00 ± 0.00", "2.0", "x 1.50"])
     assert cells_of(table, "FedProx")[1] == "diverged"
@@ -52,7 +52,7 @@ def test_table_pairs_by_seed_and_says_what_is_missing():
 
 def test_rules_on_factors_are_compared_by_lora_alone():
     by_lora, in_full = set(compared("clinc", "lora")), set(compared("clinc", "full"))
-    of_factors = {"fc_moe_product", "fc_moe_in_products", "fc_moe_component", "fc_moe_plus_factors"}
+    of_factors = {"fc_moe_product", "fc_moe_in_products", "fc_moe_component", "fc_moe_plus_whole_factors"}
     assert by_lora - in_full == of_factors
     assert in_full < by_lora == CONTENDERS.keys()
 
@@ -84,7 +84,7 @@ def test_sites_own_data_have_a_table_with_differences_paired_by_seed():
     tested = {name: Outcome((), {}) for name in CONTENDERS}
     tested["fedavg"] = Outcome((), {0: row(0, 0.6), 1: row(1, 0.4)})
     tested["fc_moe_plus"] = Outcome((), {1: row(1, 0.8)})
-    tested["fc_moe_plus_step_3"] = Outcome((), {1: row(1, 0.8)})
+    tested["fc_moe_plus_whole_step_3"] = Outcome((), {1: row(1, 0.8)})
     table = sites(tested)
     assert table.startswith("On sites' own data, accuracy, %")
     assert cells_of(table, "FedAvg |")[1:] == ["37.5 ± 95.3", "", "25.0 ± 63.5", "", "12.5 ± 31.8"]
@@ -146,11 +146,12 @@ def test_printed_accuracy_has_a_column_and_those_not_compared_here_a_line():
 def test_values_around_the_tuned_ones_have_a_table_of_their_own():
     """70 - 50 and 50 - 50 points against the leader at seeds 1 and 2; nothing of it stands among the methods."""
     tested = {name: Outcome((), {}) for name in CONTENDERS if name.startswith(("fedavg", "fc_moe_plus"))}
-    tested["fc_moe_plus"] = Outcome(("strategy.step=2",), {seed: row(seed, 0.5) for seed in (1, 2, 3)})
-    tested["fc_moe_plus_step_3"] = Outcome((), {1: row(1, 0.7), 2: row(2, 0.5)})
-    tested["fc_moe_plus_flatten_0"] = Outcome((), {1: {"failed": "round 2: loss is nan"}})
+    tested["fc_moe_plus_whole"] = Outcome(("strategy.step=2",), {seed: row(seed, 0.5) for seed in (1, 2, 3)})
+    tested["fc_moe_plus_whole_step_3"] = Outcome((), {1: row(1, 0.7), 2: row(2, 0.5)})
+    tested["fc_moe_plus_whole_flatten_0"] = Outcome((), {1: {"failed": "round 2: loss is nan"}})
     table = one_knob_changed(tested)
-    assert table.startswith("fc_moe_plus: one knob changed")
+    assert table.startswith("fc_moe_plus_as_shipped: one knob changed")
+    _, table = table.split("fc_moe_plus_whole: one knob changed")
     assert cells_of(table, "as tuned: step=2")[1:] == ["50.0 ± 0.0", ""]
     assert cells_of(table, "step 3")[1].startswith("60.0 ±")
     assert cells_of(table, "step 3")[2].startswith("+10.0 ±")

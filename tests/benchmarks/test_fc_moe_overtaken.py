@@ -6,6 +6,7 @@ from benchmarks.fc_moe_tables import other_values
 
 ROUNDS = {"accuracy": [0.5] * 6, "loss": [1.0] * 6, "sites": {"a": 0.5}, "split": "test"}
 RATES = ("train.learning_rate=0.004", "train.learning_rate=0.008")
+WHOLE = ("strategy=fc_moe_plus", "strategy.agreement=null")
 
 
 def row(seed, *settings, **changes):
@@ -17,15 +18,13 @@ def test_rows_belong_to_whose_knobs_differ_alone():
         "fedavgm": Outcome(("strategy=fedavgm", "strategy.learning_rate=1", "strategy.momentum=0.1", RATES[0]), {}),
         "fc_moe": Outcome(("strategy=fc_moe", "method.retention.strength=0.5", RATES[0]), {}),
         "fc_moe_no_importance": Outcome(("strategy=fc_moe", "strategy.importance=uniform", RATES[1]), {}),
-        "fc_moe_plus": Outcome(("strategy=fc_moe_plus", "strategy.step=2", RATES[0]), {}),
-        "fc_moe_plus_step_2": Outcome(("strategy=fc_moe_plus", "strategy.step=2", RATES[0]), {}),
-        "fc_moe_plus_flatten_0": Outcome(
-            ("strategy=fc_moe_plus", "strategy.flatten=0", "strategy.step=2", RATES[0]), {}
-        ),
-        "fc_moe_plus_step_1": Outcome(("strategy=fc_moe_plus", "strategy.step=1", RATES[1]), {}),
+        "fc_moe_plus_whole": Outcome((*WHOLE, "strategy.step=2", RATES[0]), {}),
+        "fc_moe_plus_whole_step_2": Outcome((*WHOLE, "strategy.step=2", RATES[0]), {}),
+        "fc_moe_plus_whole_flatten_0": Outcome((*WHOLE, "strategy.flatten=0", "strategy.step=2", RATES[0]), {}),
+        "fc_moe_plus_whole_step_1": Outcome((*WHOLE, "strategy.step=1", RATES[1]), {}),
     }
-    unflat = ("strategy=fc_moe_plus", "strategy.flatten=0", "strategy.step=2", RATES[1])
-    short = ("strategy=fc_moe_plus", "strategy.step=1", RATES[0])
+    unflat = (*WHOLE, "strategy.flatten=0", "strategy.step=2", RATES[1])
+    short = (*WHOLE, "strategy.step=1", RATES[0])
     momentum = ("strategy=fedavgm", "strategy.learning_rate=1", "strategy.momentum=0.3", RATES[0])
     uniform = ("strategy=fc_moe", "strategy.importance=uniform", "method.retention.strength=0.5", RATES[0])
     rows = [
@@ -41,8 +40,8 @@ def test_rows_belong_to_whose_knobs_differ_alone():
     found = overtaken(tested, rows)
     assert [(name, result.settings, [*result.rows]) for name, result in found] == [
         ("fc_moe_no_importance", uniform, [0]),
-        ("fc_moe_plus_flatten_0", unflat, [0]),
-        ("fc_moe_plus_step_1", short, [0]),
+        ("fc_moe_plus_whole_flatten_0", unflat, [0]),
+        ("fc_moe_plus_whole_step_1", short, [0]),
         ("fedavgm", momentum, [0, 1]),
     ]
 

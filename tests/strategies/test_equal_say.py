@@ -1,12 +1,14 @@
 """The equal say against explicit vectors, by hand, and by its properties."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from strategies.conflicts import Block
-from strategies.equal_say import equal_say
+from strategies.equal_say import common_share, equal_say
 
 seeds = st.integers(0, 2**32 - 1)
 
@@ -174,3 +176,41 @@ def test_expert_without_any_say_has_no_step_and_nothing_to_report():
     np.testing.assert_array_equal(found.weight, 0)
     assert np.isnan(found.cosine).all()
     assert np.isnan(found.scale).all()
+
+
+@settings(deadline=None, max_examples=30)
+@given(seed=seeds)
+def test_pairs_are_the_mean_cosine_of_two_sites(seed):
+    rng = np.random.default_rng(seed)
+    updates, examples = rng.normal(size=(5, 7)) * rng.uniform(0.1, 9, (5, 1)), np.array([1, 0, 2, 3, 1])
+    units = (updates / np.linalg.norm(updates, axis=1, keepdims=True))[examples > 0]
+    expected = [a @ b for a, b in itertools.combinations(units, 2)]
+    np.testing.assert_allclose(say(updates, examples)[0].pairs, np.mean(expected))
+    assert np.isnan(say(updates[:1])[0].pairs)
+
+
+def test_common_share_is_that_of_a_signal_under_noise():
+    """Each of 8 sites goes along one direction by 3 and by chance by 4 along others: unit vectors with p = 0.36.
+
+    The mean has 0.36 from what is common, and 0.64 / 8 from chance.
+    """
+    share = common_share(0.36, np.array([8]))
+    np.testing.assert_allclose(share, 0.36 / (0.36 + 0.64 / 8))
+    rng = np.random.default_rng(0)
+    chance = rng.normal(size=(8, 20_000))
+    chance[:, 0] = 0
+    updates = 4 * chance / np.linalg.norm(chance, axis=1, keepdims=True)
+    updates[:, 0] = 3
+    found, _ = say(updates)
+    np.testing.assert_allclose(found.pairs, 0.36, atol=0.01)
+    np.testing.assert_allclose(9 / np.linalg.norm(updates.mean(axis=0)) ** 2, share, rtol=0.02)
+
+
+@pytest.mark.parametrize("num_sites", [1, 2, 7, 1000])
+def test_common_share_is_all_where_sites_agree_and_nothing_where_they_do_not(num_sites):
+    sites = np.array([num_sites])
+    assert common_share(1.0, sites) == 1
+    assert common_share(0.0, sites) == (num_sites == 1)
+    assert common_share(-0.3, sites) == (num_sites == 1)
+    shares = [common_share(p, sites).item() for p in np.linspace(0, 1, 11)]
+    assert shares == sorted(shares)

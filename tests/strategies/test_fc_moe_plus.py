@@ -69,8 +69,32 @@ def naive_product(adapter, ends, coefficients, flatten, prefix, expert):
     return kept, 1 - (kept**2).sum() / ((B @ A + step + change - within) ** 2).sum()
 
 
-def naive_next(strategy, adapter, previous, updates, layer, expert):
-    """The next parts of one expert, all dense, and the largest share that was lost."""
+def naive_pairs(strategy, adapter, updates, layer):
+    """Mean over a layer's experts of the mean cosine of two sites' dense updates; None if no two sites share one."""
+    means = []
+    for expert in range(NUM_EXPERTS):
+        before = np.concatenate([part.ravel() for part in parts_of(adapter, layer, expert, strategy)])
+        users = [u.adapter for u in updates if u.expert_tokens[layer][expert] > 0]
+        ends = [np.concatenate([p.ravel() for p in parts_of(user, layer, expert, strategy)]) for user in users]
+        units = [(end - before) / np.linalg.norm(end - before) for end in ends]
+        if len(units) > 1:
+            means.append(np.mean([a @ b for a, b in itertools.combinations(units, 2)]))
+    return np.mean(means) if means else None
+
+
+def naive_whole(strategy, pairs, num_sites):
+    """How much of step and momentum is taken."""
+    if strategy.agreement is None or num_sites < 2:
+        return 1.0
+    if pairs is None:
+        return 0.5
+    mean_squared = (1 + (num_sites - 1) * pairs) / num_sites  # of a mean of unit vectors
+    share = max(pairs, 0) / mean_squared
+    return min(1, max(0.25, share / strategy.agreement))
+
+
+def naive_next(strategy, adapter, previous, updates, pairs, layer, expert):
+    """The next parts of one expert, all dense, and the largest share that was lost; ``pairs`` of the round before."""
     before = parts_of(adapter, layer, expert, strategy)
     ends = [u.adapter for u in updates] + [previous]
     changes = [
@@ -80,8 +104,9 @@ def naive_next(strategy, adapter, previous, updates, layer, expert):
     if not any(examples):
         return before, None
     vectors = [np.concatenate([change.ravel() for change in parts]) for parts in changes[:-1]]
-    coefficients = naive_coefficients(vectors, examples, strategy.ridge, strategy.step)
-    coefficients = [*coefficients, -strategy.momentum]  # the change back to the previous adapter
+    whole = naive_whole(strategy, pairs, np.count_nonzero(examples))
+    coefficients = naive_coefficients(vectors, examples, strategy.ridge, whole * strategy.step)
+    coefficients = [*coefficients, -whole * strategy.momentum]  # the change back to the previous adapter
     is_lora = f"{layer}.experts.down_proj" not in adapter
     if is_lora and strategy.space is Space.product:
         prefixes = [f"{layer}.experts.{p}" for p in ("down_proj", "gate_up_proj")]
@@ -104,15 +129,16 @@ CASES = [
         FcMoePlus(flatten=0.5, ridge=2.0, step=0.5, momentum=0.0),
         FcMoePlus(space=Space.factors),
         FcMoePlus(ridge=None),
+        FcMoePlus(agreement=None),
     )
 ]
 
 
-def assert_dense(result, strategy, adapter, previous, updates):
+def assert_dense(result, strategy, adapter, previous, updates, pairs):
     """Every expert is where the naive rule takes it."""
     for layer in LAYERS:
         for expert in range(NUM_EXPERTS):
-            parts, lost = naive_next(strategy, adapter, previous, updates, layer, expert)
+            parts, lost = naive_next(strategy, adapter, previous, updates, pairs[layer], layer, expert)
             for ours, expected in zip(parts_of(result.adapter, layer, expert, strategy), parts, strict=True):
                 atol = 1e-4 * max(1, abs(expected).max())
                 np.testing.assert_allclose(ours, expected, atol=atol, err_msg=f"{layer} {expert}")
@@ -124,11 +150,13 @@ def assert_dense(result, strategy, adapter, previous, updates):
 @pytest.mark.parametrize(("shapes", "strategy"), CASES)
 def test_rule_is_the_dense_one(shapes, strategy):
     adapter, updates = random_round(11, shapes)
-    last = strategy.aggregate(random_round(12, shapes)[0], {}, updates)
+    earlier = random_round(12, shapes)[0]
+    last = strategy.aggregate(earlier, {}, updates)
     adapter = {name: array + 0.3 * last.adapter[name] for name, array in adapter.items()}
-    previous = {name.removeprefix("previous/"): array for name, array in last.state.items()} or adapter
+    previous = {name.removeprefix("previous/"): array for name, array in last.state.items() if "pairs" not in name}
     result = strategy.aggregate(adapter, last.state, updates)
-    assert_dense(result, strategy, adapter, previous, updates)
+    pairs = {layer: naive_pairs(strategy, earlier, updates, layer) for layer in LAYERS}
+    assert_dense(result, strategy, adapter, previous or adapter, updates, pairs)
 
 
 @pytest.mark.parametrize(("shapes", "strategy"), CASES)
@@ -139,9 +167,9 @@ def test_rounds_of_other_sites_each_time_are_the_dense_ones(shapes, strategy):
     without momentum, since its last change was 0, and goes on with it in the fourth.
     """
     adapter = previous = random_round(20, shapes)[0]
-    state = strategy.init_state(adapter)
+    state, pairs = strategy.init_state(adapter), dict.fromkeys(LAYERS)
     for number, asked in enumerate([(0, 1), (2, 3, 4), (1, 3), (1,)]):
-        begun, trained = random_round(30 + number, shapes, num_sites=5)
+        begun, trained = random_round(34 + number, shapes, num_sites=5)  # nothing at the bound of the basis
         updates = [
             replace(
                 trained[site],
@@ -151,7 +179,9 @@ def test_rounds_of_other_sites_each_time_are_the_dense_ones(shapes, strategy):
             for site in asked
         ]
         result = strategy.aggregate(adapter, state, updates)
-        assert_dense(result, strategy, adapter, previous, updates)
+        assert_dense(result, strategy, adapter, previous, updates, pairs)
+        found = {layer: naive_pairs(strategy, adapter, updates, layer) for layer in LAYERS}
+        pairs = {layer: pairs[layer] if pair is None else pair for layer, pair in found.items()}
         rests = [np.array_equal(result.adapter[n][1], adapter[n][1]) for n in filter(experts.is_expert_array, adapter)]
         assert rests == [number == 1] * len(rests)
         previous, adapter, state = adapter, result.adapter, result.state
@@ -193,7 +223,7 @@ def test_expert_goes_on_as_it_went_and_rests_when_nobody_used_it():
     """Heavy ball (Polyak, 1964): of one site's expert, its own change and a quarter of the last one."""
     adapter, updates = random_round(3, FULL)
     earlier = {name: array - np.float32(0.5) for name, array in adapter.items()}
-    strategy = FcMoePlus(flatten=0.0, momentum=0.25)
+    strategy = FcMoePlus(flatten=0.0, momentum=0.25, agreement=None)
     state = {f"previous/{name}": array for name, array in earlier.items() if experts.is_expert_array(name)}
     result = strategy.aggregate(adapter, state, updates)
     for name in filter(experts.is_expert_array, adapter):
@@ -201,7 +231,51 @@ def test_expert_goes_on_as_it_went_and_rests_when_nobody_used_it():
         np.testing.assert_allclose(result.adapter[name][1], updates[1].adapter[name][1] + 0.125, atol=1e-5)
         np.testing.assert_array_equal(result.state[f"previous/{name}"], adapter[name])
     assert result.state.keys() == state.keys()
-    assert FcMoePlus(momentum=0.0).aggregate(adapter, {}, updates).state == {}
+    assert FcMoePlus(momentum=0.0, agreement=None).aggregate(adapter, {}, updates).state == {}
+
+
+def one_layer(*updates):
+    """A round of whole experts of zeros in which each site's update of the only expert is given, (O, I)."""
+    name, tokens = f"{LAYERS[0]}.experts.up_proj", {LAYERS[0]: np.ones(1)}
+    trained = [np.array(update, np.float32)[None] for update in updates]
+    return {name: np.zeros_like(trained[0])}, [
+        ClientUpdate(site=f"{i}", adapter={name: array}, num_examples=1, expert_tokens=tokens)
+        for i, array in enumerate(trained)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("cosine", "taken"),
+    [
+        (1.0, 1.0),  # all of the mean is common
+        (1 / 7, 1.0),  # 2 p / (1 + p) = 1/4, and so as much as is asked for
+        (1 / 15, 0.5),  # 1/8
+        (0.0, 0.25),  # never less
+        (-0.9, 0.25),
+    ],
+)
+def test_step_is_taken_as_far_as_the_sites_had_something_in_common(cosine, taken):
+    """Two sites whose updates had that cosine in the last round; in this one they are orthogonal. At first: half."""
+    adapter, last = one_layer([[1.0, 0.0]], [[cosine, np.sqrt(1 - cosine**2)]])
+    rule = FcMoePlus(flatten=0.0, momentum=0.0, step=1.0, agreement=0.25)
+    state = rule.aggregate(adapter, {}, last).state
+    assert [array.item() for array in state.values()] == [pytest.approx(cosine, abs=1e-6)]
+    _, updates = one_layer([[4.0, 0.0]], [[0.0, 4.0]])
+    (stepped,) = rule.aggregate(adapter, state, updates).adapter.values()
+    np.testing.assert_allclose(stepped[0], taken * np.array([[2.0, 2.0]]), rtol=1e-5)
+    (begun,) = rule.aggregate(adapter, {}, updates).adapter.values()
+    np.testing.assert_allclose(begun[0], [[1.0, 1.0]], rtol=1e-5)
+    (whole,) = replace(rule, agreement=None).aggregate(adapter, state, updates).adapter.values()
+    np.testing.assert_allclose(whole[0], [[2.0, 2.0]], rtol=1e-5)
+
+
+def test_an_expert_of_one_site_is_taken_whole_whatever_was_in_common():
+    adapter, (update,) = one_layer([[4.0, 0.0]])
+    state = {f"pairs/{LAYERS[0]}": np.array([-0.5])}
+    (stepped,) = FcMoePlus(flatten=0.0).aggregate(adapter, state, [update]).adapter.values()
+    np.testing.assert_allclose(stepped, update.adapter[f"{LAYERS[0]}.experts.up_proj"])
+    # Nothing was learnt of what sites have in common: what was known stays.
+    assert FcMoePlus(momentum=0.0).aggregate(adapter, state, [update]).state == state
 
 
 @LORA_AND_FULL
@@ -220,7 +294,7 @@ def test_sites_that_all_send_the_same_get_fedavgs_step(shapes):
 def test_without_an_equal_say_and_all_else_whole_experts_are_those_of_fedmoe():
     """The mean by examples over the sites that used the expert, and nothing more; with the equal say it is not."""
     adapter, updates = random_round(7, FULL)
-    bare = FcMoePlus(ridge=None, step=1.0, flatten=0.0, momentum=0.0)
+    bare = FcMoePlus(ridge=None, step=1.0, flatten=0.0, momentum=0.0, agreement=None)
     fedmoe, ours, equal = (
         {name: array for name, array in found.items() if experts.is_expert_array(name)}
         for found in (s.aggregate(adapter, {}, updates).adapter for s in (FedMoe(), bare, replace(bare, ridge=0.3)))
@@ -369,6 +443,7 @@ def test_update_without_the_counts_of_every_expert_is_refused():
         ({"step": 0.0}, r"strategy.step must be > 0, got 0.0"),
         ({"step": float("inf")}, r"strategy.step must be > 0, got inf"),
         ({"momentum": 1.0}, r"strategy.momentum must be in \[0, 1\), got 1.0"),
+        ({"agreement": 0.0}, r"strategy.agreement must be null or in \(0, 1\], got 0.0"),
         ({"flatten": 1.5}, r"strategy.flatten must be in \[0, 1\], got 1.5"),
     ],
 )
