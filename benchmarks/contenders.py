@@ -105,7 +105,7 @@ CONTENDERS: dict[str, Contender] = {
             follows="fc_moe_plus_as_shipped",
             instead={"strategy.agreement": float(value)},
         )
-        for value in ("0.125", "0.5")
+        for value in ("0.03", "0.3")
     },
     # What the rule was before its step looked at what sites have in common.
     "fc_moe_plus_whole": Contender("FC-MoE plus, whole steps always", _WHOLE, _PLUS),

@@ -30,8 +30,6 @@ _THREADS = min(os.cpu_count() or 1, 8)
 class ExpertRange:
     """A range of one layer's experts before and after the sites' training."""
 
-    path: str
-    """Of the layer; of a LoRA pair beside the experts, that of its projection."""
     received: Arrays
     """(E, ...)"""
     trained: Sequence[Arrays]
@@ -46,7 +44,6 @@ class ExpertRange:
     def part(self, chosen: slice) -> ExpertRange:
         """Some of its experts, as views."""
         return ExpertRange(
-            path=self.path,
             received=_part(self.received, chosen),
             trained=[_part(arrays, chosen) for arrays in self.trained],
             tokens_CE=self.tokens_CE[:, chosen],
@@ -126,26 +123,25 @@ class _Round:
     def layers(self) -> dict[str, ExpertRange]:
         """MoE layer -> its experts."""
         return {
-            layer: self._whole(layer, arrays, np.stack([update.expert_tokens[layer] for update in self.updates]))
+            layer: self._whole(arrays, np.stack([update.expert_tokens[layer] for update in self.updates]))
             for layer, arrays in experts.by_layer(self.adapter).items()
         }
 
     def projections(self) -> dict[str, ExpertRange]:
         """Path of each LoRA pair beside the experts -> the pair as one expert that all sites used."""
-        paths = sorted(name.removesuffix(".lora_A") for name in self.adapter if name.endswith(".lora_A"))
+        prefixes = sorted(name.removesuffix("lora_A") for name in self.adapter if name.endswith(".lora_A"))
         examples_C1 = np.array([[update.num_examples] for update in self.updates])
         return {
-            path: self._whole(path, [f"{path}.lora_A", f"{path}.lora_B"], examples_C1, is_one=True)
-            for path in paths
-            if not experts.is_expert_array(f"{path}.lora_A")
+            prefix.removesuffix("."): self._whole([f"{prefix}lora_A", f"{prefix}lora_B"], examples_C1, is_one=True)
+            for prefix in prefixes
+            if not experts.is_expert_array(f"{prefix}lora_A")
         }
 
-    def _whole(self, path: str, names: Iterable[str], tokens_CE: NDArray[Any], *, is_one: bool = False) -> ExpertRange:
+    def _whole(self, names: Iterable[str], tokens_CE: NDArray[Any], *, is_one: bool = False) -> ExpertRange:
         def chosen(arrays: Arrays) -> Arrays:
             return {name: arrays[name][None] if is_one else arrays[name] for name in names if name in arrays}
 
         return ExpertRange(
-            path=path,
             received=chosen(self.adapter),
             trained=[chosen(update.adapter) for update in self.updates],
             tokens_CE=tokens_CE.astype(np.float64),

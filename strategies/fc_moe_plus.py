@@ -27,7 +27,7 @@ from strategies.quotient import divided
 
 _LORA = (".lora_A", ".lora_B")
 _PREVIOUS = "previous/"
-_PAIRS = "pairs/"
+_PAIRS = "pairs"
 _LEAST = 0.25
 """Of step and momentum, where sites have nothing in common."""
 _UNKNOWN = 0.5
@@ -50,10 +50,10 @@ class FcMoePlus(Strategy):
     2. ``momentum`` times the expert's change in the last round is added;
     3. singular values of each matrix of that raised to 1 - ``flatten`` at the same Frobenius norm: ``flatten``.
 
-    ``step`` and ``momentum`` are taken whole where sites have something in common. Where their updates of a layer were
+    ``step`` and ``momentum`` are taken whole where sites have something in common. Where their updates were
     orthogonal in the last round, or undid each other, sites learn by heart what is theirs alone, and a long step is
-    worse than a short one: both shrink with ``common_share``, from the mean cosine of two sites' updates, over the
-    layer's experts that two or more used. In the first round nothing is known, and they are half.
+    worse than a short one: both shrink with ``common_share``, from the mean cosine of two sites' updates of an expert,
+    over all experts that two or more used. In the first round nothing is known, and they are half.
 
     Whole experts step as they are. LoRA experts step in their products B A, which are never formed. Of the sum over
     sites and the last change, whose rank is that of all adapters together, the part counts that the received factors
@@ -76,7 +76,7 @@ class FcMoePlus(Strategy):
     """1: all singular values of a matrix' step alike; 0: as they are. In [0, 1]."""
     momentum: float = 0.5
     """Share of an expert's last change that is taken again, in [0, 1); 0 remembers nothing."""
-    agreement: float | None = 0.25
+    agreement: float | None = 0.1
     """Share of what sites have in common, in the squared length of their mean direction, from which step and momentum
     are whole; below it they are in proportion, but a quarter at the least. In (0, 1]; null: always whole."""
     space: Space = Space.product
@@ -94,7 +94,7 @@ class FcMoePlus(Strategy):
     def init_state(self, adapter: Arrays) -> Arrays:
         """With momentum ``previous/<name>``: what was received a round earlier, of all arrays that step.
 
-        After a round also ``pairs/<layer>``, (1,): mean cosine of two sites' updates in it.
+        After a round also ``pairs``, (1,): the mean cosine of two sites' updates of an expert in it.
         """
         if self.momentum == 0:
             return {}
@@ -116,24 +116,29 @@ class FcMoePlus(Strategy):
         Diagnostics: as those of ``FcMoe``, from ``EqualSay``: ``cosine`` and ``conflict`` are to the step before
         momentum is added and it is flattened, ``scale`` is its length over that of the mean by examples; and ``pairs``.
         """
-        pairs = _under(_PAIRS, state)
+        previous = {name.removeprefix(_PREVIOUS): array for name, array in state.items() if name != _PAIRS}
 
         def step(layer: ExpertRange) -> tuple[Arrays, Findings]:
-            return self._step(layer, self._whole(layer, pairs.get(layer.path)))
+            return self._step(layer, self._whole((layer.tokens_CE > 0).sum(axis=0), state.get(_PAIRS)))
 
-        stepped, report = aggregate_experts(adapter, updates, step, self.attention, _under(_PREVIOUS, state))
-        found = {} if self.agreement is None else pairs | _mean_pairs(report)
-        after = {**self.init_state(adapter)} | {_PAIRS + path: array for path, array in found.items()}
-        return Aggregation(adapter=stepped, state=after, diagnostics=report)
+        stepped, report = aggregate_experts(adapter, updates, step, self.attention, previous)
+        return Aggregation(adapter=stepped, state=self._after(adapter, state, report), diagnostics=report)
 
-    def _whole(self, layer: ExpertRange, pairs_1: NDArray[np.floating] | None) -> NDArray[np.float64]:
+    def _whole(self, num_sites_E: NDArray[np.integer], pairs_1: NDArray[np.floating] | None) -> NDArray[np.float64]:
         """(E,) how much of step and momentum is taken, by the mean cosine of the round before; None: not known."""
-        num_sites_E = (layer.tokens_CE > 0).sum(axis=0)
         if self.agreement is None:
             return np.ones(len(num_sites_E))
         if pairs_1 is None:
             return np.where(num_sites_E > 1, _UNKNOWN, 1.0)
         return np.clip(common_share(float(pairs_1[0]), num_sites_E) / self.agreement, _LEAST, 1.0)
+
+    def _after(self, adapter: Arrays, state: Arrays, report: Mapping[str, Any]) -> Arrays:
+        """State after a round; where no two sites used an expert, what was known of ``pairs`` stays."""
+        layers = [layer["pairs"] for layers in report.values() for layer in layers.values()]
+        known = [pair for pairs in layers for pair in pairs if pair is not None]
+        if self.agreement is None or not (known or _PAIRS in state):
+            return self.init_state(adapter)
+        return {**self.init_state(adapter), _PAIRS: np.array([np.mean(known)]) if known else state[_PAIRS]}
 
     def _step(self, layer: ExpertRange, whole_E: NDArray[np.float64]) -> tuple[Arrays, Findings]:
         is_lora = all(name.endswith(_LORA) for name in layer.received)
@@ -229,15 +234,3 @@ def _stepped_product(
 
 def _findings(say: EqualSay) -> dict[str, NDArray[np.float64]]:
     return {name: getattr(say, name) for name in ("weight", "cosine", "conflict", "scale", "pairs")}
-
-
-def _under(prefix: str, state: Arrays) -> dict[str, NDArray[np.floating]]:
-    """What of the state is called so, without the prefix."""
-    return {name.removeprefix(prefix): array for name, array in state.items() if name.startswith(prefix)}
-
-
-def _mean_pairs(report: Mapping[str, Any]) -> dict[str, NDArray[np.floating]]:
-    """Layer -> (1,) mean over its experts of ``EqualSay.pairs``; layers of which nothing is known are left out."""
-    found = {path: layer["pairs"] for layers in report.values() for path, layer in layers.items()}
-    known = {path: [pair for pair in pairs if pair is not None] for path, pairs in found.items()}
-    return {path: np.array([np.mean(pairs)]) for path, pairs in known.items() if pairs}

@@ -69,10 +69,10 @@ def naive_product(adapter, ends, coefficients, flatten, prefix, expert):
     return kept, 1 - (kept**2).sum() / ((B @ A + step + change - within) ** 2).sum()
 
 
-def naive_pairs(strategy, adapter, updates, layer):
-    """Mean over a layer's experts of the mean cosine of two sites' dense updates; None if no two sites share one."""
+def naive_pairs(strategy, adapter, updates):
+    """Mean over all experts of the mean cosine of two sites' dense updates; None if no two sites share one."""
     means = []
-    for expert in range(NUM_EXPERTS):
+    for layer, expert in itertools.product(LAYERS, range(NUM_EXPERTS)):
         before = np.concatenate([part.ravel() for part in parts_of(adapter, layer, expert, strategy)])
         users = [u.adapter for u in updates if u.expert_tokens[layer][expert] > 0]
         ends = [np.concatenate([p.ravel() for p in parts_of(user, layer, expert, strategy)]) for user in users]
@@ -138,7 +138,7 @@ def assert_dense(result, strategy, adapter, previous, updates, pairs):
     """Every expert is where the naive rule takes it."""
     for layer in LAYERS:
         for expert in range(NUM_EXPERTS):
-            parts, lost = naive_next(strategy, adapter, previous, updates, pairs[layer], layer, expert)
+            parts, lost = naive_next(strategy, adapter, previous, updates, pairs, layer, expert)
             for ours, expected in zip(parts_of(result.adapter, layer, expert, strategy), parts, strict=True):
                 atol = 1e-4 * max(1, abs(expected).max())
                 np.testing.assert_allclose(ours, expected, atol=atol, err_msg=f"{layer} {expert}")
@@ -153,9 +153,9 @@ def test_rule_is_the_dense_one(shapes, strategy):
     earlier = random_round(12, shapes)[0]
     last = strategy.aggregate(earlier, {}, updates)
     adapter = {name: array + 0.3 * last.adapter[name] for name, array in adapter.items()}
-    previous = {name.removeprefix("previous/"): array for name, array in last.state.items() if "pairs" not in name}
+    previous = {name.removeprefix("previous/"): array for name, array in last.state.items() if name != "pairs"}
     result = strategy.aggregate(adapter, last.state, updates)
-    pairs = {layer: naive_pairs(strategy, earlier, updates, layer) for layer in LAYERS}
+    pairs = naive_pairs(strategy, earlier, updates)
     assert_dense(result, strategy, adapter, previous or adapter, updates, pairs)
 
 
@@ -167,7 +167,7 @@ def test_rounds_of_other_sites_each_time_are_the_dense_ones(shapes, strategy):
     without momentum, since its last change was 0, and goes on with it in the fourth.
     """
     adapter = previous = random_round(20, shapes)[0]
-    state, pairs = strategy.init_state(adapter), dict.fromkeys(LAYERS)
+    state, pairs = strategy.init_state(adapter), None
     for number, asked in enumerate([(0, 1), (2, 3, 4), (1, 3), (1,)]):
         begun, trained = random_round(34 + number, shapes, num_sites=5)  # nothing at the bound of the basis
         updates = [
@@ -180,8 +180,8 @@ def test_rounds_of_other_sites_each_time_are_the_dense_ones(shapes, strategy):
         ]
         result = strategy.aggregate(adapter, state, updates)
         assert_dense(result, strategy, adapter, previous, updates, pairs)
-        found = {layer: naive_pairs(strategy, adapter, updates, layer) for layer in LAYERS}
-        pairs = {layer: pairs[layer] if pair is None else pair for layer, pair in found.items()}
+        found = naive_pairs(strategy, adapter, updates)
+        pairs = pairs if found is None else found
         rests = [np.array_equal(result.adapter[n][1], adapter[n][1]) for n in filter(experts.is_expert_array, adapter)]
         assert rests == [number == 1] * len(rests)
         previous, adapter, state = adapter, result.adapter, result.state
@@ -271,7 +271,7 @@ def test_step_is_taken_as_far_as_the_sites_had_something_in_common(cosine, taken
 
 def test_an_expert_of_one_site_is_taken_whole_whatever_was_in_common():
     adapter, (update,) = one_layer([[4.0, 0.0]])
-    state = {f"pairs/{LAYERS[0]}": np.array([-0.5])}
+    state = {"pairs": np.array([-0.5])}
     (stepped,) = FcMoePlus(flatten=0.0).aggregate(adapter, state, [update]).adapter.values()
     np.testing.assert_allclose(stepped, update.adapter[f"{LAYERS[0]}.experts.up_proj"])
     # Nothing was learnt of what sites have in common: what was known stays.
