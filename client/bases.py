@@ -244,10 +244,15 @@ def build_once(label: str, recipe: Mapping[str, object], build: Callable[[Path],
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
             logger.info("building base model %s", folder)
-            # Renamed when complete, so that a process killed here leaves no half of a model behind.
-            with tempfile.TemporaryDirectory(dir=folder.parent) as scratch, without_progress_bars():
-                build(Path(scratch) / "base")
-                (Path(scratch) / "base").rename(folder)
+            # Renamed when complete; the half that a process killed here leaves behind is gone with the next build.
+            unfinished = folder.with_name(f".{folder.name}")
+            shutil.rmtree(unfinished, ignore_errors=True)
+            try:
+                with without_progress_bars():
+                    build(unfinished)
+                unfinished.rename(folder)
+            finally:
+                shutil.rmtree(unfinished, ignore_errors=True)
     return folder
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import subprocess
+import sys
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from client.adapter_layout import moe_layers
 from client.base_model import load_base
-from client.bases import cache_root, content_sha256, export_base, materialise
+from client.bases import build_once, cache_root, content_sha256, export_base, materialise
 from conf.model import Differentiation, ModelConfig, ModelSource, UpcycleConfig
 from tests.client.tiny_models import save_tiny_base
 
@@ -212,3 +214,31 @@ def test_weights_of_tiny_moe_are_finite() -> None:
     weights = load_file(materialise(ModelConfig()).folder / "model.safetensors")
     assert all(torch.isfinite(weight).all() for weight in weights.values())
     assert {weight.dtype for weight in weights.values()} == {torch.float16}
+
+
+def test_a_killed_build_leaves_nothing_that_the_next_one_does_not_take_away(tmp_path: Path) -> None:
+    """A process that is killed cannot clean up after itself: half a model would lie in the cache for good."""
+    killed = """
+import os
+from client.bases import build_once
+
+def build(target):
+    target.mkdir()
+    (target / "half").write_text("x")
+    os.kill(os.getpid(), 9)
+
+build_once("base", {"a": 1}, build)
+"""
+    assert subprocess.run([sys.executable, "-c", killed], check=False).returncode == -9
+    assert list(tmp_path.rglob("half"))
+    folder = build_once("base", {"a": 1}, lambda target: target.mkdir())
+    assert folder.is_dir()
+    assert not list(tmp_path.rglob("half"))
+
+    def fails(target: Path) -> None:
+        target.mkdir()
+        raise ValueError("no space left")
+
+    with pytest.raises(ValueError, match="no space left"):
+        build_once("base", {"a": 2}, fails)
+    assert [path.name for path in folder.parent.iterdir() if path.is_dir()] == [folder.name]
