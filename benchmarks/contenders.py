@@ -99,13 +99,13 @@ CONTENDERS: dict[str, Contender] = {
     # CLINC's search begins at these values; on any other data nobody tuned them.
     "fc_moe_plus_as_shipped": Contender("FC-MoE plus, as shipped", ("strategy=fc_moe_plus",), _FIXED),
     **{
-        f"fc_moe_plus_agreement_{value}": Contender(
-            f"agreement {value}",
+        f"fc_moe_plus_agreement_{value:g}": Contender(
+            f"agreement {value:g}",
             ("strategy=fc_moe_plus",),
             follows="fc_moe_plus_as_shipped",
-            instead={"strategy.agreement": float(value)},
+            instead={"strategy.agreement": value},
         )
-        for value in ("0.03", "0.3")
+        for value in (0.03, 0.3)
     },
     # What the rule was before its step looked at what sites have in common.
     "fc_moe_plus_whole": Contender("FC-MoE plus, whole steps always", _WHOLE, _PLUS),

@@ -244,9 +244,10 @@ def build_once(label: str, recipe: Mapping[str, object], build: Callable[[Path],
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
             logger.info("building base model %s", folder)
-            # Renamed when complete; the half that a process killed here leaves behind is gone with the next build.
+            # Renamed when complete; the half that a process killed here leaves behind goes when it is built again.
             unfinished = folder.with_name(f".{folder.name}")
-            shutil.rmtree(unfinished, ignore_errors=True)
+            if unfinished.exists():
+                shutil.rmtree(unfinished)
             try:
                 with without_progress_bars():
                     build(unfinished)

@@ -85,11 +85,13 @@ def _check_clair(config: Config) -> None:
             f"strategy.refined_rank=exact makes adapters too large to train on: it needs rounds=1, got {config.rounds}"
         )
     uncounted = (getattr(strategy, "weights", None), getattr(strategy, "importance", None))
-    equal_say = strategy.name == "fedalign_moe" or (isinstance(strategy, FcMoePlus) and strategy.ridge is not None)
+    alike = strategy.name == "fedalign_moe" or (
+        isinstance(strategy, FcMoePlus) and not (strategy.ridge is None and strategy.agreement is None)
+    )
     if (
         config.screen.kind is not ScreenKind.off
         and config.screen.on_reject is OnReject.downweight
-        and (Weights.uniform in uncounted or Importance.uniform in uncounted or equal_say)
+        and (Weights.uniform in uncounted or Importance.uniform in uncounted or alike)
     ):
         raise ValueError(
             f"screen.on_reject=downweight lowers examples and tokens, which strategy={strategy.name} does not weigh by "

@@ -31,23 +31,29 @@ class EqualSay:
     """(C, E) 1 where that cosine is negative, else 0; NaN for a site without a say."""
     scale: NDArray[np.float64]
     """(E,) length of the step over that of the updates' mean by examples; NaN if that is 0."""
-    pairs: NDArray[np.float64]
+    pair_cosine: NDArray[np.float64]
     """(E,) mean cosine of two sites' updates; NaN with less than two sites that have a say."""
 
 
-def common_share(pairs: float, num_sites_E: NDArray[np.integer]) -> NDArray[np.float64]:
+def has_say(gram_ECC: NDArray[np.float64], examples_CE: NDArray[np.floating]) -> NDArray[np.bool_]:
+    """(E, C) whether a site used the expert and changed it; the arguments are those of ``equal_say``."""
+    return np.asarray((examples_CE.T > 0) & (np.diagonal(gram_ECC, axis1=-2, axis2=-1) > 0))
+
+
+def common_share(pair_cosine: float, num_sites_E: NDArray[np.integer]) -> NDArray[np.float64]:
     """(E,) how much of the squared length of the sites' mean direction is what they have in common, in [0, 1].
 
     Of C unit directions whose pairs have the mean cosine p, the mean's squared length is (1 + (C - 1) p) / C. If they
     are one common part and, beside it, parts of their own that are orthogonal on average, p is the squared length of
     the common part, and C p / (1 + (C - 1) p) its share in that of the mean: what a mean of C measurements is shrunk
-    by, to be nearest to what they measure (James & Stein, 1961). 0 where p is negative; 1 for a single site.
+    by, to be nearest in mean squared error to what they measure (James & Stein, 1961). 0 where p is negative. Fewer
+    than two sites have nobody to differ from: by convention 1.
 
     Args:
-        pairs: p, in [-1, 1].
-        num_sites_E: C, >= 1.
+        pair_cosine: p, in [-1, 1].
+        num_sites_E: C, >= 0.
     """
-    common = max(pairs, 0.0)
+    common = max(pair_cosine, 0.0)
     return np.where(num_sites_E > 1, num_sites_E * common / (1.0 + (num_sites_E - 1) * common), 1.0)
 
 
@@ -70,8 +76,8 @@ def equal_say(
     Sites that agree share one say. With ``ridge`` None nobody's say is equal: m u is the updates' mean by examples.
 
     Averaging C orthogonal directions leaves 1 / sqrt(C) of their length, which ``step`` makes up for; m is the limit,
-    so that one site's update, or several equal ones, are taken as they are and never multiplied. Where directions
-    cancel, the step fades with them.
+    so that one site's update, or several equal ones, are never lengthened, and whole from a step of 1 on. Where
+    directions cancel, the step fades with them.
 
     Args:
         gram_ECC: Inner products of the updates, whole experts.
@@ -81,7 +87,7 @@ def equal_say(
         step: > 0, of all experts or (E,).
     """
     length_EC = np.sqrt(np.maximum(np.diagonal(gram_ECC, axis1=-2, axis2=-1), 0.0))
-    has_say_EC = (examples_CE.T > 0) & (length_EC > 0)
+    has_say_EC = has_say(gram_ECC, examples_CE)
     inverse_EC = np.divide(1.0, length_EC, out=np.zeros_like(length_EC), where=has_say_EC)
     cosines_ECC = gram_ECC * inverse_EC[:, :, None] * inverse_EC[:, None, :]
     by_examples_EC = experts.shares(np.where(has_say_EC, examples_CE.T, 0.0).T).T
@@ -102,7 +108,7 @@ def equal_say(
         cosine=cosine_EC.T,
         conflict=np.where(has_say_EC, cosine_EC < 0, np.nan).T,
         scale=divided(factor_E * mean_E, averaged_E, otherwise=np.nan),
-        pairs=divided(of_pairs_E, (num_E * (num_E - 1)).astype(np.float64), otherwise=np.nan),
+        pair_cosine=divided(of_pairs_E, (num_E * (num_E - 1)).astype(np.float64), otherwise=np.nan),
     )
 
 

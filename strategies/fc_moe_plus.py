@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -18,7 +19,7 @@ from strategies.adapters import Arrays
 from strategies.base import Aggregation, ClientUpdate, Strategy, require
 from strategies.change_span import WeightedSum, changes_of
 from strategies.conflicts import Granularity, Space, join, split
-from strategies.equal_say import EqualSay, common_share, equal_say
+from strategies.equal_say import EqualSay, common_share, equal_say, has_say
 from strategies.expert_rounds import Attention, ExpertRange, Findings, aggregate_experts, check_expert_tokens
 from strategies.experts import is_expert_array
 from strategies.flatten import flattened
@@ -27,11 +28,11 @@ from strategies.quotient import divided
 
 _LORA = (".lora_A", ".lora_B")
 _PREVIOUS = "previous/"
-_PAIRS = "pairs"
+_PAIR_COSINE = "pair_cosine"
 _LEAST = 0.25
-"""Of step and momentum, where sites have nothing in common."""
+"""Of step and momentum, where sites have nothing in common: the shortest step that was tried (LOG.md)."""
 _UNKNOWN = 0.5
-"""Of step and momentum, before anything is known of that: as shipped, FedAvg's step."""
+"""Of the step, before anything is known of that: as shipped a step of 1, which is as long as the mean direction."""
 _EPSILON = float(np.finfo(np.float32).eps)
 _TRACE = 1e-6
 """Of a product's length: above the rounding of float32, below what is learnt."""
@@ -50,10 +51,12 @@ class FcMoePlus(Strategy):
     2. ``momentum`` times the expert's change in the last round is added;
     3. singular values of each matrix of that raised to 1 - ``flatten`` at the same Frobenius norm: ``flatten``.
 
-    ``step`` and ``momentum`` are taken whole where sites have something in common. Where their updates were
-    orthogonal in the last round, or undid each other, sites learn by heart what is theirs alone, and a long step is
-    worse than a short one: both shrink with ``common_share``, from the mean cosine of two sites' updates of an expert,
-    over all experts that two or more used. In the first round nothing is known, and they are half.
+    Updates may be as nearly orthogonal where sites learn by heart what is theirs alone, and there a long step is worse
+    than a short one. What tells them apart is whether anything is left in common: of ten sites a mean cosine of 0.011
+    makes a tenth of their mean direction's squared length (``common_share``). ``step`` and ``momentum`` are whole from
+    ``agreement`` of that on, and below it in proportion. What counts is the last round's mean over experts, attention
+    among them if it steps, of the mean cosine of two sites' updates; of a single expert or layer it is mostly noise.
+    In the first round nothing is known, and the step is half. An expert that a single site used is taken whole.
 
     Whole experts step as they are. LoRA experts step in their products B A, which are never formed. Of the sum over
     sites and the last change, whose rank is that of all adapters together, the part counts that the received factors
@@ -77,8 +80,8 @@ class FcMoePlus(Strategy):
     momentum: float = 0.5
     """Share of an expert's last change that is taken again, in [0, 1); 0 remembers nothing."""
     agreement: float | None = 0.1
-    """Share of what sites have in common, in the squared length of their mean direction, from which step and momentum
-    are whole; below it they are in proportion, but a quarter at the least. In (0, 1]; null: always whole."""
+    """``step`` and ``momentum`` are taken whole where ``common_share`` is at least this, below it in proportion, and
+    never less than a quarter. In (0, 1]; null: always whole."""
     space: Space = Space.product
     """What a LoRA expert's update is; ``factors`` are not flattened, since their spectra are not the product's."""
     attention: Attention = Attention.averaged
@@ -94,7 +97,7 @@ class FcMoePlus(Strategy):
     def init_state(self, adapter: Arrays) -> Arrays:
         """With momentum ``previous/<name>``: what was received a round earlier, of all arrays that step.
 
-        After a round also ``pairs``, (1,): the mean cosine of two sites' updates of an expert in it.
+        With ``agreement`` also ``pair_cosine``, (1,): see above, of the last round in which two sites used an expert.
         """
         if self.momentum == 0:
             return {}
@@ -114,60 +117,61 @@ class FcMoePlus(Strategy):
         """One step of every expert that was used, and the mean of the other arrays, or a step of attention too.
 
         Diagnostics: as those of ``FcMoe``, from ``EqualSay``: ``cosine`` and ``conflict`` are to the step before
-        momentum is added and it is flattened, ``scale`` is its length over that of the mean by examples; and ``pairs``.
+        momentum is added and it is flattened, ``scale`` is its length over that of the mean by examples; and
+        ``pair_cosine``.
         """
-        previous = {name.removeprefix(_PREVIOUS): array for name, array in state.items() if name != _PAIRS}
-
-        def step(layer: ExpertRange) -> tuple[Arrays, Findings]:
-            return self._step(layer, self._whole((layer.tokens_CE > 0).sum(axis=0), state.get(_PAIRS)))
-
-        stepped, report = aggregate_experts(adapter, updates, step, self.attention, previous)
+        previous = {name.removeprefix(_PREVIOUS): array for name, array in state.items() if name != _PAIR_COSINE}
+        known = float(state[_PAIR_COSINE][0]) if _PAIR_COSINE in state else None
+        stepped, report = aggregate_experts(adapter, updates, partial(self._step, known), self.attention, previous)
         return Aggregation(adapter=stepped, state=self._after(adapter, state, report), diagnostics=report)
 
-    def _whole(self, num_sites_E: NDArray[np.integer], pairs_1: NDArray[np.floating] | None) -> NDArray[np.float64]:
-        """(E,) how much of step and momentum is taken, by the mean cosine of the round before; None: not known."""
-        if self.agreement is None:
-            return np.ones(len(num_sites_E))
-        if pairs_1 is None:
-            return np.where(num_sites_E > 1, _UNKNOWN, 1.0)
-        return np.clip(common_share(float(pairs_1[0]), num_sites_E) / self.agreement, _LEAST, 1.0)
-
     def _after(self, adapter: Arrays, state: Arrays, report: Mapping[str, Any]) -> Arrays:
-        """State after a round; where no two sites used an expert, what was known of ``pairs`` stays."""
-        layers = [layer["pairs"] for layers in report.values() for layer in layers.values()]
-        known = [pair for pairs in layers for pair in pairs if pair is not None]
-        if self.agreement is None or not (known or _PAIRS in state):
+        """State after a round whose diagnostics are ``report``."""
+        layers = [layer["pair_cosine"] for layers in report.values() for layer in layers.values()]
+        found = [cosine for cosines in layers for cosine in cosines if cosine is not None]
+        if self.agreement is None or not (found or _PAIR_COSINE in state):
             return self.init_state(adapter)
-        return {**self.init_state(adapter), _PAIRS: np.array([np.mean(known)]) if known else state[_PAIRS]}
+        return {**self.init_state(adapter), _PAIR_COSINE: np.array([np.mean(found)]) if found else state[_PAIR_COSINE]}
 
-    def _step(self, layer: ExpertRange, whole_E: NDArray[np.float64]) -> tuple[Arrays, Findings]:
+    def _step(self, known: float | None, layer: ExpertRange) -> tuple[Arrays, Findings]:
+        """With ``known``, the last round's ``pair_cosine``."""
         is_lora = all(name.endswith(_LORA) for name in layer.received)
         if is_lora and self.space is Space.product:
-            return self._step_products(layer, whole_E)
-        return self._step_arrays(layer, whole_E, flatten=0.0 if is_lora else self.flatten)
+            return self._step_products(known, layer)
+        return self._step_arrays(known, layer, flatten=0.0 if is_lora else self.flatten)
 
     def _say(
-        self, layer: ExpertRange, whole_E: NDArray[np.float64], gram_ECC: NDArray[np.float64]
+        self, known: float | None, layer: ExpertRange, gram_ECC: NDArray[np.float64]
     ) -> tuple[EqualSay, NDArray[np.float64]]:
         """Also (C, E) factor of each change in the step, that of the last one, turned back, being a further row."""
         examples_CE = np.where(layer.tokens_CE > 0, layer.examples_C[:, None], 0.0)
         sites = slice(len(examples_CE))
-        say = equal_say(gram_ECC[:, sites, sites], examples_CE, ridge=self.ridge, step=self.step * whole_E)
+        gram_ECC = gram_ECC[:, sites, sites]
+        whole_E = self._whole(known, has_say(gram_ECC, examples_CE).sum(axis=-1))
+        say = equal_say(gram_ECC, examples_CE, ridge=self.ridge, step=self.step * whole_E)
         if not layer.previous:
             return say, say.coefficients
         return say, np.vstack([say.coefficients, -self.momentum * whole_E * (say.weight.sum(axis=0) > 0)])
 
-    def _step_arrays(self, layer: ExpertRange, whole_E: NDArray[np.float64], flatten: float) -> tuple[Arrays, Findings]:
+    def _whole(self, known: float | None, num_sites_E: NDArray[np.integer]) -> NDArray[np.float64]:
+        """(E,) how much of step and momentum is taken."""
+        if self.agreement is None:
+            return np.ones(len(num_sites_E))
+        if known is None:
+            return np.where(num_sites_E > 1, _UNKNOWN, 1.0)
+        return np.clip(common_share(known, num_sites_E) / self.agreement, _LEAST, 1.0)
+
+    def _step_arrays(self, known: float | None, layer: ExpertRange, flatten: float) -> tuple[Arrays, Findings]:
         """The next arrays (E, ...), each expert's as one vector; matrices (E, O, I) are flattened."""
         ((names, block),) = split(layer.received, _ends(layer), Granularity.expert).items()
-        say, factor_CE = self._say(layer, whole_E, block.gram()[:, 0])
+        say, factor_CE = self._say(known, layer, block.gram()[:, 0])
         step_EGD = block.weighted(factor_CE[..., None])
         steps: Arrays = join(names, step_EGD, layer.received, Granularity.expert)
         if flatten:
             steps = {name: _flattened_whole(step, layer.received[name], flatten) for name, step in steps.items()}
         return {name: layer.received[name] + step for name, step in steps.items()}, _findings(say)
 
-    def _step_products(self, layer: ExpertRange, whole_E: NDArray[np.float64]) -> tuple[Arrays, Findings]:
+    def _step_products(self, known: float | None, layer: ExpertRange) -> tuple[Arrays, Findings]:
         """The next LoRA factors; ``lost_energy`` (E,): largest share of a product's squared norm that was truncated."""
         changes = {
             prefix: changes_of(
@@ -177,7 +181,7 @@ class FcMoePlus(Strategy):
             for prefix in low_rank.lora_prefixes(layer.received)
         }
         grams = [change.gram() for change in changes.values()]
-        say, factor_CE = self._say(layer, whole_E, np.sum(grams, axis=0))
+        say, factor_CE = self._say(known, layer, np.sum(grams, axis=0))
         used_E = say.weight.sum(axis=0) > 0
         stepped: dict[str, NDArray[np.floating]] = {}
         lost = []
@@ -233,4 +237,4 @@ def _stepped_product(
 
 
 def _findings(say: EqualSay) -> dict[str, NDArray[np.float64]]:
-    return {name: getattr(say, name) for name in ("weight", "cosine", "conflict", "scale", "pairs")}
+    return {name: getattr(say, name) for name in ("weight", "cosine", "conflict", "scale", "pair_cosine")}

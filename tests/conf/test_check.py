@@ -185,7 +185,10 @@ def test_strategy_where_it_cannot_work_is_refused(overrides, message):
 
 
 def test_a_mean_by_examples_can_be_downweighted():
-    load_config("strategy=fc_moe_plus strategy.ridge=null screen=clair screen.on_reject=downweight")
+    screen = "strategy=fc_moe_plus strategy.ridge=null screen=clair screen.on_reject=downweight"
+    load_config(f"{screen} strategy.agreement=null")
+    with pytest.raises(ValueError, match="which strategy=fc_moe_plus does not weigh by"):
+        load_config(screen)  # what sites have in common is by sites, not by examples
 
 
 def test_filtered_retention_goes_with_whole_experts_that_nothing_turns():

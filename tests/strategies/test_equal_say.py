@@ -180,13 +180,13 @@ def test_expert_without_any_say_has_no_step_and_nothing_to_report():
 
 @settings(deadline=None, max_examples=30)
 @given(seed=seeds)
-def test_pairs_are_the_mean_cosine_of_two_sites(seed):
+def test_pair_cosine_is_the_mean_over_all_two_sites(seed):
     rng = np.random.default_rng(seed)
     updates, examples = rng.normal(size=(5, 7)) * rng.uniform(0.1, 9, (5, 1)), np.array([1, 0, 2, 3, 1])
     units = (updates / np.linalg.norm(updates, axis=1, keepdims=True))[examples > 0]
     expected = [a @ b for a, b in itertools.combinations(units, 2)]
-    np.testing.assert_allclose(say(updates, examples)[0].pairs, np.mean(expected))
-    assert np.isnan(say(updates[:1])[0].pairs)
+    np.testing.assert_allclose(say(updates, examples)[0].pair_cosine, np.mean(expected))
+    assert np.isnan(say(updates[:1])[0].pair_cosine)
 
 
 def test_common_share_is_that_of_a_signal_under_noise():
@@ -202,7 +202,7 @@ def test_common_share_is_that_of_a_signal_under_noise():
     updates = 4 * chance / np.linalg.norm(chance, axis=1, keepdims=True)
     updates[:, 0] = 3
     found, _ = say(updates)
-    np.testing.assert_allclose(found.pairs, 0.36, atol=0.01)
+    np.testing.assert_allclose(found.pair_cosine, 0.36, atol=0.01)
     np.testing.assert_allclose(9 / np.linalg.norm(updates.mean(axis=0)) ** 2, share, rtol=0.02)
 
 

@@ -69,7 +69,7 @@ def naive_product(adapter, ends, coefficients, flatten, prefix, expert):
     return kept, 1 - (kept**2).sum() / ((B @ A + step + change - within) ** 2).sum()
 
 
-def naive_pairs(strategy, adapter, updates):
+def naive_pair_cosine(strategy, adapter, updates):
     """Mean over all experts of the mean cosine of two sites' dense updates; None if no two sites share one."""
     means = []
     for layer, expert in itertools.product(LAYERS, range(NUM_EXPERTS)):
@@ -149,14 +149,14 @@ def assert_dense(result, strategy, adapter, previous, updates, pairs):
 
 @pytest.mark.parametrize(("shapes", "strategy"), CASES)
 def test_rule_is_the_dense_one(shapes, strategy):
+    """After a round in which sites had a little in common, so that step and momentum are neither whole nor least."""
     adapter, updates = random_round(11, shapes)
-    earlier = random_round(12, shapes)[0]
-    last = strategy.aggregate(earlier, {}, updates)
+    last = strategy.aggregate(random_round(12, shapes)[0], {}, updates)
     adapter = {name: array + 0.3 * last.adapter[name] for name, array in adapter.items()}
-    previous = {name.removeprefix("previous/"): array for name, array in last.state.items() if name != "pairs"}
-    result = strategy.aggregate(adapter, last.state, updates)
-    pairs = naive_pairs(strategy, earlier, updates)
-    assert_dense(result, strategy, adapter, previous or adapter, updates, pairs)
+    previous = {name.removeprefix("previous/"): array for name, array in last.state.items() if name != "pair_cosine"}
+    result = strategy.aggregate(adapter, {**last.state, "pair_cosine": np.array([0.02])}, updates)
+    assert strategy.agreement is None or 0.25 < naive_whole(strategy, 0.02, len(updates)) < 1
+    assert_dense(result, strategy, adapter, previous or adapter, updates, 0.02)
 
 
 @pytest.mark.parametrize(("shapes", "strategy"), CASES)
@@ -169,7 +169,7 @@ def test_rounds_of_other_sites_each_time_are_the_dense_ones(shapes, strategy):
     adapter = previous = random_round(20, shapes)[0]
     state, pairs = strategy.init_state(adapter), None
     for number, asked in enumerate([(0, 1), (2, 3, 4), (1, 3), (1,)]):
-        begun, trained = random_round(34 + number, shapes, num_sites=5)  # nothing at the bound of the basis
+        begun, trained = random_round(30 + number, shapes, num_sites=5)
         updates = [
             replace(
                 trained[site],
@@ -180,7 +180,7 @@ def test_rounds_of_other_sites_each_time_are_the_dense_ones(shapes, strategy):
         ]
         result = strategy.aggregate(adapter, state, updates)
         assert_dense(result, strategy, adapter, previous, updates, pairs)
-        found = naive_pairs(strategy, adapter, updates)
+        found = naive_pair_cosine(strategy, adapter, updates)
         pairs = pairs if found is None else found
         rests = [np.array_equal(result.adapter[n][1], adapter[n][1]) for n in filter(experts.is_expert_array, adapter)]
         assert rests == [number == 1] * len(rests)
@@ -271,11 +271,18 @@ def test_step_is_taken_as_far_as_the_sites_had_something_in_common(cosine, taken
 
 def test_an_expert_of_one_site_is_taken_whole_whatever_was_in_common():
     adapter, (update,) = one_layer([[4.0, 0.0]])
-    state = {"pairs": np.array([-0.5])}
+    state = {"pair_cosine": np.array([-0.5])}
     (stepped,) = FcMoePlus(flatten=0.0).aggregate(adapter, state, [update]).adapter.values()
     np.testing.assert_allclose(stepped, update.adapter[f"{LAYERS[0]}.experts.up_proj"])
     # Nothing was learnt of what sites have in common: what was known stays.
     assert FcMoePlus(momentum=0.0).aggregate(adapter, state, [update]).state == state
+    earlier = {f"previous/{name}": array - 1 for name, array in adapter.items()}
+    (stepped,) = FcMoePlus(flatten=0.0, momentum=0.5).aggregate(adapter, state | earlier, [update]).adapter.values()
+    np.testing.assert_allclose(stepped[0], [[4.5, 0.5]])
+    # A site that changed nothing has no say, nor is it somebody to differ from.
+    adapter, both = one_layer([[4.0, 0.0]], [[0.0, 0.0]])
+    (stepped,) = FcMoePlus(flatten=0.0, step=1.0).aggregate(adapter, state, both).adapter.values()
+    np.testing.assert_allclose(stepped[0], [[4.0, 0.0]])
 
 
 @LORA_AND_FULL
@@ -444,6 +451,7 @@ def test_update_without_the_counts_of_every_expert_is_refused():
         ({"step": float("inf")}, r"strategy.step must be > 0, got inf"),
         ({"momentum": 1.0}, r"strategy.momentum must be in \[0, 1\), got 1.0"),
         ({"agreement": 0.0}, r"strategy.agreement must be null or in \(0, 1\], got 0.0"),
+        ({"agreement": 1.5}, r"strategy.agreement must be null or in \(0, 1\], got 1.5"),
         ({"flatten": 1.5}, r"strategy.flatten must be in \[0, 1\], got 1.5"),
     ],
 )
