@@ -121,8 +121,10 @@ class FcMoePlus(Strategy):
         ``pair_cosine``.
         """
         previous = {name.removeprefix(_PREVIOUS): array for name, array in state.items() if name != _PAIR_COSINE}
-        known = float(state[_PAIR_COSINE][0]) if _PAIR_COSINE in state else None
-        stepped, report = aggregate_experts(adapter, updates, partial(self._step, known), self.attention, previous)
+        pair_cosine = float(state[_PAIR_COSINE][0]) if _PAIR_COSINE in state else None
+        stepped, report = aggregate_experts(
+            adapter, updates, partial(self._step, pair_cosine), self.attention, previous
+        )
         return Aggregation(adapter=stepped, state=self._after(adapter, state, report), diagnostics=report)
 
     def _after(self, adapter: Arrays, state: Arrays, report: Mapping[str, Any]) -> Arrays:
@@ -133,45 +135,45 @@ class FcMoePlus(Strategy):
             return self.init_state(adapter)
         return {**self.init_state(adapter), _PAIR_COSINE: np.array([np.mean(found)]) if found else state[_PAIR_COSINE]}
 
-    def _step(self, known: float | None, layer: ExpertRange) -> tuple[Arrays, Findings]:
-        """With ``known``, the last round's ``pair_cosine``."""
+    def _step(self, pair_cosine: float | None, layer: ExpertRange) -> tuple[Arrays, Findings]:
+        """The next arrays, with the last round's ``pair_cosine``; None: there was none."""
         is_lora = all(name.endswith(_LORA) for name in layer.received)
         if is_lora and self.space is Space.product:
-            return self._step_products(known, layer)
-        return self._step_arrays(known, layer, flatten=0.0 if is_lora else self.flatten)
+            return self._step_products(pair_cosine, layer)
+        return self._step_arrays(pair_cosine, layer, flatten=0.0 if is_lora else self.flatten)
 
     def _say(
-        self, known: float | None, layer: ExpertRange, gram_ECC: NDArray[np.float64]
+        self, pair_cosine: float | None, layer: ExpertRange, gram_ECC: NDArray[np.float64]
     ) -> tuple[EqualSay, NDArray[np.float64]]:
         """Also (C, E) factor of each change in the step, that of the last one, turned back, being a further row."""
         examples_CE = np.where(layer.tokens_CE > 0, layer.examples_C[:, None], 0.0)
         sites = slice(len(examples_CE))
         gram_ECC = gram_ECC[:, sites, sites]
-        whole_E = self._whole(known, has_say(gram_ECC, examples_CE).sum(axis=-1))
-        say = equal_say(gram_ECC, examples_CE, ridge=self.ridge, step=self.step * whole_E)
+        taken_E = self._taken(pair_cosine, has_say(gram_ECC, examples_CE).sum(axis=-1))
+        say = equal_say(gram_ECC, examples_CE, ridge=self.ridge, step=self.step * taken_E)
         if not layer.previous:
             return say, say.coefficients
-        return say, np.vstack([say.coefficients, -self.momentum * whole_E * (say.weight.sum(axis=0) > 0)])
+        return say, np.vstack([say.coefficients, -self.momentum * taken_E * (say.weight.sum(axis=0) > 0)])
 
-    def _whole(self, known: float | None, num_sites_E: NDArray[np.integer]) -> NDArray[np.float64]:
+    def _taken(self, pair_cosine: float | None, num_sites_E: NDArray[np.integer]) -> NDArray[np.float64]:
         """(E,) how much of step and momentum is taken."""
         if self.agreement is None:
             return np.ones(len(num_sites_E))
-        if known is None:
+        if pair_cosine is None:
             return np.where(num_sites_E > 1, _UNKNOWN, 1.0)
-        return np.clip(common_share(known, num_sites_E) / self.agreement, _LEAST, 1.0)
+        return np.clip(common_share(pair_cosine, num_sites_E) / self.agreement, _LEAST, 1.0)
 
-    def _step_arrays(self, known: float | None, layer: ExpertRange, flatten: float) -> tuple[Arrays, Findings]:
+    def _step_arrays(self, pair_cosine: float | None, layer: ExpertRange, flatten: float) -> tuple[Arrays, Findings]:
         """The next arrays (E, ...), each expert's as one vector; matrices (E, O, I) are flattened."""
         ((names, block),) = split(layer.received, _ends(layer), Granularity.expert).items()
-        say, factor_CE = self._say(known, layer, block.gram()[:, 0])
+        say, factor_CE = self._say(pair_cosine, layer, block.gram()[:, 0])
         step_EGD = block.weighted(factor_CE[..., None])
         steps: Arrays = join(names, step_EGD, layer.received, Granularity.expert)
         if flatten:
             steps = {name: _flattened_whole(step, layer.received[name], flatten) for name, step in steps.items()}
         return {name: layer.received[name] + step for name, step in steps.items()}, _findings(say)
 
-    def _step_products(self, known: float | None, layer: ExpertRange) -> tuple[Arrays, Findings]:
+    def _step_products(self, pair_cosine: float | None, layer: ExpertRange) -> tuple[Arrays, Findings]:
         """The next LoRA factors; ``lost_energy`` (E,): largest share of a product's squared norm that was truncated."""
         changes = {
             prefix: changes_of(
@@ -181,7 +183,7 @@ class FcMoePlus(Strategy):
             for prefix in low_rank.lora_prefixes(layer.received)
         }
         grams = [change.gram() for change in changes.values()]
-        say, factor_CE = self._say(known, layer, np.sum(grams, axis=0))
+        say, factor_CE = self._say(pair_cosine, layer, np.sum(grams, axis=0))
         used_E = say.weight.sum(axis=0) > 0
         stepped: dict[str, NDArray[np.floating]] = {}
         lost = []
@@ -237,4 +239,10 @@ def _stepped_product(
 
 
 def _findings(say: EqualSay) -> dict[str, NDArray[np.float64]]:
-    return {name: getattr(say, name) for name in ("weight", "cosine", "conflict", "scale", "pair_cosine")}
+    return {
+        "weight": say.weight,
+        "cosine": say.cosine,
+        "conflict": say.conflict,
+        "scale": say.scale,
+        "pair_cosine": say.pair_cosine,
+    }

@@ -1,6 +1,6 @@
 """FC-MoE plus against a dense version of it, and by what it must reduce to.
 
-Its parts are those of test_equal_say.py and test_flatten.py.
+Its parts are those of test_equal_say.py and test_flatten.py; how far it goes is in test_agreement.py.
 """
 
 import itertools
@@ -20,9 +20,8 @@ from strategies.fc_moe_plus import FcMoePlus
 from strategies.fedavg import FedAvg
 from strategies.fedmoe import FedMoe
 from tests.strategies.naive_fc_moe import FULL, LAYERS, LORA, NUM_EXPERTS, assert_same, random_round
-from tests.strategies.test_equal_say import naive_coefficients
+from tests.strategies.naive_fc_moe_plus import assert_dense, naive_pair_cosine, naive_whole, parts_of
 from tests.strategies.test_expert_steps import products_of
-from tests.strategies.test_flatten import dense_flattened
 
 seeds = st.integers(0, 2**32 - 1)
 LORA_AND_FULL = pytest.mark.parametrize("shapes", [LORA, FULL], ids=["lora", "full"])
@@ -42,84 +41,6 @@ WIDE = {
 }
 
 
-def parts_of(arrays, layer, expert, strategy):
-    """What the rule looks at in one expert: dense products of LoRA pairs, or the arrays themselves."""
-    if f"{layer}.experts.down_proj" not in arrays and strategy.space is Space.product:
-        return products_of(arrays, layer, expert)
-    names = sorted(name for name in arrays if name.startswith(f"{layer}.experts."))
-    return [arrays[name][expert].astype(float) for name in names]
-
-
-def projector(columns):
-    """On the span of the columns."""
-    return columns @ np.linalg.pinv(columns, rcond=1e-6)
-
-
-def naive_product(adapter, ends, coefficients, flatten, prefix, expert):
-    """The next dense product of one LoRA pair, and the share of its squared norm that was lost."""
-    A, B = (adapter[f"{prefix}.lora_{side}"][expert].astype(float) for side in "AB")
-    trained = [[end[f"{prefix}.lora_{side}"][expert].astype(float) for side in "AB"] for end in ends]
-    change = sum(c * (Bi @ Ai - B @ A) for c, (Ai, Bi) in zip(coefficients, trained, strict=True))
-    change_A = sum(c * (Ai - A) for c, (Ai, _) in zip(coefficients, trained, strict=True))
-    change_B = sum(c * (Bi - B) for c, (_, Bi) in zip(coefficients, trained, strict=True))
-    within = projector(np.hstack([B, change_B])) @ change @ projector(np.vstack([A, change_A]).T)
-    step = dense_flattened(within, flatten, len(A))
-    left, sizes, right = np.linalg.svd(B @ A + step)
-    kept = (left[:, : len(A)] * sizes[: len(A)]) @ right[: len(A)]
-    return kept, 1 - (kept**2).sum() / ((B @ A + step + change - within) ** 2).sum()
-
-
-def naive_pair_cosine(strategy, adapter, updates):
-    """Mean over all experts of the mean cosine of two sites' dense updates; None if no two sites share one."""
-    means = []
-    for layer, expert in itertools.product(LAYERS, range(NUM_EXPERTS)):
-        before = np.concatenate([part.ravel() for part in parts_of(adapter, layer, expert, strategy)])
-        users = [u.adapter for u in updates if u.expert_tokens[layer][expert] > 0]
-        ends = [np.concatenate([p.ravel() for p in parts_of(user, layer, expert, strategy)]) for user in users]
-        units = [(end - before) / np.linalg.norm(end - before) for end in ends]
-        if len(units) > 1:
-            means.append(np.mean([a @ b for a, b in itertools.combinations(units, 2)]))
-    return np.mean(means) if means else None
-
-
-def naive_whole(strategy, pairs, num_sites):
-    """How much of step and momentum is taken."""
-    if strategy.agreement is None or num_sites < 2:
-        return 1.0
-    if pairs is None:
-        return 0.5
-    mean_squared = (1 + (num_sites - 1) * pairs) / num_sites  # of a mean of unit vectors
-    share = max(pairs, 0) / mean_squared
-    return min(1, max(0.25, share / strategy.agreement))
-
-
-def naive_next(strategy, adapter, previous, updates, pairs, layer, expert):
-    """The next parts of one expert, all dense, and the largest share that was lost; ``pairs`` of the round before."""
-    before = parts_of(adapter, layer, expert, strategy)
-    ends = [u.adapter for u in updates] + [previous]
-    changes = [
-        [new - old for new, old in zip(parts_of(end, layer, expert, strategy), before, strict=True)] for end in ends
-    ]
-    examples = [u.num_examples * (u.expert_tokens[layer][expert] > 0) for u in updates]
-    if not any(examples):
-        return before, None
-    vectors = [np.concatenate([change.ravel() for change in parts]) for parts in changes[:-1]]
-    whole = naive_whole(strategy, pairs, np.count_nonzero(examples))
-    coefficients = naive_coefficients(vectors, examples, strategy.ridge, whole * strategy.step)
-    coefficients = [*coefficients, -whole * strategy.momentum]  # the change back to the previous adapter
-    is_lora = f"{layer}.experts.down_proj" not in adapter
-    if is_lora and strategy.space is Space.product:
-        prefixes = [f"{layer}.experts.{p}" for p in ("down_proj", "gate_up_proj")]
-        found = [naive_product(adapter, ends, coefficients, strategy.flatten, prefix, expert) for prefix in prefixes]
-        return [product for product, _ in found], max(lost for _, lost in found)
-    after = []
-    for p, old in enumerate(before):
-        step = sum(c * parts[p] for c, parts in zip(coefficients, changes, strict=True))
-        is_flattened = old.ndim == 2 and not is_lora
-        after.append(old + (dense_flattened(step, strategy.flatten, min(old.shape)) if is_flattened else step))
-    return after, None
-
-
 CASES = [
     pytest.param(shapes, strategy, id=f"{kind}-{strategy}")
     for kind, shapes in (("lora", LORA), ("thin", THIN), ("wide", WIDE), ("full", FULL))
@@ -132,19 +53,6 @@ CASES = [
         FcMoePlus(agreement=None),
     )
 ]
-
-
-def assert_dense(result, strategy, adapter, previous, updates, pairs):
-    """Every expert is where the naive rule takes it."""
-    for layer in LAYERS:
-        for expert in range(NUM_EXPERTS):
-            parts, lost = naive_next(strategy, adapter, previous, updates, pairs, layer, expert)
-            for ours, expected in zip(parts_of(result.adapter, layer, expert, strategy), parts, strict=True):
-                atol = 1e-4 * max(1, abs(expected).max())
-                np.testing.assert_allclose(ours, expected, atol=atol, err_msg=f"{layer} {expert}")
-            if lost is not None:
-                reported = result.diagnostics["experts"][layer]["lost_energy"][expert]
-                assert reported == pytest.approx(lost, abs=1e-4)
 
 
 @pytest.mark.parametrize(("shapes", "strategy"), CASES)
@@ -232,57 +140,6 @@ def test_expert_goes_on_as_it_went_and_rests_when_nobody_used_it():
         np.testing.assert_array_equal(result.state[f"previous/{name}"], adapter[name])
     assert result.state.keys() == state.keys()
     assert FcMoePlus(momentum=0.0, agreement=None).aggregate(adapter, {}, updates).state == {}
-
-
-def one_layer(*updates):
-    """A round of whole experts of zeros in which each site's update of the only expert is given, (O, I)."""
-    name, tokens = f"{LAYERS[0]}.experts.up_proj", {LAYERS[0]: np.ones(1)}
-    trained = [np.array(update, np.float32)[None] for update in updates]
-    return {name: np.zeros_like(trained[0])}, [
-        ClientUpdate(site=f"{i}", adapter={name: array}, num_examples=1, expert_tokens=tokens)
-        for i, array in enumerate(trained)
-    ]
-
-
-@pytest.mark.parametrize(
-    ("cosine", "taken"),
-    [
-        (1.0, 1.0),  # all of the mean is common
-        (1 / 7, 1.0),  # 2 p / (1 + p) = 1/4, and so as much as is asked for
-        (1 / 15, 0.5),  # 1/8
-        (0.0, 0.25),  # never less
-        (-0.9, 0.25),
-    ],
-)
-def test_step_is_taken_as_far_as_the_sites_had_something_in_common(cosine, taken):
-    """Two sites whose updates had that cosine in the last round; in this one they are orthogonal. At first: half."""
-    adapter, last = one_layer([[1.0, 0.0]], [[cosine, np.sqrt(1 - cosine**2)]])
-    rule = FcMoePlus(flatten=0.0, momentum=0.0, step=1.0, agreement=0.25)
-    state = rule.aggregate(adapter, {}, last).state
-    assert [array.item() for array in state.values()] == [pytest.approx(cosine, abs=1e-6)]
-    _, updates = one_layer([[4.0, 0.0]], [[0.0, 4.0]])
-    (stepped,) = rule.aggregate(adapter, state, updates).adapter.values()
-    np.testing.assert_allclose(stepped[0], taken * np.array([[2.0, 2.0]]), rtol=1e-5)
-    (begun,) = rule.aggregate(adapter, {}, updates).adapter.values()
-    np.testing.assert_allclose(begun[0], [[1.0, 1.0]], rtol=1e-5)
-    (whole,) = replace(rule, agreement=None).aggregate(adapter, state, updates).adapter.values()
-    np.testing.assert_allclose(whole[0], [[2.0, 2.0]], rtol=1e-5)
-
-
-def test_an_expert_of_one_site_is_taken_whole_whatever_was_in_common():
-    adapter, (update,) = one_layer([[4.0, 0.0]])
-    state = {"pair_cosine": np.array([-0.5])}
-    (stepped,) = FcMoePlus(flatten=0.0).aggregate(adapter, state, [update]).adapter.values()
-    np.testing.assert_allclose(stepped, update.adapter[f"{LAYERS[0]}.experts.up_proj"])
-    # Nothing was learnt of what sites have in common: what was known stays.
-    assert FcMoePlus(momentum=0.0).aggregate(adapter, state, [update]).state == state
-    earlier = {f"previous/{name}": array - 1 for name, array in adapter.items()}
-    (stepped,) = FcMoePlus(flatten=0.0, momentum=0.5).aggregate(adapter, state | earlier, [update]).adapter.values()
-    np.testing.assert_allclose(stepped[0], [[4.5, 0.5]])
-    # A site that changed nothing has no say, nor is it somebody to differ from.
-    adapter, both = one_layer([[4.0, 0.0]], [[0.0, 0.0]])
-    (stepped,) = FcMoePlus(flatten=0.0, step=1.0).aggregate(adapter, state, both).adapter.values()
-    np.testing.assert_allclose(stepped[0], [[4.0, 0.0]])
 
 
 @LORA_AND_FULL

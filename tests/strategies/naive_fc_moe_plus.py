@@ -1,0 +1,103 @@
+"""FC-MoE plus expert by expert, all dense: what test_fc_moe_plus.py holds the rule against."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from strategies.conflicts import Space
+from tests.strategies.naive_fc_moe import LAYERS, NUM_EXPERTS
+from tests.strategies.test_equal_say import naive_coefficients
+from tests.strategies.test_expert_steps import products_of
+from tests.strategies.test_flatten import dense_flattened
+
+
+def parts_of(arrays, layer, expert, strategy):
+    """What the rule looks at in one expert: dense products of LoRA pairs, or the arrays themselves."""
+    if f"{layer}.experts.down_proj" not in arrays and strategy.space is Space.product:
+        return products_of(arrays, layer, expert)
+    names = sorted(name for name in arrays if name.startswith(f"{layer}.experts."))
+    return [arrays[name][expert].astype(float) for name in names]
+
+
+def projector(columns):
+    """On the span of the columns."""
+    return columns @ np.linalg.pinv(columns, rcond=1e-6)
+
+
+def naive_product(adapter, ends, coefficients, flatten, prefix, expert):
+    """The next dense product of one LoRA pair, and the share of its squared norm that was lost."""
+    A, B = (adapter[f"{prefix}.lora_{side}"][expert].astype(float) for side in "AB")
+    trained = [[end[f"{prefix}.lora_{side}"][expert].astype(float) for side in "AB"] for end in ends]
+    change = sum(c * (Bi @ Ai - B @ A) for c, (Ai, Bi) in zip(coefficients, trained, strict=True))
+    change_A = sum(c * (Ai - A) for c, (Ai, _) in zip(coefficients, trained, strict=True))
+    change_B = sum(c * (Bi - B) for c, (_, Bi) in zip(coefficients, trained, strict=True))
+    within = projector(np.hstack([B, change_B])) @ change @ projector(np.vstack([A, change_A]).T)
+    step = dense_flattened(within, flatten, len(A))
+    left, sizes, right = np.linalg.svd(B @ A + step)
+    kept = (left[:, : len(A)] * sizes[: len(A)]) @ right[: len(A)]
+    return kept, 1 - (kept**2).sum() / ((B @ A + step + change - within) ** 2).sum()
+
+
+def naive_pair_cosine(strategy, adapter, updates):
+    """Mean over all experts of the mean cosine of two sites' dense updates; None if no two sites share one."""
+    means = []
+    for layer, expert in itertools.product(LAYERS, range(NUM_EXPERTS)):
+        before = np.concatenate([part.ravel() for part in parts_of(adapter, layer, expert, strategy)])
+        users = [u.adapter for u in updates if u.expert_tokens[layer][expert] > 0]
+        ends = [np.concatenate([p.ravel() for p in parts_of(user, layer, expert, strategy)]) for user in users]
+        units = [(end - before) / np.linalg.norm(end - before) for end in ends]
+        if len(units) > 1:
+            means.append(np.mean([a @ b for a, b in itertools.combinations(units, 2)]))
+    return np.mean(means) if means else None
+
+
+def naive_whole(strategy, pairs, num_sites):
+    """How much of step and momentum is taken."""
+    if strategy.agreement is None or num_sites < 2:
+        return 1.0
+    if pairs is None:
+        return 0.5
+    mean_squared = (1 + (num_sites - 1) * pairs) / num_sites  # of a mean of unit vectors
+    share = max(pairs, 0) / mean_squared
+    return min(1, max(0.25, share / strategy.agreement))
+
+
+def naive_next(strategy, adapter, previous, updates, pairs, layer, expert):
+    """The next parts of one expert, all dense, and the largest share that was lost; ``pairs`` of the round before."""
+    before = parts_of(adapter, layer, expert, strategy)
+    ends = [u.adapter for u in updates] + [previous]
+    changes = [
+        [new - old for new, old in zip(parts_of(end, layer, expert, strategy), before, strict=True)] for end in ends
+    ]
+    examples = [u.num_examples * (u.expert_tokens[layer][expert] > 0) for u in updates]
+    if not any(examples):
+        return before, None
+    vectors = [np.concatenate([change.ravel() for change in parts]) for parts in changes[:-1]]
+    whole = naive_whole(strategy, pairs, np.count_nonzero(examples))
+    coefficients = naive_coefficients(vectors, examples, strategy.ridge, whole * strategy.step)
+    coefficients = [*coefficients, -whole * strategy.momentum]  # the change back to the previous adapter
+    is_lora = f"{layer}.experts.down_proj" not in adapter
+    if is_lora and strategy.space is Space.product:
+        prefixes = [f"{layer}.experts.{p}" for p in ("down_proj", "gate_up_proj")]
+        found = [naive_product(adapter, ends, coefficients, strategy.flatten, prefix, expert) for prefix in prefixes]
+        return [product for product, _ in found], max(lost for _, lost in found)
+    after = []
+    for p, old in enumerate(before):
+        step = sum(c * parts[p] for c, parts in zip(coefficients, changes, strict=True))
+        is_flattened = old.ndim == 2 and not is_lora
+        after.append(old + (dense_flattened(step, strategy.flatten, min(old.shape)) if is_flattened else step))
+    return after, None
+
+
+def assert_dense(result, strategy, adapter, previous, updates, pairs):
+    """Every expert is where the naive rule takes it."""
+    for layer in LAYERS:
+        for expert in range(NUM_EXPERTS):
+            parts, lost = naive_next(strategy, adapter, previous, updates, pairs, layer, expert)
+            for ours, expected in zip(parts_of(result.adapter, layer, expert, strategy), parts, strict=True):
+                atol = 1e-4 * max(1, abs(expected).max())
+                np.testing.assert_allclose(ours, expected, atol=atol, err_msg=f"{layer} {expert}")
+            if lost is not None:
+                reported = result.diagnostics["experts"][layer]["lost_energy"][expert]
+                assert reported == pytest.approx(lost, abs=1e-4)
