@@ -20,7 +20,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
-from benchmarks.contenders import Contender, Settings, tuned
+from benchmarks.contenders import LEARNING_RATE, Contender, Knob, Settings, Tuning, tuned
 from benchmarks.provenance import MADE_BY
 from benchmarks.render import write_results
 
@@ -63,6 +63,7 @@ class Study(Generic[C]):
     """That are to be tested; those with finished cells are told of too."""
     tuning_seeds: Sequence[int]
     """None: nothing is tuned, every knob stays where it starts."""
+    learning_rate: Knob = LEARNING_RATE
     rows: dict[C, Row] = field(default_factory=dict)
 
     def add(self, row: Row) -> None:
@@ -73,12 +74,16 @@ class Study(Generic[C]):
 
     def needed(self, name: str) -> list[C]:
         """Cells that can be run next for a contender: of its tuning and, when that is done, of its test."""
-        tuning = tuned(name, self.validation_score, self.contenders)
+        tuning = self.tuning(name)
         split = "validation" if tuning.missing else "test"
         settings = tuning.missing or [tuning.settings]
         seeds = self.tuning_seeds if tuning.missing else self.seeds
         cells = [self.cell(chosen, seed, split) for chosen in settings for seed in seeds]
         return [cell for cell in cells if cell not in self.rows]
+
+    def tuning(self, name: str) -> Tuning:
+        """How far a contender's tuning is."""
+        return tuned(name, self.validation_score, self.contenders, self.learning_rate)
 
     def validation_score(self, settings: Settings) -> float | None:
         """Mean score over the tuning seeds; None if one is missing, 0 if nothing is tuned."""
@@ -95,7 +100,7 @@ class Study(Generic[C]):
 
     def tested(self, name: str) -> Outcome:
         """What is known of a contender on the test data; nothing while it is being tuned."""
-        tuning = tuned(name, self.validation_score, self.contenders)
+        tuning = self.tuning(name)
         cells = [self.cell(tuning.settings, seed, "test") for seed in self.all_seeds()]
         rows = {cell.seed: self.rows[cell] for cell in cells if not tuning.missing and cell in self.rows}
         return Outcome(tuning.settings, rows)

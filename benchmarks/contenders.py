@@ -26,10 +26,14 @@ class Knob:
     start: float
     unsaid: float | None = None
     """Value that settings leave out, since it changes nothing: its runs are those without the knob. None: no value."""
+    second_start: float | None = None
+    """Where the way uphill begins besides; the better of the two ends counts."""
 
 
 LEARNING_RATE = Knob("train.learning_rate", (1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2), 4e-3)
 """Tuned for every method."""
+LEARNING_RATE_BY_LOSS = replace(LEARNING_RATE, second_start=5e-4)
+"""Where loss is what counts: it has a second valley at low rates, which learn nothing by heart."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ _SERVER_RATE = Knob("strategy.learning_rate", (2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2, 8
 _PROXIMAL = Knob("train.proximal_mu", (1e-4, 1e-3, 1e-2, 1e-1, 1.0), 1e-2)
 _RETENTION = Knob("method.retention.strength", (0.03, 0.1, 0.3, 0.5, 0.8, 1.0), 0.5)
 _RATE = (LEARNING_RATE.key,)
-_STEP = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 4.0)
+_STEP = (0.125, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 4.0)
 _EXPERT_STEP = Knob("strategy.expert_step", _STEP, 1.0, unsaid=1.0)
 _MOMENTUM = (0.0, 0.3, 0.5, 0.7, 0.9)
 _SERVER_MOMENTUM = Knob("strategy.momentum", (0.0, 0.1, 0.3, 0.5, 0.7, 0.9), 0.5)
@@ -245,6 +249,7 @@ def tuned(
     name: str,
     score: Callable[[Settings], float | None],
     contenders: Mapping[str, Contender] = CONTENDERS,
+    learning_rate: Knob = LEARNING_RATE,
 ) -> Tuning:
     """Coordinate search: learning rate first, then each knob of the method, and all again with those values.
 
@@ -253,9 +258,10 @@ def tuned(
             there searches over what it ``retunes``. Whom it follows may follow somebody too.
         score: Of settings on validation data, higher is better; None if not known yet.
         contenders: All of them.
+        learning_rate: Its knob.
     """
     leader, *followers = led(contenders[name], contenders)
-    knobs = (LEARNING_RATE, *leader.knobs)
+    knobs = (learning_rate, *leader.knobs)
     values = {knob.key: knob.start for knob in knobs}
     for whose in (leader, *followers):
         settings_of = partial(_settings, whose, knobs)
@@ -282,12 +288,24 @@ def _search(
     for _ in range(PASSES):
         before = dict(values)
         for knob in knobs:
-            missing = _climb(knob, values, lambda trial: score(settings_of(trial)))
+            missing = _best_end(knob, values, lambda trial: score(settings_of(trial)))
             if missing:
                 return tuple(map(settings_of, missing))
         if values == before:
             break
     return ()
+
+
+def _best_end(
+    knob: Knob, values: dict[str, float], score: Callable[[Mapping[str, float]], float | None]
+) -> list[dict[str, float]]:
+    """Move ``values[knob.key]`` to the best value that a way uphill leads to; values whose score is needed for that."""
+    starts = [values[knob.key], *([] if knob.second_start is None else [knob.second_start])]
+    ends = [values | {knob.key: start} for start in starts]
+    missing = [trial for end in ends for trial in _climb(knob, end, score)]
+    if not missing:
+        values |= ends[int(np.argmax(np.array([score(end) for end in ends], np.float64)))]  # the first of equals
+    return list({trial[knob.key]: trial for trial in missing}.values())
 
 
 def _climb(

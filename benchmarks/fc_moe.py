@@ -26,7 +26,7 @@ import numpy as np
 
 from benchmarks import fc_moe_averaging, fc_moe_printed
 from benchmarks.cells import Row, Study, add_arguments, carry_out
-from benchmarks.contenders import CONTENDERS, Settings
+from benchmarks.contenders import CONTENDERS, LEARNING_RATE, LEARNING_RATE_BY_LOSS, Settings
 from benchmarks.fc_moe_numbers import LAST, last_rounds
 from benchmarks.fc_moe_overtaken import overtaken
 from benchmarks.fc_moe_tables import markdown, summary
@@ -114,6 +114,7 @@ def study_of(workload: str, experts: str, seeds: Sequence[int], tuning_seeds: Se
         score=_score,
         seeds=seeds,
         tuning_seeds=tuning_seeds,
+        learning_rate=LEARNING_RATE if WORKLOADS[workload].labels else LEARNING_RATE_BY_LOSS,
     )
 
 

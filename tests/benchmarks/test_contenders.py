@@ -7,7 +7,16 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.contenders import CONTENDERS, LEARNING_RATE, PERSONAL, Contender, Knob, Tuning, tuned
+from benchmarks.contenders import (
+    CONTENDERS,
+    LEARNING_RATE,
+    LEARNING_RATE_BY_LOSS,
+    PERSONAL,
+    Contender,
+    Knob,
+    Tuning,
+    tuned,
+)
 from conf.compose import load_config
 from conf.model import RouterTraining
 
@@ -193,3 +202,18 @@ def test_what_is_left_unsaid_is_what_settings_say_anyway():
         for knob in (knob for knob in contender.knobs if knob.unsaid is not None):
             said = load_config([*contender.settings, f"{knob.key}={knob.unsaid:g}"])
             assert said == load_config(contender.settings)
+
+
+def test_two_ways_uphill_the_better_end_counts():
+    """Valleys of loss at 5e-4 and 8e-3: alone the way from 4e-3 ends in the second, wherever the first is."""
+    ends = {}
+    for depth in (0.5, 2.0):
+        truth = {2.5e-4: -1.0, 5e-4: depth, 1e-3: -1.0, 2e-3: -2.0, 4e-3: 0.0, 8e-3: 1.0, 1.6e-2: 0.0}
+        for knob in (LEARNING_RATE, LEARNING_RATE_BY_LOSS):
+            known = {}
+            while (tuning := tuned("plain", known.get, METHODS, knob)).missing:
+                assert len(set(tuning.missing)) == len(tuning.missing)
+                assert not known.keys() & {*tuning.missing}, "asked twice"
+                known |= {each: truth[float(each[1].split("=")[1])] for each in tuning.missing}
+            ends[depth, knob.second_start] = float(tuning.settings[1].split("=")[1])
+    assert ends == {(0.5, None): 8e-3, (2.0, None): 8e-3, (0.5, 5e-4): 8e-3, (2.0, 5e-4): 5e-4}
