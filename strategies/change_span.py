@@ -19,7 +19,8 @@ from strategies.quotient import divided
 
 _NOTHING = 1e-5
 """Eigenvalues below it, of inner products of unit vectors in float32, are rounding. Vectors that nearly depend on each
-other lose by it what they differ in: 3e-3 of their length."""
+other lose by it what they differ in: 3e-3 of their length. Sums formed and multiplied in float64 would keep that, in a
+quarter more time of a whole aggregation."""
 
 
 @dataclass(frozen=True, kw_only=True)

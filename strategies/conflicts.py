@@ -20,13 +20,11 @@ from numpy.typing import NDArray
 
 from strategies.adapters import Arrays
 from strategies.base import require
-from strategies.quotient import divided
+from strategies.quotient import CANCELLED, divided
 
 _Real = TypeVar("_Real", bound=np.floating)
 _PIECE = 1024
 """Values of a piece of an inner product."""
-_NOTHING = 1e-6
-"""Share of its squared length that a sum keeps where all cancels: what is less is rounding of float32."""
 
 # Enums carry lower-case member names because OmegaConf matches settings by member name.
 
@@ -145,7 +143,7 @@ def _squared(
     """(E, G) ||consensus||^2; 0 where the updates cancel but for rounding, which points nowhere."""
     squared_EG = np.einsum("ceg,ceg->eg", weights_CEG, dots_CEG)
     uncancelled_EG = np.einsum("ceg,ceg->eg", weights_CEG, np.sqrt(np.maximum(own_CEG, 0.0)))
-    return np.where(squared_EG > _NOTHING * uncancelled_EG**2, squared_EG, 0.0)
+    return np.where(squared_EG > CANCELLED * uncancelled_EG**2, squared_EG, 0.0)
 
 
 def _verdict(
@@ -187,7 +185,7 @@ def _against_others(
     with_others_CEG = weights_CEG * (dots_CEG - with_own_CEG)
     squared_EG = np.einsum("ceg,ceg->eg", weights_CEG, dots_CEG)
     others_CEG = squared_EG - 2 * weights_CEG * dots_CEG + weights_CEG * with_own_CEG
-    others_CEG = np.where(others_CEG > _NOTHING * uncancelled_CEG**2, others_CEG, 0.0)
+    others_CEG = np.where(others_CEG > CANCELLED * uncancelled_CEG**2, others_CEG, 0.0)
     opposing_CEG = divided(np.minimum(with_others_CEG, 0.0), others_CEG, 0.0)
     return weights_CEG * (1.0 - opposing_CEG.sum(axis=0) + opposing_CEG), opposing_CEG < 0
 

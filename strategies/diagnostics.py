@@ -23,7 +23,7 @@ from strategies import experts, low_rank
 from strategies.adapters import Arrays
 from strategies.base import Aggregation, ClientUpdate
 from strategies.low_rank import Factors
-from strategies.quotient import divided
+from strategies.quotient import CANCELLED, divided
 
 MAX_NUMBERS = 150_000
 """Numbers kept of a round, about 1 MB as JSON: beyond, first the pairs of sites of each expert are left out, then
@@ -200,10 +200,9 @@ def _against_consensus(
     """Where each update points, and what averaging leaves of it."""
     share_CE = experts.shares(used_CE.astype(np.float64))
     dots_XE = np.einsum("exc,ce->xe", changes_EXX[:, :, :-1], share_CE)
-    squared_E = np.maximum((share_CE * dots_XE[:-1]).sum(axis=0), 0.0)
+    squared_E = (share_CE * dots_XE[:-1]).sum(axis=0)
     mean_length_E = (share_CE * lengths_CE).sum(axis=0)
-    # Updates that cancel each other leave rounding, which points nowhere.
-    squared_E = np.where(squared_E > _NOTHING * mean_length_E**2, squared_E, 0.0)
+    squared_E = np.where(squared_E > CANCELLED * mean_length_E**2, squared_E, 0.0)
     cosine_CE = divided(dots_XE[:-1], np.where(used_CE, lengths_CE * np.sqrt(squared_E), 0.0), np.nan)
     return {
         "lowest_cosine": np.fmin.reduce(cosine_CE, axis=0),
@@ -219,9 +218,9 @@ def _to_others(gram_ECC: NDArray[np.float64], used_CE: NDArray[np.bool_]) -> NDA
     gram_ECC = gram_ECC * used_CE.T[:, :, None] * used_CE.T[:, None, :]
     squares_EC = np.diagonal(gram_ECC, axis1=1, axis2=2)
     dots_EC = (gram_ECC * (1.0 - np.eye(len(used_CE)))).sum(axis=2)
-    # ||sum - own||^2; others that cancel leave rounding.
+    # ||sum - own||^2
     squared_EC = gram_ECC.sum(axis=(1, 2))[:, None] - 2.0 * dots_EC - squares_EC
-    squared_EC = np.where(squared_EC > _NOTHING * squares_EC.sum(axis=1, keepdims=True), squared_EC, 0.0)
+    squared_EC = np.where(squared_EC > CANCELLED * squares_EC.sum(axis=1, keepdims=True), squared_EC, 0.0)
     return divided(dots_EC, np.sqrt(np.maximum(squares_EC, 0.0) * squared_EC), np.nan).T
 
 

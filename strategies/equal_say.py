@@ -11,10 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from strategies import experts
-from strategies.quotient import divided
-
-# Unit vectors that cancel, multiplied in float32, leave a squared length of this or less: it points nowhere.
-_NOTHING = 1e-6
+from strategies.quotient import CANCELLED, divided
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +51,8 @@ def common_share(pair_cosine: float, num_sites_E: NDArray[np.integer]) -> NDArra
         num_sites_E: C, >= 0.
     """
     common = max(pair_cosine, 0.0)
-    return np.where(num_sites_E > 1, num_sites_E * common / (1.0 + (num_sites_E - 1) * common), 1.0)
+    others_E = np.maximum(num_sites_E - 1, 0)
+    return np.where(others_E > 0, num_sites_E * common / (1.0 + others_E * common), 1.0)
 
 
 def equal_say(
@@ -77,7 +75,8 @@ def equal_say(
 
     Averaging C orthogonal directions leaves 1 / sqrt(C) of their length, which ``step`` makes up for; m is the limit,
     so that one site's update, or several equal ones, are never lengthened, and whole from a step of 1 on. Where
-    directions cancel, the step fades with them.
+    directions cancel, the step fades with them. Lengths have no equal say: one site's update that is a hundred times
+    as long as the others' makes the step long in their directions too.
 
     Args:
         gram_ECC: Inner products of the updates, whole experts.
@@ -95,7 +94,7 @@ def equal_say(
     share_EC = experts.shares(says_EC.T).T
     dot_EC = np.einsum("ecd,ed->ec", cosines_ECC, share_EC)
     squared_E = np.einsum("ec,ec->e", share_EC, dot_EC)
-    mean_E = np.sqrt(np.where(squared_E > _NOTHING, squared_E, 0.0))
+    mean_E = np.sqrt(np.where(squared_E > CANCELLED, squared_E, 0.0))
     typical_E = (by_examples_EC * length_EC).sum(axis=-1)
     factor_E = np.minimum(step, divided(1.0, mean_E, otherwise=np.inf)) * typical_E
     averaged_E = np.sqrt(np.maximum(np.einsum("ec,ecd,ed->e", by_examples_EC, gram_ECC, by_examples_EC), 0.0))

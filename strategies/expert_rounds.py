@@ -20,9 +20,6 @@ from strategies import experts
 from strategies.adapters import Arrays, weighted_mean
 from strategies.base import ClientUpdate
 
-_VALUES_AT_A_TIME = 2**23
-"""Of all sites' arrays, in a range of experts: some tens of MiB for each thread, where ``FcMoe`` steps in products some
-hundreds."""
 _THREADS = min(os.cpu_count() or 1, 8)
 
 
@@ -185,7 +182,7 @@ def _begin(
             stepped[name][chosen] = array
         return found
 
-    ranges = experts.expert_slices(whole.received, len(whole.trained), _VALUES_AT_A_TIME)
+    ranges = experts.expert_slices(whole.received, len(whole.trained))
     pending = [pool.submit(step_range, chosen) for chosen in ranges]
 
     def findings() -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from strategies import experts
+from strategies import experts, low_rank
 from strategies.adapters import Arrays
 from strategies.base import Aggregation, ClientUpdate, Strategy
 from strategies.conflicts import ConflictConfig, Granularity, Space
@@ -71,9 +71,11 @@ class FcMoe(Strategy):
         return {}
 
     def check_update(self, adapter: Arrays, update: ClientUpdate) -> None:
-        """Raise ``ValueError`` if the update is not valid, or does not count the tokens of every expert."""
+        """Raise ``ValueError`` if the update is not valid, lacks the tokens of an expert, or has too long products."""
         super().check_update(adapter, update)
         check_expert_tokens(adapter, update)
+        if self.conflict.space is Space.product:
+            low_rank.check_products(update.adapter)
 
     def aggregate(self, adapter: Arrays, state: Arrays, updates: Sequence[ClientUpdate]) -> Aggregation:
         """One conflict-free step of every expert that was used, and the mean of the other arrays.

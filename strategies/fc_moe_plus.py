@@ -56,16 +56,17 @@ class FcMoePlus(Strategy):
     makes a tenth of their mean direction's squared length (``common_share``). ``step`` and ``momentum`` are whole from
     ``agreement`` of that on, and below it in proportion. What counts is the last round's mean over experts, attention
     among them if it steps, of the mean cosine of two sites' updates; of a single expert or layer it is mostly noise.
-    In the first round nothing is known, and the step is half. An expert that a single site used is taken whole.
+    In the first round nothing is known, and the step is half.
 
-    Whole experts step as they are. LoRA experts step in their products B A, which are never formed. Of the sum over
-    sites and the last change, whose rank is that of all adapters together, the part counts that the received factors
-    and their summed changes span (``Changes.weighted_sum``); as many leading directions are flattened as the adapter
-    has, since to give the last ones as much weight would drown these in noise; B A plus the step is truncated to the
-    adapter's rank, and turned towards the last A.
+    An expert that no site used keeps its value; one that a single site used takes that site's whole update, with
+    momentum and flattened as any other.
 
-    An expert that no site used keeps its value; one that a single site used takes that site's update, with momentum and
-    flattened.
+    Whole experts step as they are. LoRA experts step in their products B A, which are never formed. The sum over sites
+    and the last change has the rank of all adapters together: what counts of it is what the received factors and their
+    summed changes span (``Changes.weighted_sum``). As many of its leading directions are flattened as the adapter has,
+    since to give the last ones as much weight would drown these in noise. B A plus the step is truncated to the
+    adapter's rank, and turned towards the last A; of B A itself, directions below three thousandths of the longest may
+    be lost.
     """
 
     name: ClassVar[str] = "fc_moe_plus"
@@ -74,7 +75,8 @@ class FcMoePlus(Strategy):
     """How far from an equal say in the direction: towards 0, exactly equal; large, the mean of the directions; null: no
     equal say at all, but the mean of the updates by examples (ablation)."""
     step: float = 2.0
-    """Server step on experts, in steps of the mean direction; before momentum no longer than sites went on average."""
+    """Server step on experts, in steps of the mean direction; before momentum no longer than sites went on average, by
+    examples: one whose update is far longer than the others' lengthens it."""
     flatten: float = 1.0
     """1: all singular values of a matrix' step alike; 0: as they are. In [0, 1]."""
     momentum: float = 0.5
@@ -97,7 +99,7 @@ class FcMoePlus(Strategy):
     def init_state(self, adapter: Arrays) -> Arrays:
         """With momentum ``previous/<name>``: what was received a round earlier, of all arrays that step.
 
-        With ``agreement`` also ``pair_cosine``, (1,): see above, of the last round in which two sites used an expert.
+        Rounds add ``pair_cosine``, (1,), with ``agreement``: of the last one in which two sites used an expert.
         """
         if self.momentum == 0:
             return {}
@@ -109,9 +111,11 @@ class FcMoePlus(Strategy):
         }
 
     def check_update(self, adapter: Arrays, update: ClientUpdate) -> None:
-        """Raise ``ValueError`` if the update is not valid, or does not count the tokens of every expert."""
+        """Raise ``ValueError`` if the update is not valid, lacks the tokens of an expert, or has too long products."""
         super().check_update(adapter, update)
         check_expert_tokens(adapter, update)
+        if self.space is Space.product:
+            low_rank.check_products(update.adapter)
 
     def aggregate(self, adapter: Arrays, state: Arrays, updates: Sequence[ClientUpdate]) -> Aggregation:
         """One step of every expert that was used, and the mean of the other arrays, or a step of attention too.
@@ -174,7 +178,10 @@ class FcMoePlus(Strategy):
         return {name: layer.received[name] + step for name, step in steps.items()}, _findings(say)
 
     def _step_products(self, pair_cosine: float | None, layer: ExpertRange) -> tuple[Arrays, Findings]:
-        """The next LoRA factors; ``lost_energy`` (E,): largest share of a product's squared norm that was truncated."""
+        """The next LoRA factors; ``lost_energy`` (E,): largest share of a product's squared norm that is not in them.
+
+        It was truncated, or lies outside the span in which the step is taken.
+        """
         changes = {
             prefix: changes_of(
                 low_rank.factors_of(layer.received, prefix),

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from strategies.adapters import Arrays, check_same_layout
+from strategies.adapters import LARGEST, Arrays, NotFiniteError, check_same_layout
 from strategies.experts import expert_slices, is_expert_array
 from strategies.quotient import divided
 
@@ -42,6 +42,21 @@ def lora_prefixes(names: Iterable[str]) -> list[str]:
 def factors_of(adapter: Arrays, prefix: str) -> Factors:
     """The LoRA pair called ``prefix``."""
     return Factors(adapter[f"{prefix}.lora_A"], adapter[f"{prefix}.lora_B"])
+
+
+def check_products(adapter: Arrays) -> None:
+    """Raise ``NotFiniteError`` naming the first LoRA pair whose product may be longer than ``LARGEST``.
+
+    Where a rule steps in products all of their length is in B afterwards: two factors of a size that ``check_size``
+    lets through would make a B that it does not.
+    """
+    for prefix in lora_prefixes(adapter):
+        lengths = [
+            np.sqrt((factor.astype(np.float64) ** 2).sum(axis=(-2, -1))) for factor in factors_of(adapter, prefix)
+        ]
+        longest = float(np.max(lengths[0] * lengths[1], initial=0.0))
+        if longest > LARGEST:
+            raise NotFiniteError(f"{prefix}: ||A|| ||B|| is {longest:.3g}; it must be at most {LARGEST:g}")
 
 
 def inner_product(left: Factors, right: Factors) -> NDArray[np.float64]:
@@ -86,7 +101,7 @@ def truncate(product: Factors, rank: int) -> tuple[Factors, NDArray[np.float64]]
     QR of both factors leaves a core no larger than the stacked rank, whose singular value decomposition
     is that of the product: exact (Eckart-Young). The singular values go into B and the rows of A are orthonormal,
     so a direction that nothing was learnt in has B = 0 and A != 0, as in fresh LoRA. Split evenly, it would be
-    0 in both, and its gradient 0 for ever.
+    0 in both, and its gradient 0 for ever. A ``rank`` beyond I or O is filled up with directions that are 0 in both.
     """
     rows, rows_core = np.linalg.qr(_transposed(product.A.astype(np.float64)))
     columns, columns_core = np.linalg.qr(product.B.astype(np.float64))

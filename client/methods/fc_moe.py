@@ -35,7 +35,9 @@ class FcMoe(Method):
     Everything is sent. From the site's second round on, each received expert Theta is re-anchored to
     Theta + lambda R before training, with R computed from the site's own last update of that expert,
     Delta = trained - received (so what re-anchoring added is part of the next update).
-    Where that update is zero, so is R; arrays without an expert axis start as received.
+    Where that update is zero, so is R; arrays without an expert axis start as received. An expert that the site's text
+    no longer reaches has what re-anchoring added as its update: of that, lambda is left with every round, so under
+    lambda = 1 all of it. FC-MoE's server gives such an update no weight.
 
     Differs from the paper: its Eq. 5 makes R a multiple of Theta, while its prose speaks of the filtered,
     domain-specific part; ``kind`` offers both readings. With LoRA ``space`` says what the vector is: the expert's

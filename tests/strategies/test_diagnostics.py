@@ -171,6 +171,19 @@ def test_updates_that_agree_lose_nothing_and_updates_that_cancel_lose_all():
     assert (agreeing["cosine_to_others"], cancelling["cosine_to_others"]) == ([[1.0]] * 3, [[-1.0]] * 2)
 
 
+@pytest.mark.parametrize("size", [1e-2, 1e-3, 1e-4])
+def test_updates_that_cancel_on_large_weights_leave_no_direction(size):
+    """Three that sum to 0 but for the rounding of float32, on weights of size 1; then a fourth beside them."""
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        before = rng.normal(size=64)
+        first, second, last = size * rng.normal(size=(3, 64))
+        changes = (first, second, -(first + second))
+        found = one_expert(*changes, received=before)
+        assert (found["scale"], found["kept"], found["cosine"]) == ([None], [0.0], [[None]] * 3)
+        assert one_expert(*changes, last, received=before)["cosine_to_others"][3] == [None]
+
+
 def test_a_sites_own_share_in_the_consensus_does_not_hide_that_it_goes_against_the_others():
     """(4, 0), (-1, 1) and (-1, 1) have the sum (2, 2); without the first it is (-2, 2), without a second one (3, 1)."""
     found = one_expert((4, 0), (-1, 1), (-1, 1))

@@ -214,3 +214,4 @@ def test_common_share_is_all_where_sites_agree_and_nothing_where_they_do_not(num
     assert common_share(-0.3, sites) == (num_sites == 1)
     shares = [common_share(p, sites).item() for p in np.linspace(0, 1, 11)]
     assert shares == sorted(shares)
+    assert common_share(1.0, np.array([0, num_sites])).tolist() == [1, 1]  # nobody at all divides nothing by 0

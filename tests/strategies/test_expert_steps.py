@@ -11,10 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from strategies.adapters import NotFiniteError
 from strategies.base import ClientUpdate
 from strategies.conflicts import Against, ConflictConfig, Granularity, Space
 from strategies.experts import is_expert_array
 from strategies.fc_moe import FcMoe, Importance
+from strategies.fc_moe_plus import FcMoePlus
 from tests.strategies.naive_fc_moe import LAYERS, LORA, NUM_EXPERTS, naive_projection, random_round
 
 seeds = st.integers(0, 2**32 - 1)
@@ -128,6 +130,52 @@ def test_product_space_with_one_site_is_that_sites_product():
             )
             for ours, theirs in both:
                 np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("strategy", [FcMoe(conflict=ConflictConfig(space=Space.product)), FcMoePlus()])
+def test_small_step_leaves_a_where_it_was(strategy):
+    """Factors of one product are as many as rotations: the one nearest to what was received is taken."""
+    rng = np.random.default_rng(0)
+    name = "l.experts.w.lora_"
+    A = np.linalg.qr(rng.normal(size=(12, 3)))[0].T[None].astype(np.float32)
+    adapter = {f"{name}A": A, f"{name}B": rng.normal(size=(1, 9, 3)).astype(np.float32)}
+    updates = [
+        ClientUpdate(
+            site=site,
+            adapter={
+                key: (array + 1e-4 * rng.normal(size=array.shape)).astype(np.float32) for key, array in adapter.items()
+            },
+            num_examples=1,
+            expert_tokens={"l": np.ones(1)},
+        )
+        for site in "ab"
+    ]
+    stepped = strategy.aggregate(adapter, strategy.init_state(adapter), updates).adapter
+    for key, array in adapter.items():
+        assert 0 < abs(stepped[key] - array).max() < 2e-3
+
+
+@pytest.mark.parametrize(
+    ("strategy", "is_refused"),
+    [(FcMoe(conflict=ConflictConfig(space=Space.product)), True), (FcMoePlus(), True), (FcMoe(), False),
+     (FcMoePlus(space=Space.factors), False)],
+)  # fmt: skip
+def test_product_too_long_for_one_factor_is_refused_where_products_step(strategy, is_refused):
+    """All of its length is in B after such a step: of one site's factors, each within bounds, no adapter came of it."""
+    received, updates = random_round(0, LORA)
+    adapter, trained = (
+        {name: array for name, array in arrays.items() if is_expert_array(name)}
+        for arrays in (received, updates[0].adapter)
+    )
+    strategy.check_update(adapter, replace(updates[0], adapter=trained))
+    long = replace(updates[0], adapter={name: np.float32(1e4) * array for name, array in trained.items()})
+    if not is_refused:
+        strategy.check_update(adapter, long)
+        return
+    with pytest.raises(
+        NotFiniteError, match=r"model.layers.0.mlp.experts.down_proj: \|\|A\|\| \|\|B\|\| is .* at most 1e\+06"
+    ):
+        strategy.check_update(adapter, long)
 
 
 def round_from_zero(seed, unmoved):

@@ -43,7 +43,14 @@ CASES = [
 @pytest.mark.parametrize(("shapes", "strategy"), CASES)
 def test_every_variant_is_the_naive_one(shapes, strategy):
     adapter, updates = random_round(7, shapes)
-    assert_same(strategy.aggregate(adapter, {}, updates).adapter, naive_fc_moe(strategy, adapter, updates))
+    result = strategy.aggregate(adapter, {}, updates)
+    assert_same(result.adapter, naive_fc_moe(strategy, adapter, updates))
+    for layer in LAYERS:
+        used_CE = np.array([update.expert_tokens[layer] for update in updates]) > 0
+        assert 1 < used_CE.sum() < used_CE.size
+        for name in ("cosine", "conflict"):
+            rows = result.diagnostics["experts"][layer][name]
+            assert [[value is not None for value in row] for row in rows] == used_CE.tolist()
 
 
 def one_expert(*trained, tokens=None, received=(0, 0)):

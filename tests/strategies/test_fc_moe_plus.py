@@ -167,25 +167,25 @@ def test_without_an_equal_say_and_all_else_whole_experts_are_those_of_fedmoe():
     assert max(abs(equal[name] - fedmoe[name]).max() for name in fedmoe) > 0.01
 
 
-@LORA_AND_FULL
+@pytest.mark.parametrize("shapes", [WIDE, FULL], ids=["lora", "full"])
+@pytest.mark.parametrize("strategy", [PLAIN, FcMoePlus()], ids=["plain", "shipped"])
 @settings(deadline=None, max_examples=10)
 @example(seed=154141)  # two sites that are exactly opposed
 @given(seed=seeds)
-def test_order_of_the_sites_changes_nothing_but_rounding(shapes, seed):
+def test_order_of_the_sites_changes_nothing_but_rounding(shapes, strategy, seed):
     adapter, updates = random_round(seed, shapes)
     order = np.random.default_rng(seed).permutation(len(updates))
-    one, other = (PLAIN.aggregate(adapter, {}, us) for us in (updates, [updates[i] for i in order]))
+    one, other = (strategy.aggregate(adapter, {}, us) for us in (updates, [updates[i] for i in order]))
     for layer in LAYERS:
         for name in ("weight", "cosine", "tokens"):
             left, right = (np.array(r.diagnostics["experts"][layer][name], float) for r in (one, other))
             np.testing.assert_allclose(left[order], right, atol=1e-6)
     if shapes is FULL:
-        assert_same(one.adapter, other.adapter)
+        assert_same(one.adapter, other.adapter, atol=1e-4)
         return
     for layer, e in itertools.product(LAYERS, range(NUM_EXPERTS)):
         for left, right in zip(*(products_of(r.adapter, layer, e) for r in (one, other)), strict=True):
-            # Directions of less than sqrt(1e-5) of a basis vector's length may be in one basis and not in the other.
-            np.testing.assert_allclose(left, right, atol=0.05)
+            np.testing.assert_allclose(left, right, atol=1e-4 * abs(left).max())
 
 
 def test_another_basis_of_the_factors_gives_the_same_products():
@@ -277,11 +277,14 @@ def test_diagnostics_are_called_as_those_of_fc_moe(shapes):
         np.testing.assert_allclose(np.sum(found[layer]["weight"], axis=0)[1:], 1)
 
 
-def test_ranges_of_experts_give_the_same_as_all_at_once(monkeypatch):
-    adapter, updates = random_round(2, LORA)
-    at_once = FcMoePlus().aggregate(adapter, {}, updates)
+@LORA_AND_FULL
+def test_ranges_of_experts_give_the_same_as_all_at_once(monkeypatch, shapes):
+    """Momentum, too, is that of the range's own experts."""
+    adapter, updates = random_round(2, shapes)
+    state = FcMoePlus().init_state(random_round(5, shapes)[0]) | {"pair_cosine": np.array([0.02])}
+    at_once = FcMoePlus().aggregate(adapter, state, updates)
     monkeypatch.setattr(experts, "expert_slices", lambda *_: [slice(e, e + 1) for e in range(NUM_EXPERTS)])
-    apart = FcMoePlus().aggregate(adapter, {}, updates)
+    apart = FcMoePlus().aggregate(adapter, state, updates)
     assert_same(at_once.adapter, apart.adapter, atol=1e-5)
 
 

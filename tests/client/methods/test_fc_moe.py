@@ -210,13 +210,26 @@ def test_each_kind_remembers_only_what_it_needs():
     assert retention(RetentionKind.orthogonal).remember(first, trained).keys() == both
 
 
+@pytest.mark.parametrize("space", Space)
 @pytest.mark.parametrize("kind", KINDS)
-def test_another_layout_than_the_remembered_one_is_refused(kind):
+def test_another_layout_than_the_remembered_one_is_refused(kind, space):
     first, trained, second = two_rounds(seed=0)
     name = f"{LAYERS[0]}.experts.up_proj.lora_A"
     second[name] = second[name][:, :1]
     with pytest.raises(ValueError, match=r"shapes of model\.layers\.0\.mlp\.experts\.up_proj\.lora_A differ"):
-        second_start(retention(kind), first, trained, second)
+        second_start(retention(kind, space=space), first, trained, second)
+
+
+@pytest.mark.parametrize("strength", [0.5, 1.0])
+def test_what_re_anchoring_added_to_an_idle_expert_shrinks_by_the_strength_a_round(strength):
+    """The site trains it once, then never again; the server, which gives the site no say in it, keeps its value."""
+    received, trained, _ = two_rounds(seed=0)
+    method, leans = retention(RetentionKind.paper, strength), []
+    for _ in range(4):
+        start = method.start(received, method.remember(received, trained))
+        leans.append(np.linalg.norm(vector(start, LAYERS[0], 1) - vector(received, LAYERS[0], 1)))
+        trained = start
+    np.testing.assert_allclose(np.divide(leans[1:], leans[:-1]), strength, rtol=1e-4)
 
 
 def test_a_dense_model_has_nothing_to_retain():
@@ -294,6 +307,16 @@ def test_in_products_it_does_not_matter_how_the_server_factors(kind):
         np.testing.assert_allclose(flat(products(other, layer, expert)), expected, rtol=1e-3, atol=1e-3)
         apart.append(np.linalg.norm(flat(products(in_factors, layer, expert)) - expected))
     assert max(apart) > 0.1
+
+
+def test_in_products_a_small_residual_leaves_a_where_it_was():
+    """Factors of one product are as many as rotations: the one nearest to what was received is taken."""
+    first, trained, second = two_rounds(seed=3)
+    for name in filter(lambda name: ".experts." in name and name.endswith("lora_A"), second):
+        second[name] = np.linalg.qr(np.swapaxes(second[name], 1, 2))[0].swapaxes(1, 2).astype(np.float32)
+    start = second_start(retention(RetentionKind.filtered, 1e-4, space=Space.product), first, trained, second)
+    for name, array in second.items():
+        assert abs(start[name] - array).max() < 2e-3, name
 
 
 @pytest.mark.parametrize("kind", KINDS)
