@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from benchmarks.cells import Outcome, Row
-from benchmarks.contenders import CONTENDERS, Settings
+from benchmarks.contenders import CONTENDERS, LEARNING_RATE, led
 from benchmarks.fc_moe_averaging import MEASURES
 from benchmarks.fc_moe_numbers import BySeed, differences, good, growth, last_rounds, on_sites, results, rounds_needed
 from benchmarks.fc_moe_printed import ABLATION
@@ -68,7 +68,9 @@ def comparison(
     lines = {}
     baseline, ours = tested[BASELINE].rows, tested[OURS].rows if OURS in tested else {}
     for name, result in _methods(tested).items():
-        cells = _cells(result, baseline, ours, by_accuracy) if result.rows else ["missing", *blank]
+        cells = (
+            [*_cells(result, baseline, ours, by_accuracy), _tuned(name, result)] if result.rows else ["missing", *blank]
+        )
         lines[name] = [_titled(name, result, len(seeds)), *cells]
     if printed:
         columns.append("printed, %")
@@ -154,12 +156,14 @@ def _around(leader: str, tested: Mapping[str, Outcome]) -> str:
     lines = []
     for name in [leader, *followers]:
         is_leader = name == leader
-        title = f"as tuned: {_tuned(tested[leader].settings)}" if is_leader else _titled(name, tested[name], most)
+        title = f"as tuned: {_tuned(leader, tested[leader])}" if is_leader else _titled(name, tested[name], most)
         values = results(tested[name].rows, by_accuracy)
         failed = len(tested[name].rows) - len(values)
-        difference = "" if is_leader else _difference(values, as_tuned, digits)
-        lines.append([title, _summary(values, digits, failed), difference])
-    return f"{leader}: one knob changed\n\n{_table(['value', _measure(tested), 'minus as tuned'], lines)}"
+        same_seeds = {seed: as_tuned[seed] for seed in values if seed in as_tuned}
+        beside = ["", ""] if is_leader else [_mean(same_seeds, digits), _difference(values, as_tuned, digits)]
+        lines.append([title, _summary(values, digits, failed), *beside])
+    columns = ["value", _measure(tested), "as tuned, same seeds", "minus as tuned"]
+    return f"{leader}: one knob changed\n\n{_table(columns, lines)}"
 
 
 def other_values(tested: Mapping[str, Outcome], before: Sequence[tuple[str, Outcome]]) -> str:
@@ -172,7 +176,7 @@ def other_values(tested: Mapping[str, Outcome], before: Sequence[tuple[str, Outc
         told = _summary(values, digits, len(result.rows) - len(values))
         contender = CONTENDERS[name]
         title = f"{contender.follows}: {contender.title}" if contender.instead else contender.title
-        lines.append([title, _tuned(result.settings), str(len(result.rows)), told, minus])
+        lines.append([title, _tuned(name, result), str(len(result.rows)), told, minus])
     if not lines:
         return ""
     table = _table(["method", "values", "seeds", _measure(tested), "minus it as it stands"], lines)
@@ -264,7 +268,7 @@ def _table(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 def _cells(result: Outcome, baseline: Mapping[int, Row], ours: Mapping[int, Row], by_accuracy: bool) -> list[str]:
     rows = good(result.rows)
     if not rows:
-        return ["diverged"] + [""] * 7 + [_tuned(result.settings)]
+        return ["diverged"] + [""] * 7
     curve, scale = ("accuracy", 100) if by_accuracy else ("loss", 1)
     digits = _digits(by_accuracy)
     values = results(rows, by_accuracy)
@@ -280,7 +284,6 @@ def _cells(result: Outcome, baseline: Mapping[int, Row], ours: Mapping[int, Row]
         _rounds(*rounds_needed(rows, baseline, by_accuracy), with_ratio=not is_baseline),
         _mean_of([row["bytes"] / 1e6 for row in rows.values()], 1),
         _mean_of([growth(row) for row in rows.values()], 2, before="x "),
-        _tuned(result.settings),
     ]
 
 
@@ -305,10 +308,18 @@ def _rounds(needed: Mapping[int, int | None], ratio: BySeed, *, with_ratio: bool
     return _mean_of(reached, 1) + count + paired
 
 
-def _tuned(settings: Settings) -> str:
-    """The tuned values, without group choices."""
-    own = [word for word in settings if word.partition("=")[0] in _TUNED]
-    return ", ".join(word.replace("train.learning_rate", "lr").removeprefix("strategy.") for word in own)
+def _tuned(name: str, result: Outcome) -> str:
+    """The tuned values, without group choices; ``(end)`` behind one beyond which nothing was tried."""
+    knobs = {knob.key: knob for knob in (LEARNING_RATE, *led(CONTENDERS[name])[0].knobs)}
+    told = []
+    for key, _, value in (word.partition("=") for word in result.settings):
+        if key in _TUNED:
+            grid = knobs[key].values if key in knobs else ()
+            # From 0 to 1 is all that most of them can be.
+            at_end = len(grid) > 1 and float(value) in {grid[0], grid[-1]} - {0.0, 1.0}
+            short = key.replace("train.learning_rate", "lr").removeprefix("strategy.")
+            told.append(f"{short}={value}" + (" (end)" if at_end else ""))
+    return ", ".join(told)
 
 
-_TUNED = {"train.learning_rate"} | {knob.key for contender in CONTENDERS.values() for knob in contender.knobs}
+_TUNED = {LEARNING_RATE.key} | {knob.key for contender in CONTENDERS.values() for knob in contender.knobs}

@@ -144,21 +144,34 @@ def test_printed_accuracy_has_a_column_and_those_not_compared_here_a_line():
 
 
 def test_values_around_the_tuned_ones_have_a_table_of_their_own():
-    """70 - 50 and 50 - 50 points against the leader at seeds 1 and 2; nothing of it stands among the methods."""
+    """70 - 50 and 50 - 40 points against the leader at seeds 1 and 2; nothing of it stands among the methods."""
     tested = {name: Outcome((), {}) for name in CONTENDERS if name.startswith(("fedavg", "fc_moe_plus"))}
-    tested["fc_moe_plus_whole"] = Outcome(("strategy.step=2",), {seed: row(seed, 0.5) for seed in (1, 2, 3)})
+    tested["fc_moe_plus_whole"] = Outcome(("strategy.step=2",), {1: row(1, 0.5), 2: row(2, 0.4), 3: row(3, 0.9)})
     tested["fc_moe_plus_whole_step_3"] = Outcome((), {1: row(1, 0.7), 2: row(2, 0.5)})
     tested["fc_moe_plus_whole_flatten_0"] = Outcome((), {1: {"failed": "round 2: loss is nan"}})
     table = one_knob_changed(tested)
     assert table.startswith("fc_moe_plus_as_shipped: one knob changed")
     _, table = table.split("fc_moe_plus_whole: one knob changed")
-    assert cells_of(table, "as tuned: step=2")[1:] == ["50.0 ± 0.0", ""]
-    assert cells_of(table, "step 3")[1].startswith("60.0 ±")
-    assert cells_of(table, "step 3")[2].startswith("+10.0 ±")
-    assert cells_of(table, "flatten 0, own")[1:] == ["diverged", ""]
-    assert cells_of(table, "ridge 0.1")[1:] == ["missing", ""]
+    assert cells_of(table, "as tuned: step=2")[1:] == ["60.0 ± 65.7", "", ""]
+    assert [cell.partition(" ±")[0] for cell in cells_of(table, "step 3")[1:]] == ["60.0", "45.0", "+15.0"]
+    assert cells_of(table, "flatten 0, own")[1:] == ["diverged", "", ""]
+    assert cells_of(table, "ridge 0.1")[1:] == ["missing", "", ""]
     assert "step 3" not in comparison("title", tested, [1, 2])
     assert one_knob_changed({"fedavg": tested["fedavg"]}) == ""
+
+
+def test_values_at_an_end_of_what_was_tried_are_marked():
+    """Nothing was tried below a rate of 1.25e-4 and above a step of 4; a flattening of 1 is all there is."""
+    settings = ("strategy=fc_moe_plus", "strategy.flatten=1", "strategy.momentum=0", "strategy.step=4")
+    tested = {
+        "fedavg": Outcome(("strategy=fedavg", "train.learning_rate=0.000125"), {0: row(0, 0.5)}),
+        "fc_moe_plus": Outcome((*settings, "train.learning_rate=0.004"), {0: row(0, 0.5)}),
+        "fc_moe_plus_as_shipped": Outcome((*settings, "train.learning_rate=0.032"), {0: row(0, 0.5)}),
+    }
+    table = comparison("title", tested, [0])
+    assert cells_of(table, "FedAvg |")[-1] == "lr=0.000125 (end)"
+    assert cells_of(table, "FC-MoE plus |")[-1] == "flatten=1, momentum=0, step=4 (end), lr=0.004"
+    assert cells_of(table, "FC-MoE plus, as")[-1] == "flatten=1, momentum=0, step=4, lr=0.032 (end)"
 
 
 def test_what_averaging_did_is_shown_of_runs_that_measured_it():
