@@ -64,6 +64,7 @@ class Study(Generic[C]):
     tuning_seeds: Sequence[int]
     """None: nothing is tuned, every knob stays where it starts."""
     learning_rate: Knob = LEARNING_RATE
+    """How it is tuned."""
     rows: dict[C, Row] = field(default_factory=dict)
 
     def add(self, row: Row) -> None:

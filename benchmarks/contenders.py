@@ -258,7 +258,7 @@ def tuned(
             there searches over what it ``retunes``. Whom it follows may follow somebody too.
         score: Of settings on validation data, higher is better; None if not known yet.
         contenders: All of them.
-        learning_rate: Its knob.
+        learning_rate: How it is tuned.
     """
     leader, *followers = led(contenders[name], contenders)
     knobs = (learning_rate, *leader.knobs)
