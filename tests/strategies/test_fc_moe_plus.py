@@ -167,7 +167,7 @@ def test_without_an_equal_say_and_all_else_whole_experts_are_those_of_fedmoe():
     assert max(abs(equal[name] - fedmoe[name]).max() for name in fedmoe) > 0.01
 
 
-@pytest.mark.parametrize("shapes", [WIDE, FULL], ids=["lora", "full"])
+@pytest.mark.parametrize("shapes", [LORA, WIDE, FULL], ids=["lora", "wide", "full"])
 @pytest.mark.parametrize("strategy", [PLAIN, FcMoePlus()], ids=["plain", "shipped"])
 @settings(deadline=None, max_examples=10)
 @example(seed=154141)  # two sites that are exactly opposed
@@ -181,11 +181,11 @@ def test_order_of_the_sites_changes_nothing_but_rounding(shapes, strategy, seed)
             left, right = (np.array(r.diagnostics["experts"][layer][name], float) for r in (one, other))
             np.testing.assert_allclose(left[order], right, atol=1e-6)
     if shapes is FULL:
-        assert_same(one.adapter, other.adapter, atol=1e-4)
+        assert_same(one.adapter, other.adapter)
         return
     for layer, e in itertools.product(LAYERS, range(NUM_EXPERTS)):
         for left, right in zip(*(products_of(r.adapter, layer, e) for r in (one, other)), strict=True):
-            np.testing.assert_allclose(left, right, atol=1e-4 * abs(left).max())
+            np.testing.assert_allclose(left, right, atol=(1e-4 if shapes is WIDE else 2e-3) * abs(left).max())
 
 
 def test_another_basis_of_the_factors_gives_the_same_products():
