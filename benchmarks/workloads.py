@@ -35,6 +35,8 @@ ABLATED = (
     *KEY_CONTENDERS, "fc_moe_no_projection", "fc_moe_no_retention", "fc_moe_no_importance", "fc_moe_uniform_rate"
 )  # fmt: skip
 """Who is compared on the data of the paper's ablation."""
+AGREEMENTS = ("fc_moe_plus_as_shipped_agreement_0.03", "fc_moe_plus_as_shipped_agreement_0.3")
+"""Who is compared besides where sites have much to learn from each other, or next to nothing."""
 
 
 ON_WORDS = (f"model.name={WORD_BASE}", "model.source=hub", "data.template=plain")
@@ -319,7 +321,7 @@ WORKLOADS: dict[str, Workload] = {
             (*_TRAINING, *_dirichlet(0.1), "data.max_length=40"),
             tuple(dict.fromkeys(BANKING_WORDS.values())),
             _banking,
-            contenders=ABLATED,
+            contenders=(*ABLATED, *AGREEMENTS),
         ),
         _ag_news_workload("ag_news", 0.1, ABLATED),
         _ag_news_workload("ag_news_0.5", 0.5),
@@ -339,6 +341,7 @@ WORKLOADS: dict[str, Workload] = {
             15,
             (*_TRAINING, "partition=natural", "partition.column=group", "data.max_length=96", *_ANSWERS),
             rows=_dolly,
+            contenders=(*KEY_CONTENDERS, *AGREEMENTS),
         ),
         Workload(
             "dolly_published",
@@ -352,6 +355,7 @@ WORKLOADS: dict[str, Workload] = {
             "the embedded default, 4 sites, 1,200 examples, 10 rounds",
             10,
             _TRAINING,
+            contenders=(*KEY_CONTENDERS, *AGREEMENTS),
         ),
         Workload(
             "clinc_smollm2",
