@@ -79,7 +79,7 @@ def gram(products: Factors) -> NDArray[np.float64]:
     num_products, *leading, rank, _ = products.A.shape
     sides = []
     for factor in (products.A, _transposed(products.B)):
-        rows = np.moveaxis(factor, 0, -3).astype(np.float64).reshape(*leading, num_products * rank, -1)
+        rows = np.moveaxis(factor, 0, -3).astype(np.float64, order="C").reshape(*leading, num_products * rank, -1)
         sides.append(rows @ _transposed(rows))
     blocks = (sides[0] * sides[1]).reshape(*leading, num_products, rank, num_products, rank)
     return np.asarray(blocks.sum(axis=(-3, -1)))
@@ -161,14 +161,23 @@ def aggregation_gap(adapters: Sequence[Arrays], weights: Sequence[float]) -> flo
 def _squared_gap_and_length(pairs: Sequence[Factors], shares: NDArray[np.float64]) -> tuple[float, float]:
     """Squared norms of mean(B A) - mean(B) mean(A) and of mean(B A).
 
-    The first is the covariance mean((B - mean B)(A - mean A)), in which nothing cancels; the second follows from
-    it and from mean(B) mean(A), whose rank is small.
+    The first is the covariance mean((B - mean B)(A - mean A)), in which nothing cancels; mean(B A) is that and
+    mean(B) mean(A). Both follow from the inner products of the centred products and mean(B) mean(A), the last.
     """
-    mean = Factors(*(np.einsum("k,k...->...", shares, np.stack(factor)) for factor in zip(*pairs, strict=True)))
-    covariance = weighted_sum([Factors(pair.A - mean.A, pair.B - mean.B) for pair in pairs], shares)
-    squared_gap = squared_norm(covariance)
-    squared_length = squared_gap + 2 * inner_product(covariance, mean) + squared_norm(mean)
-    return float(squared_gap.sum()), float(np.maximum(squared_length, 0.0).sum())
+    products = gram(Factors(*(_centred(np.stack(factor), shares) for factor in zip(*pairs, strict=True))))
+    of_covariance, of_mean = np.append(shares, 0.0), np.append(shares, 1.0)
+    squared_gap = of_covariance @ products @ of_covariance
+    squared_length = of_mean @ products @ of_mean
+    return float(np.maximum(squared_gap, 0.0).sum()), float(np.maximum(squared_length, 0.0).sum())
+
+
+def _centred(stack: NDArray[np.floating], shares: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(K + 1, ...) from (K, ...): each without the mean, and the mean."""
+    centred = np.empty((len(stack) + 1, *stack.shape[1:]), np.float64)
+    np.copyto(centred[:-1], stack)
+    centred[-1] = np.tensordot(shares, centred[:-1], axes=1)
+    centred[:-1] -= centred[-1]
+    return centred
 
 
 def _parts(adapter: Arrays, prefix: str, num_sites: int) -> list[slice]:

@@ -33,9 +33,15 @@ MAPS = {
         "How far the next global adapter goes along the mean update: 1 is the whole of it. The mean counts sites "
         "alike, so a rule that counts examples, as FedAvg does, may be off 1. Values far out have the last colour.",
     ),
+    "rule_scale": (
+        "Scale factor of the rule",
+        "How many times as long as its mean update the strategy itself made the step: under FC-MoE 1 + s, what its "
+        "projection does to the weighted mean; under FC-MoE plus before momentum and flattening.",
+    ),
     "num_tokens": ("Tokens", "Routed to the expert in local training, by all sites together."),
 }
-"""Diagnostic -> title and how to read it; drawn as layer x expert where a run of the page has it."""
+"""Diagnostic -> title and how to read it; drawn as layer x expert. Of the rule where the run has it, others where a run
+of the page has it."""
 
 OF_SITES = {
     "load": ("Load", "Share of the site's tokens in this layer that went to each expert."),
@@ -56,7 +62,8 @@ OF_SITES = {
 """Diagnostic -> title and how to read it; drawn as site x expert. Of the rule where the run has it, others where a run
 of the page has it."""
 
-OF_RULE = frozenset({"weight", "conflict"})
+OF_RULE = {"weight": "weight", "conflict": "conflict", "rule_scale": "scale"}
+"""Those that the strategy itself found -> what it calls them."""
 
 PAIRS = ("Who pulls against whom", "Cosine between the updates of two sites: below 0 they undo each other.")
 
@@ -70,7 +77,8 @@ class ExpertsView:
     told: str
     """Which round it shows where that is not the chosen one."""
     maps: list[Heat]
-    pairs: Heat
+    pairs: Heat | None
+    """None where sites sent nothing to compare."""
     of_sites: list[Heat]
     norms: list[Chart]
 
@@ -86,32 +94,30 @@ def blocks_of(line: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 
 
 def scales(runs: Sequence[Run]) -> dict[str, Scale]:
-    """One scale for each diagnostic that any run has, the same for all runs and rounds."""
+    """One scale for each diagnostic that any run has a number of, the same for all runs and rounds."""
     blocks = [block for line in lines_of(runs) for block in blocks_of(line).values()]
-
-    def every(name: str) -> list[float]:
-        return [number for block in blocks for number in flat(block.get(name))]
-
-    def of_sites(name: str) -> list[float]:
-        return [number for block in blocks for number in flat(site_values(name, block))]
-
+    names = (*MAPS, *OF_SITES, "pairs", "block_pairs")
+    every = {name: [number for block in blocks for number in flat(values_of(name, block))] for name in names}
+    every["pairs"] += every.pop("block_pairs")
     to_consensus, to_others = (
-        cosines(every(lowest) + every(each))
+        cosines(every[lowest] + every[each])
         for lowest, each in (("lowest_cosine", "cosine"), ("lowest_to_others", "cosine_to_others"))
     )
     found = {
+        "lowest_to_others": to_others,
+        "cosine_to_others": to_others,
         "lowest_cosine": to_consensus,
         "cosine": to_consensus,
         "kept": Scale("s", 0.0, 1.0, "fixed"),
-        "weight": from_zero(of_sites("weight"), "share", 0.05),
+        "weight": from_zero(every["weight"], "share", 0.05),
         "conflict": Scale("s", 0.0, 1.0, "fixed"),
-        "scale": around(1.0, near(1.0, every("scale")), 0.1),
-        "num_tokens": from_zero(every("num_tokens"), "count", 1.0),
-        "load": from_zero(of_sites("load"), "percent", 0.05),
-        "pairs": cosines(every("pairs") + every("block_pairs")),
+        "scale": around(1.0, near(1.0, every["scale"]), 0.1),
+        "rule_scale": around(1.0, near(1.0, every["rule_scale"]), 0.1),
+        "num_tokens": from_zero(every["num_tokens"], "count", 1.0),
+        "load": from_zero(every["load"], "percent", 0.05),
+        "pairs": cosines(every["pairs"]),
     }
-    new = {name for name in ("lowest_to_others", "cosine_to_others") if any(name in block for block in blocks)}
-    return found | dict.fromkeys(new, to_others)
+    return {name: scale for name, scale in found.items() if every[name]}
 
 
 def load(tokens: Sequence[Value]) -> list[Value]:
@@ -127,15 +133,16 @@ def experts_view(run: Run, index: int, scale: Mapping[str, Scale], server_round:
     nothing: Mapping[str, Any] = {"round": None, "sites": [], "layers": {}, "kinds": {}}
     past = [line for line in run.diagnostics if line["round"] <= (server_round or 0)]
     line = past[-1] if past else nothing
-    own = {name for each in lines_of([run]) for found in blocks_of(each).values() for name in found.get("rule", {})}
-    tables = [name for name in OF_SITES if (name in own if name in OF_RULE else name in scale)]
+    blocks = [found for each in lines_of([run]) for found in blocks_of(each).values()]
+    own = {name for name in OF_RULE if any(values_of(name, found) for found in blocks)}
+    drawn = [name for name in scale if name in own or name not in OF_RULE]
     return ExpertsView(
         run,
         index,
         told=told_round(run, line["round"], server_round),
-        maps=[_map(name, run, line, scale[name]) for name in MAPS if name in scale],
-        pairs=_pairs(run, line, block, scale["pairs"]),
-        of_sites=[_of_sites(name, run, line, block, scale[name]) for name in tables],
+        maps=[_map(name, run, line, scale[name]) for name in MAPS if name in drawn],
+        pairs=_pairs(run, line, block, scale["pairs"]) if "pairs" in scale else None,
+        of_sites=[_of_sites(name, run, line, block, scale[name]) for name in OF_SITES if name in drawn],
         norms=_norms(run, index),
     )
 
@@ -153,7 +160,7 @@ def _map(name: str, run: Run, line: Mapping[str, Any], scale: Scale) -> Heat:
     """Layer x expert."""
     widths = {block: _width(block, run) for block in run.blocks()}
     most = max(widths.values(), default=0)
-    found = {block: values.get(name) for block, values in blocks_of(line).items()}
+    found = {block: values_of(name, values) for block, values in blocks_of(line).items()}
     rows = [(block, cells(found.get(block) or [None] * width, scale, most)) for block, width in widths.items()]
     return Heat(name, *MAPS[name], scale, "layer", rows, _numbered(most))
 
@@ -171,17 +178,17 @@ def _pairs(run: Run, line: Mapping[str, Any], block: str, scale: Scale) -> Heat:
 def _of_sites(name: str, run: Run, line: Mapping[str, Any], block: str, scale: Scale) -> Heat:
     """Site x expert."""
     width = _width(block, run)
-    known = dict(zip(line["sites"], site_values(name, blocks_of(line).get(block, {})), strict=False))
+    known = dict(zip(line["sites"], values_of(name, blocks_of(line).get(block, {})), strict=False))
     rows = [(site, cells(known.get(site) or [None] * width, scale, width)) for site in run.sites]
     return Heat(name, *OF_SITES[name], scale, "site", rows, _numbered(width))
 
 
-def site_values(name: str, block: Mapping[str, Any]) -> list[list[Value]]:
-    """[site][expert] of a diagnostic of a block; empty if there is none."""
+def values_of(name: str, block: Mapping[str, Any]) -> list[Any]:
+    """A diagnostic of a block, [expert] or [site][expert] or of pairs; empty if there is none."""
     if name == "load":
         return [load(row) for row in block.get("tokens", [])]
     source = block.get("rule", {}) if name in OF_RULE else block
-    values: list[list[Value]] = source.get(name, [])
+    values: list[Any] = source.get(OF_RULE.get(name, name), [])
     return values
 
 

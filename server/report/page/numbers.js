@@ -1,6 +1,6 @@
 // What numbers look like and what a round's line says: the rules of heat.py and experts.py.
 const MAX_COLUMNS_WITH_TEXT = 16;
-const OF_RULE = ["weight", "conflict"];
+const OF_RULE = { weight: "weight", conflict: "conflict", rule_scale: "scale" };
 
 const isNumber = (value) => value !== null && value !== undefined;
 
@@ -45,9 +45,9 @@ function load(tokens) {
 
 const blockOf = (line, block) => line.layers[block] ?? line.kinds[block] ?? {};
 
-function siteValues(name, found) {
+function valuesOf(name, found) {
   if (name === "load") return (found.tokens ?? []).map(load);
-  return (OF_RULE.includes(name) ? found.rule?.[name] : found[name]) ?? [];
+  return (name in OF_RULE ? found.rule?.[OF_RULE[name]] : found[name]) ?? [];
 }
 
 // Experts of a block; 1 for a kind.

@@ -42,7 +42,7 @@ const TABLES = {
     draw(table, { line }) {
       const { name } = table.dataset;
       for (const row of table.tBodies[0].rows) {
-        const values = blockOf(line, row.cells[0].title)[name] ?? [];
+        const values = valuesOf(name, blockOf(line, row.cells[0].title));
         paintRow(row, (expert) => values[expert], page.scales[name]);
       }
     },
@@ -55,7 +55,7 @@ const TABLES = {
     isStale: (now, was) => now.line !== was.line || now.block !== was.block,
     draw(table, { run, line, block }) {
       const { name } = table.dataset;
-      const rows = siteValues(name, blockOf(line, block));
+      const rows = valuesOf(name, blockOf(line, block));
       setColumns(table, widthOf(run, block));
       [...table.tBodies[0].rows].forEach((row, i) => {
         const values = rows[line.sites.indexOf(run.sites[i])] ?? [];

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 
@@ -17,30 +18,36 @@ SITES = ["bank", "clinic", NASTY]
 
 
 def write_run(
-    path, strategy=None, *, seed=0, rounds=3, sites=SITES, layers=LAYERS, status="completed", share=None, beta=1
-):
+    path, strategy=None, *, seed=0, rounds=3, sites=SITES, layers=LAYERS, status="completed", share=None, beta=1,
+    extras_of=None,
+):  # fmt: skip
     """A run's folder with metrics, diagnostics, summary and settings; returns it.
 
-    With ``share`` it has two objectives, the first preferred by that much.
+    With ``share`` it has two objectives, the first preferred by that much. ``extras_of`` makes what a site sends beside
+    its adapter.
     """
+    strategy = strategy or FcMoe()
     folder = RunFolder(path)
     folder.create()
     method = "" if share is None else f"method:\n  beta: {beta}\n  preference: [{share}, {round(1 - share, 6)}]\n"
     folder.write_text("config.yaml", f"seed: {seed}  # <b>not bold</b>\n{method}")
     rng = np.random.default_rng(seed)
     adapter = {
-        f"{layer}.experts.w.lora_{end}": np.zeros((count, *shape), np.float32)
+        f"{layer}.experts.down_proj.lora_{end}": np.zeros((count, *shape), np.float32)
         for layer, count in layers.items()
         for end, shape in (("A", (2, 5)), ("B", (6, 2)))
     }
     adapter |= {"model.layers.0.mlp.gate.weight": np.ones((4, 5), np.float32)}
+    state = strategy.init_state(adapter)
     for number in range(rounds + 1):
         losses = {site: 3.0 / (number + 1) + index for index, site in enumerate(sites)}
         if number:
             updates = [_update(rng, site, adapter, layers) for site in sites]
-            result = (strategy or FcMoe()).aggregate(adapter, {}, updates)
+            if extras_of is not None:
+                updates = [replace(update, extras=extras_of(update)) for update in updates]
+            result = strategy.aggregate(adapter, state, updates)
             folder.append_diagnostics({"round": number, **round_diagnostics(adapter, updates, result)})
-            adapter = result.adapter
+            adapter, state = result.adapter, result.state
             for site, loss in losses.items():
                 row = {"type": "site", "round": number, "site": site, "loss": loss, "bytes_up": 900, "bytes_down": 2000}
                 row |= {} if share is None else _objectives(share, beta, number, sites.index(site))

@@ -64,8 +64,8 @@ def test_keyboard_reaches_an_expert_and_its_pairs_appear(browse, runs):
       document.querySelector("[data-where]").textContent, readout()];
     """
     chosen, stops, pairs, where, told = browse(script)
-    assert chosen == [[LAYER, 1]] * 10  # in five maps of two runs
-    assert stops == 10 + 2 + 5 + 3  # one a table
+    assert chosen == [[LAYER, 1]] * 11  # in five maps of two runs, and one of FC-MoE's own factor
+    assert stops == 11 + 2 + 5 + 3  # one a table
     assert where == "layer 1, expert 1"
     lines = [run.diagnostics[-1] for run in runs]
     assert pairs[0] == f"{lines[0]['layers'][LAYER]['pairs'][1][1]:.2f}".replace("-", "\u2212")  # sites 0 and 2

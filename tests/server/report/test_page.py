@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 
 import pytest
 
-from server.report.experts import experts_view, load, scales, short_name
+from benchmarks import aggregation
+from server.report.experts import MAPS, experts_view, load, scales, short_name
 from server.report.overview import traffic
 from server.report.page import contents, render
 from server.report.runs import read_runs
 from strategies.fedavg import FedAvg
-from tests.server.report.folders import NASTY, SITES, write_run
+from tests.server.report.folders import LAYERS, NASTY, SITES, rewritten, write_run
 from tests.server.report.reading import Reader, page_of
 
 
@@ -98,6 +100,53 @@ def test_runs_share_their_scales_and_the_rules_weight_stands_where_there_is_one(
     assert [heat.name for heat in experts_view(runs[1], 1, scale, 2, "router").of_sites] == [
         "load", "cosine_to_others", "cosine",
     ]  # fmt: skip
+
+
+def test_factor_of_the_rule_has_a_map_where_there_is_one(runs):
+    layer = runs[0].diagnostics[-1]["layers"]["model.layers.0.mlp"]
+    of_rule, without = (experts_view(run, 0, scales(runs), 3, "router").maps for run in runs)
+    assert [heat.name for heat in of_rule if heat not in without and heat.name == "rule_scale"] == ["rule_scale"]
+    assert "rule_scale" not in {heat.name for heat in without}
+    shown = dict(next(heat.rows for heat in of_rule if heat.name == "rule_scale"))
+    assert [cell.text for cell in shown["model.layers.0.mlp"]] == [f"{value:.2f}" for value in layer["rule"]["scale"]]
+    assert min(layer["rule"]["scale"]) >= 1.0  # 1 + s
+
+
+@pytest.mark.parametrize("name", aggregation.STRATEGIES)
+def test_every_strategys_rounds_make_a_page_with_all_that_experts_have(tmp_path, name):
+    """Its own state from round to round, and what its sites send beside their adapters."""
+    folder = write_run(tmp_path / "run", aggregation.STRATEGIES[name], extras_of=partial(aggregation.extras_of, name))
+    (run,) = read_runs([folder])
+    view = experts_view(run, 0, scales([run]), 3, "model.layers.0.mlp")
+    assert [heat.name for heat in view.maps if heat.name != "rule_scale"] == [
+        each for each in MAPS if each != "rule_scale"
+    ]
+    for heat in [*view.maps, view.pairs, *view.of_sites]:
+        rows = [row for label, row in heat.rows if label in {*LAYERS, *SITES}]
+        assert {cell.text for row in rows for cell in row} - {"·"}, heat.name
+    assert len(view.norms) == len([*LAYERS, "router"])
+    page = Reader(render([run]))
+    for heading in ("Convergence", "Who pulls against whom", "Expert norms", "Bytes by kind", "Aggregation gap"):
+        assert heading in page.text
+
+
+def test_where_sites_send_no_adapter_there_are_tokens_and_no_empty_tables(tmp_path):
+    folder = write_run(tmp_path / "run")
+    counts = ("tokens", "num_tokens")
+
+    def without_adapter(line):
+        layers = {name: {key: layer[key] for key in counts} for name, layer in line["layers"].items()}
+        return line | {"kinds": {}, "layers": layers}
+
+    rewritten(folder / "diagnostics/rounds.jsonl", without_adapter)
+    runs = read_runs([folder])
+    view = experts_view(runs[0], 0, scales(runs), 3, "model.layers.0.mlp")
+    assert [heat.name for heat in (*view.maps, *view.of_sites)] == ["num_tokens", "load"]
+    assert view.pairs is None
+    text = Reader(render(runs)).text
+    assert "Experts" in text
+    assert "Expert norms" not in text
+    assert "Who pulls against whom" not in text
 
 
 def drawn(view):
