@@ -68,17 +68,20 @@ def naive_weights(strategy, updates, layer, expert, names, adapter):
     importance = []
     for update in updates:
         changes = [(update.adapter[n][expert].astype(float) - adapter[n][expert]).ravel() for n in names]
-        tokens = update.expert_tokens[layer][expert]
-        importance.append(
-            {
-                Importance.paper: tokens * np.linalg.norm(np.concatenate(changes)),
-                Importance.tokens: tokens,
-                Importance.examples: update.num_examples * (tokens > 0),
-                Importance.uniform: 1.0 * (tokens > 0),
-            }[strategy.importance]
-        )
+        importance.append(naive_importance(strategy, update, layer, expert, np.concatenate(changes)))
     total = sum(importance)
     return [value / total for value in importance] if total > 0 else None
+
+
+def naive_importance(strategy, update, layer, expert, vector):
+    """Step 5 for one site, before it is divided by the sum."""
+    tokens = update.expert_tokens[layer][expert]
+    return {
+        Importance.paper: tokens * np.linalg.norm(vector),
+        Importance.tokens: tokens,
+        Importance.examples: update.num_examples * (tokens > 0),
+        Importance.uniform: 1.0 * (tokens > 0),
+    }[strategy.importance]
 
 
 def naive_projection(i, vectors, weights, against):

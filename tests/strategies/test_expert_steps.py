@@ -17,7 +17,7 @@ from strategies.conflicts import Against, ConflictConfig, Granularity, Space
 from strategies.experts import is_expert_array
 from strategies.fc_moe import FcMoe, Importance
 from strategies.fc_moe_plus import FcMoePlus
-from tests.strategies.naive_fc_moe import LAYERS, LORA, NUM_EXPERTS, naive_projection, random_round
+from tests.strategies.naive_fc_moe import LAYERS, LORA, NUM_EXPERTS, naive_importance, naive_projection, random_round
 
 seeds = st.integers(0, 2**32 - 1)
 
@@ -38,9 +38,7 @@ def naive_product_step(strategy, adapter, updates, layer, expert):
         [new - old for new, old in zip(products_of(u.adapter, layer, expert), before, strict=True)] for u in updates
     ]
     flat = [np.concatenate([change.ravel() for change in both]) for both in changes]
-    importance = [
-        u.expert_tokens[layer][expert] * np.linalg.norm(vector) for u, vector in zip(updates, flat, strict=True)
-    ]
+    importance = [naive_importance(strategy, u, layer, expert, vector) for u, vector in zip(updates, flat, strict=True)]
     if sum(importance) == 0:
         return None
     weights = np.array(importance) / sum(importance)
@@ -93,6 +91,13 @@ def assert_dense(strategy, adapter, updates):
 def test_product_space_is_the_dense_one_truncated(granularity, against, seed):
     adapter, updates = random_round(seed, LORA)
     assert_dense(in_products(granularity=granularity, against=against), adapter, updates)
+
+
+@pytest.mark.parametrize("importance", Importance)
+@pytest.mark.parametrize("against", [Against.consensus, Against.pairwise])
+def test_every_importance_is_the_dense_one_in_products(importance, against):
+    adapter, updates = random_round(5, LORA)
+    assert_dense(in_products(importance, against=against), adapter, updates)
 
 
 def test_product_space_by_hand():

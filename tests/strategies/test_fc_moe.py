@@ -13,7 +13,8 @@ from strategies.conflicts import Against, ConflictConfig, Granularity, Space
 from strategies.expert_rounds import Attention
 from strategies.fc_moe import FcMoe, Importance
 from strategies.fc_moe_plus import FcMoePlus
-from strategies.fedavg import FedAvg
+from strategies.fedavg import FedAvg, Weights
+from strategies.fedmoe import FedMoe
 from tests.strategies.naive_fc_moe import FULL, LAYERS, LORA, NUM_EXPERTS, assert_same, naive_fc_moe, random_round
 
 seeds = st.integers(0, 2**32 - 1)
@@ -100,6 +101,23 @@ def test_ablations_by_hand():
     by_examples = [replace(updates[0], num_examples=3), updates[1]]
     weighted = FcMoe(importance=Importance.examples, conflict=ConflictConfig(against=Against.off))
     np.testing.assert_allclose(weighted.aggregate(adapter, {}, by_examples).adapter["l.experts.w"], [[2.25, 1.75]])
+
+
+@LORA_AND_FULL
+@pytest.mark.parametrize(
+    ("importance", "same"),
+    [(Importance.tokens, FedAvg(weights=Weights.tokens)), (Importance.examples, FedMoe())],
+    ids=["tokens", "examples"],
+)
+def test_importance_without_conflicts_is_a_mean_that_has_a_name(importance, same, shapes):
+    """Weights of tokens alone are FedAvg's by tokens, those of the examples of who used the expert are FedMoE's."""
+    adapter, updates = random_round(11, shapes)
+    ours = FcMoe(importance=importance, conflict=ConflictConfig(against=Against.off))
+    stepped, named = (strategy.aggregate(adapter, {}, updates).adapter for strategy in (ours, same))
+    of_experts = [
+        {name: arrays[name] for name in filter(experts.is_expert_array, adapter)} for arrays in (stepped, named)
+    ]
+    assert_same(*of_experts)
 
 
 @LORA_AND_FULL

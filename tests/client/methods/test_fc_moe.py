@@ -264,10 +264,14 @@ def truncated(matrix, rank=2):
     return (left[:, :rank] * sizes[:rank]) @ right[:rank]
 
 
+@pytest.mark.parametrize("from_zero", [False, True])
 @pytest.mark.parametrize("guard", [None, 1.1])
 @pytest.mark.parametrize("kind", KINDS)
-def test_in_products_every_kind_equals_its_formula_on_dense_matrices(kind, guard):
+def test_in_products_every_kind_equals_its_formula_on_dense_matrices(kind, guard, from_zero):
+    """Also where the first round began at B = 0, as every run's does."""
     adapters = [with_gate_proj(adapter, index) for index, adapter in enumerate(two_rounds(seed=3, update_scale=0.3))]
+    if from_zero:
+        adapters[0] = {name: 0 * array if name.endswith("lora_B") else array for name, array in adapters[0].items()}
     start = second_start(retention(kind, 0.8, guard, Space.product), *adapters)
     for layer, expert in experts():
         before, after, theta = (products(adapter, layer, expert) for adapter in adapters)
