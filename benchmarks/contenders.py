@@ -30,7 +30,9 @@ class Knob:
     """Where the way uphill begins besides; the better of the two ends counts."""
 
 
-LEARNING_RATE = Knob("train.learning_rate", (1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2), 4e-3)
+LEARNING_RATE = Knob(
+    "train.learning_rate", (6.25e-5, 1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2), 4e-3
+)
 """Tuned for every method."""
 LEARNING_RATE_BY_LOSS = replace(LEARNING_RATE, second_start=5e-4)
 """Where loss is what counts: it has a second valley at low rates, which learn nothing by heart."""
@@ -55,6 +57,7 @@ class Contender:
 
 
 _SERVER_RATE = Knob("strategy.learning_rate", (2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2, 8e-2, 0.16), 1e-2)
+_TAU = Knob("strategy.tau", (1e-4, 1e-3, 1e-2, 1e-1), 1e-3, unsaid=1e-3)
 _PROXIMAL = Knob("train.proximal_mu", (1e-4, 1e-3, 1e-2, 1e-1, 1.0), 1e-2)
 _RETENTION = Knob("method.retention.strength", (0.03, 0.1, 0.3, 0.5, 0.8, 1.0), 0.5)
 _RATE = (LEARNING_RATE.key,)
@@ -166,7 +169,7 @@ CONTENDERS: dict[str, Contender] = {
         instead={"method.retention.strength": 0.5},
     ),
     "fedprox": Contender("FedProx", ("strategy=fedprox",), (_PROXIMAL,)),
-    "fedadam": Contender("FedAdam", ("strategy=fedadam",), (_SERVER_RATE,)),
+    "fedadam": Contender("FedAdam", ("strategy=fedadam",), (_SERVER_RATE, _TAU)),
     "fedavg_uniform": Contender("FedAvg, sites alike", ("strategy=fedavg", "strategy.weights=uniform")),
     "fedavg_tokens": Contender("FedAvg, experts by tokens", ("strategy=fedavg", "strategy.weights=tokens")),
     "fedmoe": Contender("FedMoE (sites that used the expert)", ("strategy=fedmoe",)),

@@ -323,7 +323,7 @@ WORKLOADS: dict[str, Workload] = {
             _banking,
             contenders=(*ABLATED, *AGREEMENTS),
         ),
-        _ag_news_workload("ag_news", 0.1, ABLATED),
+        _ag_news_workload("ag_news", 0.1, (*ABLATED, "fedmoe", "pfl_moe")),
         _ag_news_workload("ag_news_0.5", 0.5),
         _ag_news_workload("ag_news_1.0", 1.0),
         Workload(

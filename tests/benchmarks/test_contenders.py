@@ -66,7 +66,7 @@ def test_equal_scores_move_nothing():
 
 def test_diverged_runs_are_never_chosen():
     _, tuning = search("plain", lambda rate, step: -math.inf if rate > 2e-3 else -rate)
-    assert tuning.settings[1] == "train.learning_rate=0.000125"
+    assert tuning.settings[1] == "train.learning_rate=6.25e-05"
 
 
 def test_who_follows_gets_the_leaders_values_under_its_own_settings_and_asks_for_no_run_of_its_own():

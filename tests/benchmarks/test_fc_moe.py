@@ -161,15 +161,15 @@ def test_values_around_the_tuned_ones_have_a_table_of_their_own():
 
 
 def test_values_at_an_end_of_what_was_tried_are_marked():
-    """Nothing was tried below a rate of 1.25e-4 and above a step of 4; a flattening of 1 is all there is."""
+    """Nothing was tried below a rate of 6.25e-5 and above a step of 4; a flattening of 1 is all there is."""
     settings = ("strategy=fc_moe_plus", "strategy.flatten=1", "strategy.momentum=0", "strategy.step=4")
     tested = {
-        "fedavg": Outcome(("strategy=fedavg", "train.learning_rate=0.000125"), {0: row(0, 0.5)}),
+        "fedavg": Outcome(("strategy=fedavg", "train.learning_rate=6.25e-05"), {0: row(0, 0.5)}),
         "fc_moe_plus": Outcome((*settings, "train.learning_rate=0.004"), {0: row(0, 0.5)}),
         "fc_moe_plus_as_shipped": Outcome((*settings, "train.learning_rate=0.032"), {0: row(0, 0.5)}),
     }
     table = comparison("title", tested, [0])
-    assert cells_of(table, "FedAvg |")[-1] == "lr=0.000125 (end)"
+    assert cells_of(table, "FedAvg |")[-1] == "lr=6.25e-05 (end)"
     assert cells_of(table, "FC-MoE plus |")[-1] == "flatten=1, momentum=0, step=4 (end), lr=0.004"
     assert cells_of(table, "FC-MoE plus, as")[-1] == "flatten=1, momentum=0, step=4, lr=0.032 (end)"
 
