@@ -19,8 +19,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,22 +28,25 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
 from flwr.serverapp.strategy.strategy_utils import aggregate_arrayrecords
 
+from benchmarks.made_up_round import Size, extras_of, received_adapter, sent
 from benchmarks.provenance import MADE_BY
 from benchmarks.render import write_results
 from client.records import to_arrays, to_record
 from strategies.adapters import Arrays
-from strategies.base import ClientUpdate, Strategy
+from strategies.base import Aggregation, ClientUpdate, Strategy
 from strategies.clair import Clair
-from strategies.conflicts import ConflictConfig, Granularity, Space
-from strategies.experts import by_layer
+from strategies.conflicts import Against, ConflictConfig, Granularity, Space
+from strategies.diagnostics import round_diagnostics
+from strategies.expert_rounds import Attention
 from strategies.fc_moe import FcMoe
 from strategies.fc_moe_plus import FcMoePlus
-from strategies.fedalign_moe import MARGIN, PROBABILITY, SEMANTICS, FedAlignMoe
+from strategies.fedalign_moe import FedAlignMoe
 from strategies.fedavg import FedAvg, Weights
-from strategies.fedcmoo import GRADIENT, SHARES, FedCmoo
+from strategies.fedcmoo import FedCmoo
 from strategies.fedmoe import FedMoe
 from strategies.fedopt import FedAdagrad, FedAdam, FedAvgM, FedYogi
-from strategies.scaffold import CONTROL, Scaffold
+from strategies.low_rank import aggregation_gap
+from strategies.scaffold import Scaffold
 from strategies.screen import ScreenConfig, ScreenKind, screened
 
 FLOWER = "Flower's FedAvg"
@@ -62,6 +65,11 @@ STRATEGIES: dict[str, Strategy] = {
     "fc_moe": FcMoe(),
     "fc_moe, by matrix": FcMoe(conflict=ConflictConfig(granularity=Granularity.matrix)),
     "fc_moe, by row": FcMoe(conflict=ConflictConfig(granularity=Granularity.row)),
+    "fc_moe, by component": FcMoe(conflict=ConflictConfig(granularity=Granularity.component)),
+    "fc_moe, against others": FcMoe(conflict=ConflictConfig(against=Against.others)),
+    "fc_moe, pairwise": FcMoe(conflict=ConflictConfig(against=Against.pairwise)),
+    "fc_moe, pairwise by row": FcMoe(conflict=ConflictConfig(granularity=Granularity.row, against=Against.pairwise)),
+    "fc_moe, attention as experts": FcMoe(attention=Attention.as_experts),
     "fc_moe, in products": FcMoe(conflict=ConflictConfig(space=Space.product)),
     "fc_moe_plus": FcMoePlus(),
     "fc_moe_plus, in factors": FcMoePlus(space=Space.factors),
@@ -69,88 +77,26 @@ STRATEGIES: dict[str, Strategy] = {
     "clair": Clair(),
 }
 """The others average as ``fedavg`` does: fedprox, firm, flex, pfl_moe; or not at all: local_only, centralised."""
-SLOW = {"fc_moe, in products", "fedavg, screen=clair", "clair"}
-"""Minutes each: measured in one turn."""
+SLOW = {"fc_moe, pairwise by row", "fc_moe, in products", "fedavg, screen=clair", "clair"}
+"""Up to minutes each: measured in one turn."""
+
+
+def _check(received: Arrays, updates: Sequence[ClientUpdate]) -> None:
+    for update in updates:
+        STRATEGIES["fc_moe_plus"].check_update(received, update)
+
+
+BESIDE: dict[str, Callable[[Arrays, Sequence[ClientUpdate]], object]] = {
+    "replies checked": _check,
+    "aggregation gap": lambda _, updates: aggregation_gap(
+        [update.adapter for update in updates], [update.num_examples for update in updates]
+    ),
+    "diagnostics": lambda received, updates: round_diagnostics(
+        received, updates, Aggregation(adapter=updates[0].adapter, state={})
+    ),
+}
+"""What the server does in a round beside aggregating, whatever the strategy; checks are those of ``fc_moe_plus``."""
 MIN_TURNS = 5
-
-
-@dataclass(frozen=True)
-class Size:
-    """Sites, and the LoRA adapter each of them sends, in an OLMoE of this shape."""
-
-    sites: int = 16
-    layers: int = 7
-    hidden: int = 1024
-    width: int = 512
-    """Inner width of an expert."""
-    experts: int = 64
-    rank: int = 8
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Array name -> shape: LoRA on attention and experts, and whole routers."""
-        h, w, e, r = self.hidden, self.width, self.experts, self.rank
-        shapes: dict[str, tuple[int, ...]] = {}
-        for layer in range(self.layers):
-            for name in "qkvo":
-                prefix = f"model.layers.{layer}.self_attn.{name}_proj.lora_"
-                shapes |= {f"{prefix}A": (r, h), f"{prefix}B": (h, r)}
-            moe = f"model.layers.{layer}.mlp"
-            shapes[f"{moe}.gate.weight"] = (e, h)
-            shapes |= {
-                f"{moe}.experts.gate_up_proj.lora_A": (e, r, h),
-                f"{moe}.experts.gate_up_proj.lora_B": (e, 2 * w, r),
-                f"{moe}.experts.down_proj.lora_A": (e, r, w),
-                f"{moe}.experts.down_proj.lora_B": (e, h, r),
-            }
-        return shapes
-
-    def mebibytes(self) -> float:
-        """MiB of one site's adapter."""
-        return sum(4 * int(np.prod(shape)) for shape in self.shapes().values()) / 2**20
-
-
-def received_adapter(size: Size) -> dict[str, np.ndarray[Any, np.dtype[np.float32]]]:
-    """What the sites trained on: random factors, none of them zero."""
-    rng = np.random.default_rng(0)
-    return {
-        name: rng.standard_normal(shape, np.float32) / np.float32(np.sqrt(shape[-1]))
-        for name, shape in size.shapes().items()
-    }
-
-
-def sent(size: Size) -> Iterator[ClientUpdate]:
-    """Each site's update: nearly orthogonal to the others, a tenth as long as the adapter; a few experts unused."""
-    received = received_adapter(size)
-    for site in range(size.sites):
-        rng = np.random.default_rng(site + 1)
-        trained = {
-            name: array + rng.standard_normal(array.shape, np.float32) * np.float32(0.1 * array.std())
-            for name, array in received.items()
-        }
-        tokens = {
-            f"model.layers.{layer}.mlp": rng.integers(0, 20, size.experts).astype(np.float64)
-            for layer in range(size.layers)
-        }
-        yield ClientUpdate(
-            site=f"site-{site:02}", adapter=trained, num_examples=int(rng.integers(50, 500)), expert_tokens=tokens
-        )
-
-
-def extras_of(name: str, update: ClientUpdate) -> Arrays:
-    """What a site sends to this strategy beside its adapter; numbers of the right shape and range."""
-    if name == "scaffold":
-        return {CONTROL + key: array for key, array in update.adapter.items()}
-    if name == "fedcmoo":
-        gradient = {GRADIENT + key: array for key, array in update.adapter.items()}
-        return gradient | {SHARES: np.ones(2, np.float32)}
-    if name != "fedalign_moe":
-        return {}
-    extras: dict[str, np.ndarray[Any, np.dtype[np.float32]]] = {}
-    for layer, arrays in by_layer(update.adapter).items():
-        semantics = next(array for key, array in arrays.items() if key.endswith("down_proj.lora_B"))[:, :, 0]
-        share = np.full(len(semantics), 1 / len(semantics), np.float32)
-        extras |= {PROBABILITY + layer: share, MARGIN + layer: share, SEMANTICS + layer: semantics}
-    return extras
 
 
 class Replies:
@@ -173,16 +119,18 @@ class Replies:
             for name, records in self.beside.items():
                 records.append(to_record(extras_of(name, update)))
 
-    def aggregate(self, name: str) -> ArrayRecord:
-        """The record that goes back to the sites."""
+    def work(self, name: str) -> object:
+        """Aggregate to the record that goes back to the sites, or what is done beside it."""
         if name == FLOWER:
             return aggregate_arrayrecords(self.to_flower, "num-examples")
-        strategy = STRATEGIES[name]
         read = [map(to_arrays, records) for records in (self.to_us, self.beside[name])]
         updates = [
             replace(fact, adapter=adapter, extras=extras)
             for fact, adapter, extras in zip(self.facts, *read, strict=True)
         ]
+        if name in BESIDE:
+            return BESIDE[name](self.received, updates)
+        strategy = STRATEGIES[name]
         return to_record(strategy.aggregate(self.received, strategy.init_state(self.received), updates).adapter)
 
 
@@ -196,7 +144,7 @@ def measure(size: Size, names: Sequence[str], turns: int) -> dict[str, list[floa
             if name in SLOW and turn != 1:
                 continue
             began = time.perf_counter()
-            replies.aggregate(name)
+            replies.work(name)
             if turn:
                 seconds[name].append(time.perf_counter() - began)
     return seconds
@@ -213,7 +161,7 @@ def _print_peak(name: str, size: Size) -> None:
     ctypes.CDLL(None).malloc_trim(0)  # what making them left
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before = _status("VmRSS:")
-    replies.aggregate(name)
+    replies.work(name)
     print(_status("VmHWM:") - before)
 
 
@@ -261,7 +209,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for field, default in asdict(Size()).items():
         parser.add_argument(f"--{field}", type=int, default=default)
-    parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=list(STRATEGIES), metavar="NAME")
+    parser.add_argument(
+        "--strategies", nargs="+", choices=[*STRATEGIES, *BESIDE], default=[*STRATEGIES, *BESIDE], metavar="NAME"
+    )
     parser.add_argument("--turns", type=int, default=MIN_TURNS, help=f"of each, at least {MIN_TURNS}")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)

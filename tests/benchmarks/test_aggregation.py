@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from benchmarks import aggregation
-from benchmarks.aggregation import FLOWER, SLOW, STRATEGIES, Replies, Size, measure, peak_of_a_process, row, sent, table
+from benchmarks.aggregation import BESIDE, FLOWER, SLOW, STRATEGIES, Replies, measure, peak_of_a_process, row, table
+from benchmarks.made_up_round import Size, sent
 from benchmarks.render import rendered
 from client.records import to_arrays
 
@@ -18,8 +19,8 @@ TINY = Size(sites=3, layers=1, hidden=8, width=4, experts=2, rank=2)
 
 def test_flower_and_our_fedavg_give_the_sites_the_same():
     replies = Replies(TINY, [FLOWER, "fedavg"])
-    flowers = {name: array.numpy() for name, array in replies.aggregate(FLOWER).items()}
-    ours = to_arrays(replies.aggregate("fedavg"))
+    flowers = {name: array.numpy() for name, array in replies.work(FLOWER).items()}
+    ours = to_arrays(replies.work("fedavg"))
     assert ours.keys() == flowers.keys() == TINY.shapes().keys()
     for name, array in ours.items():
         np.testing.assert_allclose(array, flowers[name], atol=1e-6)
@@ -32,7 +33,7 @@ def test_default_size_is_the_one_of_the_goal():
 
 
 def test_every_strategy_is_measured_by_turns_and_shown():
-    names = [FLOWER, *STRATEGIES]
+    names = [FLOWER, *STRATEGIES, *BESIDE]
     seconds = measure(TINY, names, turns=5)
     assert all(len(seconds[name]) == (1 if name in SLOW else 5) and min(seconds[name]) > 0 for name in names)
     shown = table({name: row(seconds[name], seconds[FLOWER], 2**20) for name in names})

@@ -10,7 +10,8 @@ from itertools import pairwise
 
 import pytest
 
-from benchmarks import aggregation
+from benchmarks.aggregation import STRATEGIES
+from benchmarks.made_up_round import extras_of
 from server.report.experts import MAPS, experts_view, load, scales, short_name
 from server.report.overview import traffic
 from server.report.page import contents, render
@@ -112,10 +113,10 @@ def test_factor_of_the_rule_has_a_map_where_there_is_one(runs):
     assert min(layer["rule"]["scale"]) >= 1.0  # 1 + s
 
 
-@pytest.mark.parametrize("name", aggregation.STRATEGIES)
+@pytest.mark.parametrize("name", STRATEGIES)
 def test_every_strategys_rounds_make_a_page_with_all_that_experts_have(tmp_path, name):
     """Its own state from round to round, and what its sites send beside their adapters."""
-    folder = write_run(tmp_path / "run", aggregation.STRATEGIES[name], extras_of=partial(aggregation.extras_of, name))
+    folder = write_run(tmp_path / "run", STRATEGIES[name], extras_of=partial(extras_of, name))
     (run,) = read_runs([folder])
     view = experts_view(run, 0, scales([run]), 3, "model.layers.0.mlp")
     assert [heat.name for heat in view.maps if heat.name != "rule_scale"] == [
