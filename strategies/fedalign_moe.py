@@ -35,8 +35,9 @@ class FedAlignMoe(Strategy):
     The paper writes no layer index: here everything is done for each layer. An expert concerns the sites that used
     it; the others' updates are zero and their meaning undefined. Where no site prefers an expert, so that Eq. 6 is 0/0,
     its reference is the sites' mean probability. The reference that a site trains towards is that of the round
-    before, since a round has one exchange. Arrays without an expert axis are averaged by examples; routers,
-    trained with model.router=local, never leave the sites.
+    before, since a round has one exchange. With LoRA an expert's update (Eq. 13) is that of its factors A and B as one
+    vector, so its cosines are of these, not of the products. Arrays without an expert axis are averaged by examples;
+    routers, trained with model.router=local, never leave the sites.
     """
 
     name: ClassVar[str] = "fedalign_moe"
