@@ -84,6 +84,9 @@ def test_a_site_that_shares_nothing_leaves_the_whole_adapter_as_it_began(tmp_pat
         ["strategy=fc_moe_plus", "rounds=3"],  # remembers its last step
         ["strategy=fedalign_moe"],  # sends more than adapters, both ways
         ["strategy=scaffold"],  # keeps something at the server and at the sites
+        ["strategy=fedadam"],  # moments at the server
+        ["strategy=pfl_moe"],  # a model of its own at each site, and a gate that mixes
+        ["strategy=centralised"],  # one site
     ],
     ids=lambda words: words[0],
 )
