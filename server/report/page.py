@@ -98,7 +98,7 @@ def contents(runs: Sequence[Run]) -> dict[str, Any]:
         "objectives": objectives,
         "ends": objectives,
         "gap": gap,
-        "views": [view for view in views if view.run.diagnostics],
+        "views": [view for view in views if view.run.blocks()],
         "matrices": matrix_views(runs),
         "traffic": [traffic(run) for run in runs],
         "differences": differences([run.settings for run in runs]),

@@ -168,6 +168,8 @@ def _missing(
         yield f"diagnostics of {len(rounds) - len(lines)} rounds were too large for the log: they are at the server"
     if rounds and not any("bytes_by_kind" in row for row in rounds):
         yield "bytes were not yet counted by kind: only their sum is shown"
+    if lines and not any(line["layers"] or line["kinds"] for line in lines):
+        yield f"sites send nothing that could be compared: there are no {_MAPS}"
     layers = [layer for line in lines for layer in line["layers"].values()]
     if layers and not any("length" in layer for layer in layers):
         yield "experts are not sent: of them there are tokens alone"

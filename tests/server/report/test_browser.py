@@ -11,7 +11,7 @@ from server.report.experts import blocks_of, experts_view, scales
 from server.report.page import render
 from server.report.runs import read_runs
 from tests.server.report.conftest import LAYER
-from tests.server.report.folders import write_run
+from tests.server.report.folders import rewritten, write_run
 
 pytestmark = pytest.mark.slow
 
@@ -33,6 +33,18 @@ def test_script_redraws_what_python_drew_and_fails_nowhere(browse, runs):
     assert failed == []
     assert rounds == ["", "round 2, its last"]
     assert shown == drawn(runs, 3, "model.layers.0.mlp")
+
+
+def test_page_without_experts_fails_nowhere(browse, tmp_path):
+    folder = write_run(tmp_path / "alone")
+    rewritten(folder / "diagnostics/rounds.jsonl", lambda line: line | {"kinds": {}, "layers": {}})
+    script = """
+    const slider = document.getElementById("round");
+    slider.value = 0;
+    slider.dispatchEvent(new Event("input"));
+    return [failed, document.getElementById("round-shown").textContent.split(" ")[0]];
+    """
+    assert browse(script, page=render(read_runs([folder]))) == [[], "1"]
 
 
 @pytest.mark.parametrize("server_round", [1, 2])

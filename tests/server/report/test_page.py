@@ -150,6 +150,15 @@ def test_where_sites_send_no_adapter_there_are_tokens_and_no_empty_tables(tmp_pa
     assert "Who pulls against whom" not in text
 
 
+def test_where_sites_send_nothing_at_all_there_is_no_part_on_experts(tmp_path):
+    alone, other = write_run(tmp_path / "alone"), write_run(tmp_path / "other")
+    rewritten(alone / "diagnostics/rounds.jsonl", lambda line: line | {"kinds": {}, "layers": {}})
+    page = render(read_runs([alone]))
+    assert {"Experts", "Expert norms"} & set(Reader(page).text) == set()
+    assert "sites send nothing that could be compared" in page
+    assert len(Reader(render(read_runs([alone, other]))).named("article")) == 1
+
+
 def drawn(view):
     return [(heat.name, heat.rows) for heat in (*view.maps, view.pairs, *view.of_sites)]
 
