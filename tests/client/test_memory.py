@@ -1,5 +1,6 @@
 """What training is said to take, against what it takes."""
 
+import statistics
 import subprocess
 import sys
 import weakref
@@ -333,10 +334,18 @@ for checkpointing in (True, False):
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_estimate_is_above_the_growth_of_the_process_and_at_most_twice_it():
-    """The factors stated in ``client.memory``; 16 sequences of 192 tokens through an OLMoE of width 128."""
-    finished = subprocess.run([sys.executable, "-c", MEASURED], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert finished.returncode == 0, finished.stderr
-    for line in finished.stdout.splitlines():
-        estimated, grown = map(int, line.split())
-        assert grown <= estimated
-        assert estimated <= 2 * grown
+    """The factors stated in ``client.memory``; 16 sequences of 192 tokens through an OLMoE of width 128.
+
+    The middle one of three processes: what the allocator keeps differs by a tenth from one to the next.
+    """
+    runs = []
+    for _ in range(3):
+        finished = subprocess.run(
+            [sys.executable, "-c", MEASURED], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        assert finished.returncode == 0, finished.stderr
+        runs.append([tuple(map(int, line.split())) for line in finished.stdout.splitlines()])
+    for of_setting in zip(*runs, strict=True):
+        (estimated,) = {estimate for estimate, _ in of_setting}
+        grown = statistics.median(growth for _, growth in of_setting)
+        assert grown <= estimated <= 2 * grown
