@@ -1,6 +1,5 @@
 """What training is said to take, against what it takes."""
 
-import statistics
 import subprocess
 import sys
 import weakref
@@ -79,7 +78,7 @@ def test_activations_of_a_linear_map_by_hand():
 def test_two_passes_tell_what_more_sequences_take(adapted, checkpointing):
     memory = TrainingMemory(adapted, SHAPE, gradient_checkpointing=checkpointing)
     counted = step_peak_bytes(adapted, [SHAPE.sequence()] * 7, gradient_checkpointing=checkpointing)
-    headroom = 3.5 if checkpointing else 2.2
+    headroom = 3.8 if checkpointing else 2.4
     assert memory.activation_bytes(7) == pytest.approx(headroom * counted, rel=0.05)
 
 
@@ -334,18 +333,10 @@ for checkpointing in (True, False):
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_estimate_is_above_the_growth_of_the_process_and_at_most_twice_it():
-    """The factors stated in ``client.memory``; 16 sequences of 192 tokens through an OLMoE of width 128.
-
-    The middle one of three processes: what the allocator keeps differs by a tenth from one to the next.
-    """
-    runs = []
-    for _ in range(3):
-        finished = subprocess.run(
-            [sys.executable, "-c", MEASURED], cwd=ROOT, capture_output=True, text=True, check=False
-        )
-        assert finished.returncode == 0, finished.stderr
-        runs.append([tuple(map(int, line.split())) for line in finished.stdout.splitlines()])
-    for of_setting in zip(*runs, strict=True):
-        (estimated,) = {estimate for estimate, _ in of_setting}
-        grown = statistics.median(growth for _, growth in of_setting)
-        assert grown <= estimated <= 2 * grown
+    """The factors stated in ``client.memory``; 16 sequences of 192 tokens through an OLMoE of width 128."""
+    finished = subprocess.run([sys.executable, "-c", MEASURED], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    for line in finished.stdout.splitlines():
+        estimated, grown = map(int, line.split())
+        assert grown <= estimated
+        assert estimated <= 2 * grown
