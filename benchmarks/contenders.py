@@ -76,8 +76,8 @@ _FIXED = tuple(replace(knob, values=(knob.start,)) for knob in _PLUS)
 _WHOLE = ("strategy=fc_moe_plus", "strategy.agreement=null")
 _PLUS_SWEEPS = {
     "fc_moe_plus_as_shipped": {
-        "step": (1.0, 1.5, 3.0), "flatten": (0.0, 0.5), "momentum": (0.0, 0.3, 0.7, 0.9), "agreement": (0.03, 0.3),
-        "ridge": (0.1, 1.0),
+        "step": (1.0, 1.5, 3.0), "flatten": (0.0, 0.5), "momentum": (0.0, 0.3, 0.7, 0.9), "ridge": (0.1, 1.0),
+        "agreement": (0.03, 0.05, 0.2, 0.3),
     },
     "fc_moe_plus_whole": {
         "step": (1.0, 1.5, 2.0, 3.0, 4.0), "flatten": (0.0, 0.5, 1.0), "momentum": _MOMENTUM,
