@@ -177,7 +177,7 @@ def finished(cells: Iterable[C], run: Callable[[C], Row], jobs: int, deadline: f
         return
     waiting = iter(cells)
     with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
-        running = {pool.submit(_run, run, cell) for cell, _ in zip(waiting, range(jobs), strict=False)}
+        running = {pool.submit(_run, run, cell) for _, cell in zip(range(jobs), waiting, strict=False)}
         while running:
             done, running = wait(running, return_when=FIRST_COMPLETED)
             for future in done:

@@ -157,6 +157,12 @@ def test_fc_moe_plus_as_shipped_has_the_defaults_and_shares_its_runs_where_those
     assert len(set(everyone_alike.values())) == 1
 
 
+def test_the_noise_bar_is_fedavg_with_its_step_changed_by_a_thousandth():
+    noise, fedavgm = (load_config(CONTENDERS[name].settings).strategy for name in ("noise", "fedavgm"))
+    assert noise == replace(fedavgm, momentum=0.0, learning_rate=1.001)
+    assert CONTENDERS["noise"].follows == "fedavg"
+
+
 def test_controls_of_fedavg_differ_in_what_they_are_called_by():
     fedavg = load_config(CONTENDERS["fedavg"].settings)
     for router in RouterTraining:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from dataclasses import replace
 
 import pytest
@@ -30,6 +31,19 @@ def test_a_run_is_judged_on_the_rows_of_its_split(split, tmp_path, monkeypatch):
     found = [example.prompt for examples in held_out_sets(config).values() for example in examples]
     assert sorted(found) == sorted(f"{split} {index}" for index in range(sizes[split]))
     assert (config.rounds, config.seed) == (3, 7)
+
+
+@pytest.mark.parametrize("workload", WORKLOADS.values(), ids=WORKLOADS)
+def test_titles_say_what_is_run(workload):
+    config = load_config([*workload.settings, *workload.model])
+    assert re.search(r"(\d+) rounds", workload.title)[1] == f"{workload.rounds}"
+    alpha = re.search(r"Dirichlet ([\d.]+)", workload.title)
+    assert (config.partition.name == "dirichlet") == (alpha is not None)
+    if alpha:
+        sites = re.search(r"(\d+) sites", workload.title)[1]
+        assert (f"{config.partition.alpha}", f"{config.partition.num_sites}") == (alpha[1], sites)
+    if rank := re.search(r"rank (\d+)", workload.title):
+        assert f"{config.lora.rank}" == rank[1]
 
 
 def test_half_of_the_sites_is_all_that_differs():

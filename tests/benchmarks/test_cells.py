@@ -1,0 +1,76 @@
+"""What a study computes within its time, and that its tables are those of its cells."""
+
+from __future__ import annotations
+
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+
+from benchmarks import cells, fc_moe
+from benchmarks.cells import finished, stored_rows
+from benchmarks.fc_moe import report, study_of
+from benchmarks.render import HERE
+
+TABLES = sorted(path.stem for path in (HERE / "results").glob("fc_moe_*.json"))
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_tables_of_fc_moe_are_those_of_its_cells(name):
+    """Whoever adds a contender or a knob, or runs more, makes the tables anew."""
+    path = HERE / "results" / f"{name}.json"
+    written = json.loads(path.read_text())
+    study = study_of(written["workload"], written["experts"], written["seeds"], written["tuning_seeds"])
+    for row in stored_rows(path.with_suffix(".jsonl")):
+        study.add(row)
+    made = report(study, written["workload"], written["experts"])
+    assert {key: made[key] for key in ("runs", "made_by", "summary")} == {
+        key: written[key] for key in ("runs", "made_by", "summary")
+    }
+    assert made["markdown"] == written["markdown"]
+
+
+class Clock:
+    """Of ``time``: as far as it was moved."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def monotonic(self):
+        return self.now
+
+
+def cell_as_row(cell):
+    return {"cell": cell}
+
+
+@pytest.mark.parametrize(("jobs", "expected"), [(1, [0, 1]), (2, [0, 1, 2])])
+def test_no_cell_is_begun_after_the_deadline_but_those_begun_are_finished(jobs, expected, monkeypatch):
+    """Ten seconds a cell, fifteen are given. Two at a time: the third begins when the first ends, after ten."""
+    clock = Clock()
+    monkeypatch.setattr(cells, "time", clock)
+    found = []
+    for row in finished(range(6), cell_as_row, jobs, deadline=15):
+        found.append(row["cell"])
+        clock.now += 10
+    assert sorted(found) == expected
+
+
+def test_all_tables_share_the_time_that_is_given(monkeypatch, tmp_path):
+    """A minute and a half: the first table takes a minute of it, the second has the rest, the third less than none."""
+    clock, left = Clock(), []
+
+    def carried_out(study, names, run, report, results, given):
+        left.append(given.budget_minutes)
+        clock.now += 60
+
+    monkeypatch.setattr(fc_moe, "time", SimpleNamespace(monotonic=clock.monotonic))
+    monkeypatch.setattr(fc_moe, "carry_out", carried_out)
+    words = ["--workload", "embedded", "mcq", "clinc", "--budget-minutes", "1.5"]
+    monkeypatch.setattr("sys.argv", ["fc_moe", *words])
+    fc_moe.main()
+    assert left == [1.5, 0.5, -0.5]
+    monkeypatch.setattr("sys.argv", ["fc_moe"])
+    fc_moe.main()
+    assert left[-1] == math.inf
