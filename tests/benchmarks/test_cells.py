@@ -41,17 +41,13 @@ class Clock:
         return self.now
 
 
-def cell_as_row(cell):
-    return {"cell": cell}
-
-
 @pytest.mark.parametrize(("jobs", "expected"), [(1, [0, 1]), (2, [0, 1, 2])])
 def test_no_cell_is_begun_after_the_deadline_but_those_begun_are_finished(jobs, expected, monkeypatch):
     """Ten seconds a cell, fifteen are given. Two at a time: the third begins when the first ends, after ten."""
     clock = Clock()
     monkeypatch.setattr(cells, "time", clock)
     found = []
-    for row in finished(range(6), cell_as_row, jobs, deadline=15):
+    for row in finished([(("cell", index),) for index in range(6)], dict, jobs, deadline=15):
         found.append(row["cell"])
         clock.now += 10
     assert sorted(found) == expected
