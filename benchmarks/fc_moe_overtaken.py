@@ -42,5 +42,7 @@ def _is_of(settings: Settings, name: str) -> bool:
     if settings[: len(contender.settings)] != contender.settings:
         return False
     said = {*settings[len(contender.settings) :]}
+    if any(word.endswith("=null") for word in said):
+        return False  # no value of a knob, but what makes another contender
     knobs = {LEARNING_RATE.key, *(knob.key for knob in led(contender)[0].knobs), *contender.instead}
     return {word.partition("=")[0] for word in said} <= knobs and {*words_of(contender.instead)} <= said

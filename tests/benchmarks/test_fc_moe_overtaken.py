@@ -46,6 +46,19 @@ def test_rows_belong_to_whose_knobs_differ_alone():
     ]
 
 
+def test_a_part_that_is_left_out_is_no_value_of_the_knob_that_sets_it():
+    """Whole steps are rows of theirs, though the tuned rule, which is nearer, searches its agreement."""
+    unflat = (*WHOLE, "strategy.flatten=0", "strategy.step=2", RATES[0])
+    tested = {
+        "fc_moe_plus": Outcome((WHOLE[0], "strategy.flatten=0", "strategy.step=2", RATES[0]), {}),
+        "fc_moe_plus_whole": Outcome((*WHOLE, "strategy.step=1", RATES[1]), {}),
+    }
+    found = overtaken(tested, [row(0, *unflat)])
+    assert [name for name, _ in found] == ["fc_moe_plus_whole"]
+    assert "agreement=null, flatten=0, step=2, lr=0.004" in other_values(tested, found).replace("(end)", "")
+    assert not overtaken({"fc_moe_plus": tested["fc_moe_plus"]}, [row(0, *unflat)])
+
+
 def test_table_pairs_them_with_who_stands():
     chosen = Outcome(("strategy=fedavg", RATES[1]), {seed: row(seed, "", accuracy=[0.4] * 6) for seed in (0, 1)})
     before = [("fedavg", Outcome(("strategy=fedavg", RATES[0]), {seed: row(seed, "") for seed in (0, 1, 2)}))]
