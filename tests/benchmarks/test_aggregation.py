@@ -8,11 +8,15 @@ import sys
 import numpy as np
 import pytest
 
+import conf.compose
 from benchmarks import aggregation
 from benchmarks.aggregation import BESIDE, FLOWER, SLOW, STRATEGIES, Replies, measure, peak_of_a_process, row, table
 from benchmarks.made_up_round import Size, sent
 from benchmarks.render import rendered
 from client.records import to_arrays
+from strategies.centralised import Centralised
+from strategies.fedavg import FedAvg
+from strategies.local_only import LocalOnly
 
 TINY = Size(sites=3, layers=1, hidden=8, width=4, experts=2, rank=2)
 
@@ -30,6 +34,16 @@ def test_default_size_is_the_one_of_the_goal():
     assert Size().mebibytes() == pytest.approx(52, rel=0.02)
     update = next(sent(TINY))
     assert sum(array.nbytes for array in update.adapter.values()) == TINY.mebibytes() * 2**20
+
+
+def test_every_strategy_has_a_row_or_aggregates_as_one_that_has_or_not_at_all():
+    measured = {type(strategy) for strategy in STRATEGIES.values()}
+    others = {strategy for strategy in conf.compose.STRATEGIES if strategy not in measured}
+    assert {strategy.name for strategy in others} == {
+        "fedprox", "firm", "flex", "pfl_moe", "local_only", "centralised",
+    }  # fmt: skip
+    for strategy in others - {LocalOnly, Centralised}:
+        assert strategy.aggregate is FedAvg.aggregate
 
 
 def test_every_strategy_is_measured_by_turns_and_shown():
