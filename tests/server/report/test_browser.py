@@ -109,6 +109,22 @@ def test_pointing_previews_an_expert_and_leaving_returns(browse):
     assert browse(script) == ["layer 1, expert 2", "layer 0, all experts"]
 
 
+def test_a_chosen_expert_stays_chosen_whatever_is_pointed_at_later(browse):
+    """A click puts the focus on a cell, as any that can have it: from then on that is what the pointer returns to."""
+    script = """
+    const rows = document.querySelector("table.cells").tBodies[0].rows;
+    const where = () => document.querySelector("[data-where]").textContent;
+    rows[1].cells[3].focus();
+    const [chosen, focused] = [where(), document.activeElement === rows[1].cells[3]];
+    point(rows[0].cells[1]);
+    const pointed = where();
+    rows[0].closest("table").dispatchEvent(new PointerEvent("pointerleave"));
+    return [focused, chosen, pointed, where()];
+    """
+    chosen = "layer 1, expert 2"
+    assert browse(script) == [True, chosen, "layer 0, expert 0", chosen]
+
+
 @pytest.mark.parametrize(
     ("key", "more", "place"),
     [
