@@ -70,7 +70,7 @@ _PLUS = (
     Knob("strategy.flatten", (0.0, 0.5, 1.0), 1.0),
     Knob("strategy.momentum", _MOMENTUM, 0.5),
 )
-_EQUALITY = Knob("strategy.ridge", (0.03, 0.1, 0.3, 1.0, 3.0), 0.3, unsaid=0.3)
+_RIDGE = Knob("strategy.ridge", (0.03, 0.1, 0.3, 1.0, 3.0), 0.3, unsaid=0.3)
 _AGREEMENT = Knob("strategy.agreement", (0.01, 0.03, 0.1, 0.3, 1.0), 0.1, unsaid=0.1)
 _FIXED = tuple(replace(knob, values=(knob.start,)) for knob in _PLUS)
 _WHOLE = ("strategy=fc_moe_plus", "strategy.agreement=null")
@@ -110,7 +110,7 @@ CONTENDERS: dict[str, Contender] = {
         "FedAvg, routers trained, averaged", ("strategy=fedavg", "model.router=averaged")
     ),
     "fc_moe": Contender("FC-MoE", ("strategy=fc_moe",), (_RETENTION,)),
-    "fc_moe_plus": Contender("FC-MoE plus", ("strategy=fc_moe_plus",), (*_PLUS, _EQUALITY, _AGREEMENT)),
+    "fc_moe_plus": Contender("FC-MoE plus", ("strategy=fc_moe_plus",), (*_PLUS, _RIDGE, _AGREEMENT)),
     # CLINC's search begins at these values; on any other data nobody tuned them.
     "fc_moe_plus_as_shipped": Contender("FC-MoE plus, as shipped", ("strategy=fc_moe_plus",), _FIXED),
     # What the rule was before its step looked at what sites have in common.
