@@ -71,20 +71,20 @@ _PLUS = (
     Knob("strategy.momentum", _MOMENTUM, 0.5),
 )
 _RIDGE = Knob("strategy.ridge", (0.03, 0.1, 0.3, 1.0, 3.0), 0.3, unsaid=0.3)
-_AGREEMENT = Knob("strategy.agreement", (0.01, 0.03, 0.1, 0.3, 1.0), 0.1, unsaid=0.1)
+_AGREEMENT = Knob("strategy.agreement", (0.1, 0.3, 1.0, 3.0, 10.0), 1.0, unsaid=1.0)
 _FIXED = tuple(replace(knob, values=(knob.start,)) for knob in _PLUS)
 _WHOLE = ("strategy=fc_moe_plus", "strategy.agreement=null")
 _PLUS_SWEEPS = {
     "fc_moe_plus_as_shipped": {
         "step": (1.0, 1.5, 3.0), "flatten": (0.0, 0.5), "momentum": (0.0, 0.3, 0.7, 0.9), "ridge": (0.1, 1.0),
-        "agreement": (0.03, 0.05, 0.2, 0.3),
+        "agreement": (0.3, 0.5, 2.0, 3.0),
     },
     "fc_moe_plus_whole": {
         "step": (1.0, 1.5, 2.0, 3.0, 4.0), "flatten": (0.0, 0.5, 1.0), "momentum": _MOMENTUM,
         "ridge": (0.03, 0.1, 1.0, 3.0),
     },
 }  # fmt: skip
-"""Values around those of a leader. Its ridge is 0.3 and its agreement, where it has one, 0.1: it tunes neither."""
+"""Values around those of a leader. Its ridge is 0.3 and its agreement, where it has one, 1: it tunes neither."""
 _PLUS_OFF = {"step": 1.0, "flatten": 0.0, "momentum": 0.0}
 """Values that take a part of the rule away: such an ablation finds its own learning rate."""
 

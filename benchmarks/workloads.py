@@ -35,7 +35,7 @@ ABLATED = (
     *KEY_CONTENDERS, "fc_moe_no_projection", "fc_moe_no_retention", "fc_moe_no_importance", "fc_moe_uniform_rate"
 )  # fmt: skip
 """Who is compared on the data of the paper's ablation."""
-AGREEMENTS = tuple(f"fc_moe_plus_as_shipped_agreement_{share:g}" for share in (0.03, 0.05, 0.2, 0.3))
+AGREEMENTS = tuple(f"fc_moe_plus_as_shipped_agreement_{sites:g}" for sites in (0.3, 0.5, 2.0, 3.0))
 """Who is compared besides where sites have much to learn from each other, or next to nothing."""
 
 

@@ -52,11 +52,11 @@ class FcMoePlus(Strategy):
     3. singular values of each matrix of that raised to 1 - ``flatten`` at the same Frobenius norm: ``flatten``.
 
     Updates may be as nearly orthogonal where sites learn by heart what is theirs alone, and there a long step is worse
-    than a short one. What tells them apart is whether anything is left in common: of ten sites a mean cosine of 0.011
-    makes a tenth of their mean direction's squared length (``common_share``). ``step`` and ``momentum`` are whole from
-    ``agreement`` of that on, and below it in proportion. What counts is the last round's mean over experts, attention
-    among them if it steps, of the mean cosine of two sites' updates; of a single expert or layer it is mostly noise.
-    In the first round nothing is known, and the step is half.
+    than a short one. What tells them apart is whether anything is left in common: ``step`` and ``momentum`` are whole
+    where what sites have in common weighs as much in their mean direction as one of them does, a C-th of its squared
+    length (``common_share``; of ten sites a mean cosine of 0.011 does), and below that in proportion. What counts is
+    the last round's mean over experts, attention among them if it steps, of the mean cosine of two sites' updates; of a
+    single expert or layer it is mostly noise. In the first round nothing is known, and the step is half.
 
     An expert that no site used keeps its value; one that a single site used takes that site's whole update, with
     momentum and flattened as any other.
@@ -81,9 +81,9 @@ class FcMoePlus(Strategy):
     """1: all singular values of a matrix' step alike; 0: as they are. In [0, 1]."""
     momentum: float = 0.5
     """Share of an expert's last change that is taken again, in [0, 1); 0 remembers nothing."""
-    agreement: float | None = 0.1
-    """``step`` and ``momentum`` are taken whole where ``common_share`` is at least this, below it in proportion, and
-    never less than a quarter. In (0, 1]; null: always whole."""
+    agreement: float | None = 1.0
+    """``step`` and ``momentum`` are taken whole where ``common_share`` is at least that of so many of the round's
+    sites, below it in proportion, and never less than a quarter. > 0; null: always whole."""
     space: Space = Space.product
     """What a LoRA expert's update is; ``factors`` are not flattened, since their spectra are not the product's."""
     attention: Attention = Attention.averaged
@@ -93,8 +93,8 @@ class FcMoePlus(Strategy):
         require(0 < self.step < math.inf, "strategy.step", "> 0", self.step)
         require(0 <= self.flatten <= 1, "strategy.flatten", "in [0, 1]", self.flatten)
         require(0 <= self.momentum < 1, "strategy.momentum", "in [0, 1)", self.momentum)
-        in_range = self.agreement is None or 0 < self.agreement <= 1
-        require(in_range, "strategy.agreement", "null or in (0, 1]", self.agreement)
+        in_range = self.agreement is None or 0 < self.agreement < math.inf
+        require(in_range, "strategy.agreement", "null or > 0", self.agreement)
 
     def init_state(self, adapter: Arrays) -> Arrays:
         """With momentum ``previous/<name>``: what was received a round earlier, of all arrays that step.
@@ -153,19 +153,22 @@ class FcMoePlus(Strategy):
         examples_CE = np.where(layer.tokens_CE > 0, layer.examples_C[:, None], 0.0)
         sites = slice(len(examples_CE))
         gram_ECC = gram_ECC[:, sites, sites]
-        taken_E = self._taken(pair_cosine, has_say(gram_ECC, examples_CE).sum(axis=-1))
+        taken_E = self._taken(pair_cosine, len(examples_CE), has_say(gram_ECC, examples_CE).sum(axis=-1))
         say = equal_say(gram_ECC, examples_CE, ridge=self.ridge, step=self.step * taken_E)
         if not layer.previous:
             return say, say.coefficients
         return say, np.vstack([say.coefficients, -self.momentum * taken_E * (say.weight.sum(axis=0) > 0)])
 
-    def _taken(self, pair_cosine: float | None, num_sites_E: NDArray[np.integer]) -> NDArray[np.float64]:
-        """(E,) how much of step and momentum is taken."""
+    def _taken(
+        self, pair_cosine: float | None, num_sites: int, num_sites_E: NDArray[np.integer]
+    ) -> NDArray[np.float64]:
+        """(E,) how much of step and momentum is taken: of the round's sites ``num_sites_E`` have a say in an expert."""
         if self.agreement is None:
             return np.ones(len(num_sites_E))
         if pair_cosine is None:
             return np.where(num_sites_E > 1, _UNKNOWN, 1.0)
-        return np.clip(common_share(pair_cosine, num_sites_E) / self.agreement, _LEAST, 1.0)
+        whole_from = min(self.agreement / num_sites, 1.0)
+        return np.clip(common_share(pair_cosine, num_sites_E) / whole_from, _LEAST, 1.0)
 
     def _step_arrays(self, pair_cosine: float | None, layer: ExpertRange, flatten: float) -> tuple[Arrays, Findings]:
         """The next arrays (E, ...), each expert's as one vector; matrices (E, O, I) are flattened."""

@@ -52,15 +52,16 @@ def naive_pair_cosine(strategy, adapter, updates):
     return np.mean(means) if means else None
 
 
-def naive_whole(strategy, pairs, num_sites):
-    """How much of step and momentum is taken."""
-    if strategy.agreement is None or num_sites < 2:
+def naive_whole(strategy, pairs, num_sites, num_users):
+    """How much of step and momentum is taken, of an expert that so many of the round's sites used."""
+    if strategy.agreement is None or num_users < 2:
         return 1.0
     if pairs is None:
         return 0.5
-    mean_squared = (1 + (num_sites - 1) * pairs) / num_sites  # of a mean of unit vectors
+    mean_squared = (1 + (num_users - 1) * pairs) / num_users  # of a mean of unit vectors
     share = max(pairs, 0) / mean_squared
-    return min(1, max(0.25, share / strategy.agreement))
+    needed = strategy.agreement / num_sites
+    return 1 if share >= min(needed, 1) else max(0.25, share / min(needed, 1))
 
 
 def naive_next(strategy, adapter, previous, updates, pairs, layer, expert):
@@ -74,7 +75,7 @@ def naive_next(strategy, adapter, previous, updates, pairs, layer, expert):
     if not any(examples):
         return before, None
     vectors = [np.concatenate([change.ravel() for change in parts]) for parts in changes[:-1]]
-    whole = naive_whole(strategy, pairs, np.count_nonzero(examples))
+    whole = naive_whole(strategy, pairs, len(updates), np.count_nonzero(examples))
     coefficients = naive_coefficients(vectors, examples, strategy.ridge, whole * strategy.step)
     coefficients = [*coefficients, -whole * strategy.momentum]  # the change back to the previous adapter
     is_lora = f"{layer}.experts.down_proj" not in adapter

@@ -24,7 +24,7 @@ def one_layer(*updates):
     ("cosine", "taken"),
     [
         (1.0, 1.0),  # all of the mean is common
-        (1 / 7, 1.0),  # 2 p / (1 + p) = 1/4, and so as much as is asked for
+        (1 / 7, 1.0),  # 2 p / (1 + p) = 1/4, half of what one of two sites weighs, and so as much as is asked for
         (1 / 15, 0.5),  # 1/8
         (0.0, 0.25),  # never less
         (-0.9, 0.25),
@@ -33,7 +33,7 @@ def one_layer(*updates):
 def test_step_is_taken_as_far_as_the_sites_had_something_in_common(cosine, taken):
     """Two sites whose updates had that cosine in the last round; in this one they are orthogonal. At first: half."""
     adapter, last = one_layer([[1.0, 0.0]], [[cosine, np.sqrt(1 - cosine**2)]])
-    rule = FcMoePlus(flatten=0.0, momentum=0.0, step=1.0, agreement=0.25)
+    rule = FcMoePlus(flatten=0.0, momentum=0.0, step=1.0, agreement=0.5)
     state = rule.aggregate(adapter, {}, last).state
     assert [array.item() for array in state.values()] == [pytest.approx(cosine, abs=1e-6)]
     _, updates = one_layer([[4.0, 0.0]], [[0.0, 4.0]])
@@ -43,6 +43,28 @@ def test_step_is_taken_as_far_as_the_sites_had_something_in_common(cosine, taken
     np.testing.assert_allclose(begun[0], [[1.0, 1.0]], rtol=1e-5)
     (whole,) = replace(rule, agreement=None).aggregate(adapter, state, updates).adapter.values()
     np.testing.assert_allclose(whole[0], [[2.0, 2.0]], rtol=1e-5)
+
+
+@pytest.mark.parametrize("num_sites", [2, 3, 10])
+def test_step_is_whole_where_what_is_common_weighs_as_much_as_one_site(num_sites):
+    """Sites along their own axes and, by sqrt(p), a common one: of their mean's squared length p is common, a C-th.
+
+    C p / (1 + (C - 1) p) = 1 / C gives p = 1 / (C^2 - C + 1).
+    """
+    p = 1 / (num_sites**2 - num_sites + 1)
+    own, common = np.eye(num_sites), np.ones((num_sites, 1))
+    adapter, updates = one_layer(*np.hstack([np.sqrt(p) * common, np.sqrt(1 - p) * own])[:, None])
+    rule = FcMoePlus(flatten=0.0, momentum=0.0, step=1.0)
+    state = rule.aggregate(adapter, {}, updates).state
+    mean = np.mean([update.adapter[f"{LAYERS[0]}.experts.up_proj"] for update in updates], axis=0)
+    assert p == pytest.approx((mean**2).sum() / num_sites)
+    lengths = []
+    for in_common in (1.01, 1.0, 0.9):
+        known = {"pair_cosine": in_common * state["pair_cosine"]}
+        (stepped,) = rule.aggregate(adapter, known, updates).adapter.values()
+        lengths.append(np.linalg.norm(stepped))
+    assert lengths[0] == pytest.approx(lengths[1], rel=1e-5)
+    assert lengths[2] < 0.999 * lengths[1]
 
 
 def test_an_expert_of_one_site_is_taken_whole_whatever_was_in_common():
