@@ -1,12 +1,13 @@
-"""A base model for the benchmarks that two cores fine-tune in seconds: OLMoE's architecture on whole words.
+"""Base models for the benchmarks that two cores fine-tune in seconds: OLMoE's architecture on whole words.
 
-    python -m benchmarks.word_base --data ../shared/data        # make it anew: minutes of one core
+    python -m benchmarks.word_base --data ../shared/data        # make them anew: minutes of one core
 
-Two layers of width 64 with eight experts, two a token; 2,000 lower-case words. It is pre-trained on instructions
-(Dolly), on naming the kind of a text in one word (Dolly's categories, MedQuAD's types of question, the language of
-code), and on answering ``word:`` and a text with any word of it, so that every word has been an answer. CLINC's
-training texts are among those, without their labels; of AG News and MMLU it knows words alone. It lies in
-``bases/words``: another type of processor makes other weights, and results of two bases cannot be compared.
+Two layers of width 64; 2,000 lower-case words; eight experts, two a token, or 32 of half the width, one a token, of
+which a site with few texts leaves some unused. They are pre-trained on instructions (Dolly), on naming the kind of a
+text in one word (Dolly's categories, MedQuAD's types of question, the language of code), and on answering ``word:`` and
+a text with any word of it, so that every word has been an answer. CLINC's training texts are among those, without their
+labels; of AG News and MMLU they know words alone. They lie in ``bases``: another type of processor makes other weights,
+and results of two bases cannot be compared.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import argparse
 import hashlib
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,12 @@ from conf.seeds import generator_for
 
 WORD_BASE = Path(__file__).parent / "bases" / "words"
 """Folder of the model in transformers' format."""
+SPARSE_BASE = WORD_BASE.with_name("words_32_experts")
+EXPERTS: dict[Path, dict[str, Any]] = {
+    WORD_BASE: {"num_experts": 8, "num_experts_per_tok": 2, "norm_topk_prob": True, "intermediate_size": 64},
+    SPARSE_BASE: {"num_experts": 32, "num_experts_per_tok": 1, "norm_topk_prob": False, "intermediate_size": 32},
+}
+"""Folder -> what its experts are like."""
 NUM_WORDS = 2000
 LABELS = (
     "car", "bank", "card", "home", "food", "language", "you", "travel", "time", "work",
@@ -51,9 +58,9 @@ WORD = "word:"
 """Begins a prompt that wants a single word."""
 
 
-def word_base_sha256() -> str:
+def word_base_sha256(folder: Path = WORD_BASE) -> str:
     """Of weights and tokenizer."""
-    files = (WORD_BASE / "model.safetensors", WORD_BASE / "tokenizer.json")
+    files = (folder / "model.safetensors", folder / "tokenizer.json")
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
@@ -119,12 +126,13 @@ def pretraining_examples(data: Path, generator: np.random.Generator) -> list[lis
     ]
 
 
-def build(target: Path, data: Path, config: PretrainConfig = PRETRAINING) -> None:
-    """Pre-train the model and write it into ``target``.
+def build(target: Path, data: Path, shape: Mapping[str, Any], config: PretrainConfig = PRETRAINING) -> None:
+    """Pre-train a model and write it into ``target``.
 
     Args:
         target: Folder; made if it is missing.
         data: Folder of the data sets.
+        shape: What its experts are like.
         config: How it is trained.
     """
     torch.set_num_threads(1)
@@ -146,7 +154,7 @@ def build(target: Path, data: Path, config: PretrainConfig = PRETRAINING) -> Non
     sequences = [s for s in encode(chosen, tokenizer, settings) if s.num_targets]
     short = config.steps * config.batch_size - len(sequences)
     sequences += sequences[:short]
-    model = OlmoeForCausalLM(_architecture(tokenizer))
+    model = OlmoeForCausalLM(_architecture(tokenizer, shape))
     # transformers' default on this size and a CPU, grouped_mm, takes ten times as long.
     model.set_experts_implementation("eager")
     train_whole_model(model, sequences, config)
@@ -154,29 +162,31 @@ def build(target: Path, data: Path, config: PretrainConfig = PRETRAINING) -> Non
     tokenizer.save_pretrained(target)
 
 
-def _architecture(tokenizer: PreTrainedTokenizerFast) -> OlmoeConfig:
+def _architecture(tokenizer: PreTrainedTokenizerFast, shape: Mapping[str, Any]) -> OlmoeConfig:
     return OlmoeConfig(
         vocab_size=len(tokenizer),
         hidden_size=64,
-        intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=4,
-        num_experts=8,
-        num_experts_per_tok=2,
-        norm_topk_prob=True,
         max_position_embeddings=256,
         tie_word_embeddings=False,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
+        **shape,
     )
 
 
 def main() -> None:
-    """Make the model anew."""
-    parser = argparse.ArgumentParser(description="The base model of whole words")
+    """Make the models anew."""
+    parser = argparse.ArgumentParser(description="The base models of whole words")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the data sets")
-    build(WORD_BASE, parser.parse_args().data)
+    names = [folder.name for folder in EXPERTS]
+    parser.add_argument("--base", nargs="+", choices=names, default=names, help="which of them")
+    args = parser.parse_args()
+    for name in args.base:
+        folder = WORD_BASE.with_name(name)
+        build(folder, args.data, EXPERTS[folder])
 
 
 if __name__ == "__main__":

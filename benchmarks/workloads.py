@@ -18,7 +18,7 @@ from typing import Any
 import datasets
 import numpy as np
 
-from benchmarks.word_base import WORD, WORD_BASE, table, word_base_sha256
+from benchmarks.word_base import SPARSE_BASE, WORD, WORD_BASE, table, word_base_sha256
 from client.bases import cache_root
 from conf.compose import load_config
 from conf.seeds import generator_for
@@ -35,12 +35,18 @@ ABLATED = (
     *KEY_CONTENDERS, "fc_moe_no_projection", "fc_moe_no_retention", "fc_moe_no_importance", "fc_moe_uniform_rate"
 )  # fmt: skip
 """Who is compared on the data of the paper's ablation."""
+WEIGHTED = ("fedavg_uniform", "fedavg_tokens", "fedmoe")
+"""Who is compared besides where it matters how much a site counts."""
 AGREEMENTS = tuple(f"fc_moe_plus_as_shipped_agreement_{sites:g}" for sites in (0.3, 0.5, 2.0, 3.0))
 """Who is compared besides where sites have much to learn from each other, or next to nothing."""
 
 
-ON_WORDS = (f"model.name={WORD_BASE}", "model.source=hub", "data.template=plain")
-"""Settings of the base model of whole words, and its template."""
+def on_words(base: Path) -> tuple[str, ...]:
+    """Settings of a base model of whole words, and its template."""
+    return f"model.name={base}", "model.source=hub", "data.template=plain"
+
+
+ON_WORDS = on_words(WORD_BASE)
 
 
 @dataclass(frozen=True)
@@ -56,8 +62,10 @@ class Workload:
     """Words of which the model chooses one; empty: judged by its loss."""
     rows: Callable[[Path, int], Rows] | None = None
     """From the folder of data sets and a seed; None: the embedded default, new text with every seed."""
+    base: Path = WORD_BASE
+    """One of the base models of ``word_base``."""
     model: tuple[str, ...] = ()
-    """Settings of the base model and its template; empty: the one of ``word_base``."""
+    """Settings of another base model and its template."""
     contenders: tuple[str, ...] = KEY_CONTENDERS
     """Who is compared; empty: everyone."""
 
@@ -73,7 +81,7 @@ class Workload:
         """What its base model is made of; the embedded default's is the project's own."""
         if self.model:
             return repr(load_config(self.model).model)
-        return "" if self.rows is None else word_base_sha256()
+        return "" if self.rows is None else word_base_sha256(self.base)
 
     def _uses(self, part: Callable[..., Any]) -> bool:
         return self.rows is not None and part.__name__ in self.rows.__code__.co_names
@@ -86,7 +94,7 @@ class Workload:
     def source(self, data: Path, seed: int, split: str) -> list[str]:
         """Those of the ``overrides`` that say where model and data are."""
         return [
-            *(self.model or ON_WORDS), f"data.path={self.file(data, seed)}",
+            *(self.model or on_words(self.base)), f"data.path={self.file(data, seed)}",
             "data.prompt_column=text", "data.context_column=null", "data.response_column=label",
             "data.split_column=split", f"data.held_out_split={split}",
         ]  # fmt: skip
@@ -184,6 +192,33 @@ def _clinc_few(data: Path, seed: int) -> Rows:
     return {**rows, **judged}
 
 
+def _clinc_unequal(data: Path, seed: int) -> Rows:
+    """Those of ``_clinc`` at ten sites, of which the first holds half, give or take a twentieth.
+
+    Each label is split over the sites by a draw from a Dirichlet distribution whose concentrations sum up to 1, as
+    those of ten sites at 0.1, and are as the shares the sites are to hold; every site has forty texts. ``group`` is
+    the site.
+    """
+    rows = _clinc(data, seed)
+    generator = generator_for(seed, "benchmark data", "unequal sites")
+    labels = sorted(CLINC_WORDS.values())
+    total = sum(map(len, rows.values()))
+    while True:
+        share_LS = generator.dirichlet([1 / 2, *[1 / 18] * 9], size=len(labels))
+        share_S = share_LS.mean(axis=0)
+        if abs(share_S[0] - 1 / 2) <= 0.05 and share_S.min() * total >= 40:
+            break
+    found: Rows = {}
+    for split, of_split in rows.items():
+        found[split] = []
+        for label, part_S in zip(labels, share_LS, strict=True):
+            of_label = [row for row in of_split if row["label"] == label]
+            ends = np.rint(np.cumsum(part_S) * len(of_label)).astype(int)
+            for site, part in enumerate(np.split(np.arange(len(of_label)), ends[:-1])):
+                found[split] += [{**of_label[index], "group": f"site-{site:02}"} for index in part]
+    return found
+
+
 BANKING_WORDS = {
     "top_up": "top",
     "topping_up": "top",
@@ -269,6 +304,7 @@ def _dirichlet(alpha: float, num_sites: int = 10) -> tuple[str, ...]:
 
 
 _TRAINING = ("lora.rank=16", "lora.alpha=32", "train.batch_size=16", "train.num_threads=1")
+_BY_GROUP = ("partition=natural", "partition.column=group")
 _ANSWERS = ("eval.num_answers=16", "eval.max_new_tokens=48")
 _SMOLLM2 = (
     "model=smollm2_moe", "model.upcycle.differentiate=steps", "data.template=alpaca", "train.micro_batch=auto",
@@ -314,6 +350,21 @@ WORKLOADS: dict[str, Workload] = {
             settings=(*_CLINC.settings, "federation.fraction=0.5"),
             contenders=KEY_CONTENDERS,
         ),
+        replace(
+            _CLINC,
+            name="clinc_unequal",
+            title="CLINC150 domains, 10 sites of which one holds half of 1,000 examples, 15 rounds",
+            settings=(*_TRAINING, *_BY_GROUP, "data.max_length=40"),
+            rows=_clinc_unequal,
+            contenders=(*KEY_CONTENDERS, *WEIGHTED),
+        ),
+        replace(
+            _CLINC,
+            name="clinc_32_experts",
+            title=f"{_CLINC.title}, 32 experts, one a token",
+            base=SPARSE_BASE,
+            contenders=(*KEY_CONTENDERS, *WEIGHTED),
+        ),
         Workload(
             "banking",
             "BANKING77 by topic, 10 sites, Dirichlet 0.1, 1,000 examples, 15 rounds",
@@ -339,7 +390,7 @@ WORKLOADS: dict[str, Workload] = {
             "dolly",
             "Dolly by category, 8 sites, 1,200 examples, 15 rounds",
             15,
-            (*_TRAINING, "partition=natural", "partition.column=group", "data.max_length=96", *_ANSWERS),
+            (*_TRAINING, *_BY_GROUP, "data.max_length=96", *_ANSWERS),
             rows=_dolly,
             contenders=(*KEY_CONTENDERS, *AGREEMENTS),
         ),
@@ -347,7 +398,7 @@ WORKLOADS: dict[str, Workload] = {
             "dolly_published",
             "Dolly as FedIT divides it, 10 sites, 1,200 examples, 15 rounds",
             15,
-            (*_TRAINING, "partition=natural", "partition.column=group", "data.max_length=96", *_ANSWERS),
+            (*_TRAINING, *_BY_GROUP, "data.max_length=96", *_ANSWERS),
             rows=_dolly_published,
         ),
         Workload(
@@ -380,7 +431,7 @@ WORKLOADS: dict[str, Workload] = {
             "dolly_smollm2",
             "Dolly as FedIT divides it, SmolLM2-135M as experts, 10 sites, 1,200 examples, 10 rounds",
             10,
-            ("train.batch_size=16", "partition=natural", "partition.column=group", "data.max_length=384", *_ANSWERS),
+            ("train.batch_size=16", *_BY_GROUP, "data.max_length=384", *_ANSWERS),
             rows=_dolly_published,
             model=_SMOLLM2,
         ),

@@ -1,9 +1,10 @@
-"""The base model of whole words that is shipped: its tokenizer, and that it knows what the benchmarks rest on."""
+"""The base models of whole words that are shipped: their tokenizers, and that they know what the benchmarks rest on."""
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.word_base import LABELS, WORD, WORD_BASE, most_frequent, word_tokenizer
+from benchmarks.word_base import EXPERTS, LABELS, WORD, most_frequent, word_tokenizer
 from benchmarks.workloads import WORKLOADS
 
 
@@ -19,17 +20,20 @@ def test_every_source_of_words_counts_alike():
     assert most_frequent([long, short], ["z"], 3) == ["z", "a", "b"]
 
 
-def test_every_label_that_is_scored_is_a_word_of_the_base():
-    tokenizer = AutoTokenizer.from_pretrained(WORD_BASE)
+@pytest.mark.parametrize("base", EXPERTS, ids=lambda base: base.name)
+def test_every_label_that_is_scored_is_a_word_of_the_base(base):
+    tokenizer = AutoTokenizer.from_pretrained(base)
     scored = {label for workload in WORKLOADS.values() if not workload.model for label in workload.labels}
     assert scored >= set(LABELS)
     assert all(tokenizer.tokenize(label) == [label] for label in scored)
 
 
-def test_base_answers_as_it_was_taught():
+@pytest.mark.parametrize(("base", "shape"), EXPERTS.items(), ids=[base.name for base in EXPERTS])
+def test_base_is_as_it_is_said_to_be_made_and_answers_as_it_was_taught(base, shape):
     """With a word of the text where one is asked for, with a category where the kind is."""
-    tokenizer = AutoTokenizer.from_pretrained(WORD_BASE)
-    model = AutoModelForCausalLM.from_pretrained(WORD_BASE, dtype="float32")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype="float32")
+    assert {key: getattr(model.config, key) for key in shape} == shape
 
     def likeliest(prompt):
         with torch.no_grad():
