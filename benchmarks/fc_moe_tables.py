@@ -59,10 +59,10 @@ def comparison(
         printed: Contender -> accuracy that a paper prints, for a column of its own; those not compared here get a line.
     """
     by_accuracy = _by_accuracy(tested)
-    answered = any(row.get("rouge_l") for row in _done(tested))
+    answered = any(row.get("rouge_l") is not None for row in _done(tested))
     columns = [
         "method", _measure(tested), "minus FedAvg", "FC-MoE plus as shipped, minus it", "last round",
-        *(["ROUGE-L"] if answered else ["loss, minus FedAvg's"]), _ROUNDS, "MB", "expert growth", "tuned",
+        "ROUGE-L, minus FedAvg's" if answered else "loss, minus FedAvg's", _ROUNDS, "MB", "expert growth", "tuned",
     ]  # fmt: skip
     blank = [""] * (len(columns) - 2)
     lines = {}
@@ -273,14 +273,13 @@ def _cells(result: Outcome, baseline: Mapping[int, Row], ours: Mapping[int, Row]
     digits = _digits(by_accuracy)
     values = results(rows, by_accuracy)
     is_baseline = result.rows is baseline
+    compared_to = {} if is_baseline else baseline
     return [
         _summary(values, digits, failed=len(result.rows) - len(rows)),
         _difference(values, results(baseline, by_accuracy), digits) if not is_baseline else "",
         _difference(results(ours, by_accuracy), values, digits) if result.rows is not ours else "",
         _mean_of([scale * row[curve][-1] for row in rows.values()], digits),
-        _rouge(rows)
-        if any(row.get("rouge_l") for row in rows.values())
-        else _loss(rows, {} if is_baseline else baseline),
+        _rouge(rows, compared_to) if _rouge_by_seed(rows) else _loss(rows, compared_to),
         _rounds(*rounds_needed(rows, baseline, by_accuracy), with_ratio=not is_baseline),
         _mean_of([row["bytes"] / 1e6 for row in rows.values()], 1),
         _mean_of([growth(row) for row in rows.values()], 2, before="x "),
@@ -294,8 +293,14 @@ def _loss(rows: Mapping[int, Row], baseline: Mapping[int, Row]) -> str:
     return ", ".join(filter(None, [f"{np.mean(list(own.values())):.3f}", paired]))
 
 
-def _rouge(rows: Mapping[int, Row]) -> str:
-    return with_interval([row["rouge_l"] for row in rows.values()], 3)
+def _rouge(rows: Mapping[int, Row], baseline: Mapping[int, Row]) -> str:
+    """Mean with its interval, and what it is beside the baseline's, paired by seed."""
+    own = _rouge_by_seed(rows)
+    return ", ".join(filter(None, [_mean(own, 3), _difference(own, _rouge_by_seed(baseline), 3)]))
+
+
+def _rouge_by_seed(rows: Mapping[int, Row]) -> BySeed:
+    return {seed: row["rouge_l"] for seed, row in good(rows).items() if row.get("rouge_l") is not None}
 
 
 def _rounds(needed: Mapping[int, int | None], ratio: BySeed, *, with_ratio: bool) -> str:

@@ -195,10 +195,12 @@ def test_what_averaging_did_is_shown_of_runs_that_measured_it():
 
 def test_workloads_judged_by_loss_show_rouge_l_instead_of_the_loss_again():
     rows = {seed: row(seed, 0.5) | {"accuracy": None, "rouge_l": 0.1 * seed} for seed in (1, 3)}
-    tested = {"fedavg": Outcome((), rows)}
-    table = comparison("title", tested, [1, 3])
-    assert "ROUGE-L" in table
-    assert cells_of(table, "FedAvg")[5].startswith("0.200 ±")
+    others = {seed: row(seed, 0.5) | {"accuracy": None, "rouge_l": 0.1 * seed + 0.05} for seed in (1, 3)}
+    table = comparison("title", {"fedavg": Outcome((), rows), "fedprox": Outcome((), others)}, [1, 3])
+    assert "ROUGE-L, minus FedAvg's" in table
+    assert cells_of(table, "FedAvg |")[5].startswith("0.200 ± 1.271")
+    assert "," not in cells_of(table, "FedAvg |")[5]
+    assert cells_of(table, "FedProx |")[5] == "0.250 ± 1.271, +0.050 ± 0.000"
 
 
 @pytest.fixture
