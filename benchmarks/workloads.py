@@ -38,7 +38,7 @@ ABLATED = (
 WEIGHTED = ("fedavg_uniform", "fedavg_tokens", "fedmoe")
 """Who is compared besides where it matters how much a site counts."""
 AGREEMENTS = tuple(f"fc_moe_plus_as_shipped_agreement_{sites:g}" for sites in (0.3, 0.5, 2.0, 3.0))
-"""Who is compared besides where sites have much to learn from each other, or next to nothing."""
+"""FC-MoE plus with another agreement, where sites have much to learn from each other."""
 
 
 def on_words(base: Path) -> tuple[str, ...]:
@@ -372,7 +372,7 @@ WORKLOADS: dict[str, Workload] = {
             (*_TRAINING, *_dirichlet(0.1), "data.max_length=40"),
             tuple(dict.fromkeys(BANKING_WORDS.values())),
             _banking,
-            contenders=(*ABLATED, *AGREEMENTS),
+            contenders=(*ABLATED, *AGREEMENTS, "fedprox", "fedadam", "scaffold", "fedmoe"),
         ),
         _ag_news_workload("ag_news", 0.1, (*ABLATED, "fedmoe", "pfl_moe")),
         _ag_news_workload("ag_news_0.5", 0.5),
@@ -392,7 +392,6 @@ WORKLOADS: dict[str, Workload] = {
             15,
             (*_TRAINING, *_BY_GROUP, "data.max_length=96", *_ANSWERS),
             rows=_dolly,
-            contenders=(*KEY_CONTENDERS, *AGREEMENTS),
         ),
         Workload(
             "dolly_published",
@@ -406,7 +405,6 @@ WORKLOADS: dict[str, Workload] = {
             "the embedded default, 4 sites, 1,200 examples, 10 rounds",
             10,
             _TRAINING,
-            contenders=(*KEY_CONTENDERS, *AGREEMENTS),
         ),
         Workload(
             "clinc_smollm2",
