@@ -103,8 +103,15 @@ def test_a_damaged_model_is_named_where_it_is_upcycled(tmp_path: Path) -> None:
         materialise(ModelConfig(name=dense.name, source=ModelSource.hub, upcycle=UpcycleConfig(num_experts=2)))
 
 
-@pytest.mark.parametrize(("name", "content"), [("model.safetensors", b"half"), ("config.json", b"{"),
-                                               ("tokenizer.json", b"{}")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("model.safetensors", b"half"),
+        ("config.json", b"{"),
+        ("tokenizer.json", b"{}"),
+        ("tokenizer_config.json", b"[1]"),
+    ],
+)
 def test_a_damaged_model_is_named_where_it_is_loaded(tmp_path: Path, name: str, content: bytes) -> None:
     model = save_tiny_base(tmp_path / "base", "olmoe")
     (Path(model.name) / name).write_bytes(content)
