@@ -356,7 +356,7 @@ WORKLOADS: dict[str, Workload] = {
             title="CLINC150 domains, 10 sites of which one holds half of 1,000 examples, 15 rounds",
             settings=(*_TRAINING, *_BY_GROUP, "data.max_length=40"),
             rows=_clinc_unequal,
-            contenders=(*KEY_CONTENDERS, *WEIGHTED),
+            contenders=(*KEY_CONTENDERS, *WEIGHTED, "fc_moe_plus_mean"),
         ),
         replace(
             _CLINC,
