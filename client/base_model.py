@@ -9,11 +9,12 @@ from functools import cache
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from client.bases import BaseIdentity, materialise, without_progress_bars
 from client.folders import reading
 from client.quantization import quantize_int8
+from client.text import read_tokenizer
 from conf.model import ModelConfig, Quantization
 
 
@@ -55,7 +56,7 @@ def load_base(model: ModelConfig, device: torch.device) -> BaseModel:
         dtype: torch.dtype = getattr(torch, model.dtype.value)
         with without_progress_bars(), reading(identity.folder):
             network: Any = AutoModelForCausalLM.from_pretrained(identity.folder, dtype=dtype)
-            tokenizer = AutoTokenizer.from_pretrained(identity.folder)
+            tokenizer = read_tokenizer(identity.folder)
         network.to(device).eval().requires_grad_(requires_grad=False)
         if model.quantization is Quantization.int8:
             quantize_int8(network)

@@ -53,6 +53,5 @@ def reading(what: Path | str) -> Iterator[None]:
     """What a library raises over a damaged model or adapter becomes a ``ValueError`` that names ``what`` is read."""
     try:
         yield
-    except (OSError, json.JSONDecodeError, KeyError, AttributeError, TypeError, SafetensorError) as error:
-        # An attribute or type error comes of JSON that holds a list where an object belongs.
+    except (OSError, json.JSONDecodeError, KeyError, SafetensorError) as error:
         raise ValueError(f"{what} cannot be read: {type(error).__name__}: {error}") from error

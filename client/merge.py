@@ -6,10 +6,11 @@ from pathlib import Path
 
 import torch
 from peft import PeftConfig, PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from client.bases import without_progress_bars
 from client.folders import new_folder, reading
+from client.text import read_tokenizer
 
 
 def merge_adapter(adapter: Path, folder: Path) -> None:
@@ -25,7 +26,7 @@ def merge_adapter(adapter: Path, folder: Path) -> None:
             path = PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
         with reading(f"base model {path} of {adapter}"):
             base = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-            tokenizer = AutoTokenizer.from_pretrained(path)
+            tokenizer = read_tokenizer(path)
         with reading(adapter):
             merged = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
         merged.save_pretrained(written)

@@ -8,11 +8,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import cast
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from client.templates import Example, alpaca_prompt, chat_message, plain_prompt
 from conf.schema import DataConfig, Template, Truncation
@@ -152,6 +153,19 @@ def check_packing(model: PreTrainedModel) -> None:
             f"data.packing=true: {type(model).__name__} attends across the examples of a pack, since it does not "
             "look at position_ids when it masks; set data.packing=false"
         )
+
+
+def read_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model.
+
+    Raises:
+        ValueError: If one of its files is JSON of another shape than it should be, as a list where an object belongs.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+    except (AttributeError, TypeError) as error:
+        raise ValueError(f"{folder} cannot be read: its tokenizer: {error}") from error
+    return tokenizer
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

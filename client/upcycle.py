@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from client.adapter_layout import moe_layers
 from client.differentiate import describe_experts, differentiate, general_text
+from client.text import read_tokenizer
 from conf.model import Differentiation, UpcycleConfig
 
 logger = logging.getLogger(__name__)
@@ -56,7 +57,7 @@ def upcycle_folder(dense_folder: Path, config: UpcycleConfig, target: Path) -> N
         ValueError: If the family cannot be upcycled, or ``model.upcycle.text`` is too short.
     """
     dense = AutoModelForCausalLM.from_pretrained(dense_folder, dtype="auto")
-    tokenizer = AutoTokenizer.from_pretrained(dense_folder)
+    tokenizer = read_tokenizer(dense_folder)
     text = general_text(tokenizer, config)
     model = upcycle(dense, config)
     with torch.no_grad():

@@ -47,9 +47,7 @@ def test_what_is_there_is_never_overwritten(tmp_path: Path) -> None:
         make_folder(tmp_path / "file", "output=")
 
 
-@pytest.mark.parametrize(
-    "error", [OSError("x"), SafetensorError("x"), KeyError("x"), AttributeError("x"), TypeError("x")]
-)
+@pytest.mark.parametrize("error", [OSError("x"), SafetensorError("x"), KeyError("x")])
 def test_what_a_library_cannot_read_is_named(tmp_path: Path, error: Exception) -> None:
     with (
         pytest.raises(ValueError, match=rf"^{tmp_path} cannot be read: {type(error).__name__}: '?x"),

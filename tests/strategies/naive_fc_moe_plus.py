@@ -60,8 +60,8 @@ def naive_whole(strategy, pairs, num_sites, num_users):
         return 0.5
     mean_squared = (1 + (num_users - 1) * pairs) / num_users  # of a mean of unit vectors
     share = max(pairs, 0) / mean_squared
-    needed = strategy.agreement / num_sites
-    return 1 if share >= min(needed, 1) else max(0.25, share / min(needed, 1))
+    needed = min(1, strategy.agreement / num_sites)
+    return min(1, max(0.25, share / needed))
 
 
 def naive_next(strategy, adapter, previous, updates, pairs, layer, expert):
