@@ -177,7 +177,10 @@ def swept_keys(overrides: Sequence[str]) -> list[str]:
 
 def to_yaml(config: Config) -> str:
     """Every setting, resolved; group choices carry their name as a comment-free ``name`` key."""
-    return str(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True))
+    values = to_dict(config)
+    text = str(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+    # PyYAML writes this line break as it is, and reads it back as another.
+    return str(yaml.safe_dump(values, sort_keys=False)) if "\x85" in text else text
 
 
 def to_dict(config: Config) -> dict[str, Any]:

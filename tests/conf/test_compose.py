@@ -317,6 +317,7 @@ def test_written_settings_read_back_as_the_same_run(words):
 
 @settings(max_examples=10, deadline=None)
 @example(["a\\", "it\\'s", "${seed}", "\\${seed}\\", "${", "1e3", "a,b"])
+@example(["0", "\x85"])
 @given(st.lists(st.text(st.sampled_from("\\'\"${}a,: \n") | st.characters(codec="utf-8"), min_size=1), min_size=2))
 def test_any_text_survives_an_override_and_a_run_folder(texts):
     options = ",".join(quoted(text) for text in texts)
