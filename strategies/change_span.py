@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from strategies.low_rank import Factors
-from strategies.quotient import divided
+from strategies.quotient import CANCELLED, divided
 
 _NOTHING = 1e-5
 """Eigenvalues below it, of inner products of unit vectors in float32, are rounding. Vectors that nearly depend on each
@@ -35,12 +35,15 @@ class Side:
     def coordinates(self, weights_CE: NDArray[np.float64]) -> Coordinates:
         """In an orthonormal basis of the received vectors and the weighted sum of their changes.
 
-        Where these depend on each other, as many basis vectors are 0 as are too many.
+        Where these depend on each other, as many basis vectors are 0 as are too many. A sum in which the changes cancel
+        has no direction.
         """
         sums_EVM = _received_and_summed(weights_CE, rank=self.gram.shape[-1] // (1 + len(weights_CE)))
         products_EVM = self.gram @ sums_EVM
         gram_EMM = np.asarray(np.swapaxes(sums_EVM, -1, -2) @ products_EVM, np.float64)
-        length_EM = np.sqrt(np.maximum(np.diagonal(gram_EMM, axis1=-2, axis2=-1), 0.0))
+        squared_EM = np.diagonal(gram_EMM, axis1=-2, axis2=-1)
+        uncancelled_EM = np.einsum("evm,ev->em", sums_EVM**2, np.diagonal(self.gram, axis1=-2, axis2=-1))
+        length_EM = np.sqrt(np.where(squared_EM > CANCELLED * uncancelled_EM, squared_EM, 0.0))
         inverse_EM = divided(1.0, length_EM, 0.0)
         squares_EM, turned_EMM = np.linalg.eigh(gram_EMM * inverse_EM[:, :, None] * inverse_EM[:, None, :])
         is_something = squares_EM > _NOTHING

@@ -30,9 +30,9 @@ _LORA = (".lora_A", ".lora_B")
 _PREVIOUS = "previous/"
 _PAIR_COSINE = "pair_cosine"
 _LEAST = 0.25
-"""Of step and momentum, where sites have nothing in common: the shortest step that was tried (LOG.md)."""
+"""Of step, momentum and flattening, where sites have nothing in common (LOG.md)."""
 _UNKNOWN = 0.5
-"""Of the step, before anything is known of that: as shipped a step of 1, which is as long as the mean direction."""
+"""Of step and flattening, before anything is known of that: as shipped a step as long as the mean direction."""
 _EPSILON = float(np.finfo(np.float32).eps)
 _TRACE = 1e-6
 """Of a product's length: above the rounding of float32, below what is learnt."""
@@ -52,14 +52,15 @@ class FcMoePlus(Strategy):
     3. singular values of each matrix of that raised to 1 - ``flatten`` at the same Frobenius norm: ``flatten``.
 
     Updates may be as nearly orthogonal where sites learn by heart what is theirs alone, and there a long step is worse
-    than a short one. What tells them apart is whether anything is left in common: ``step`` and ``momentum`` are whole
-    where what sites have in common weighs as much in their mean direction as one of them does, a C-th of its squared
-    length (``common_share``; of ten sites a mean cosine of 0.011 does), and below that in proportion. What counts is
-    the last round's mean over experts, attention among them if it steps, of the mean cosine of two sites' updates; of a
-    single expert or layer it is mostly noise. In the first round nothing is known, and the step is half.
+    than a short one, and a flat one than the mean. What tells them apart is whether anything is left in common:
+    ``step``, ``momentum`` and ``flatten`` are whole where what sites have in common weighs as much in their mean
+    direction as one of them does, a C-th of its squared length (``common_share``; of ten sites a mean cosine of 0.011
+    does), and below that in proportion. What counts is the last round's mean over experts, attention among them if it
+    steps, of the mean cosine of two sites' updates; of a single expert or layer it is mostly noise. In the first round
+    nothing is known, and half of the step and of the flattening is taken.
 
-    An expert that no site used keeps its value; one that a single site used takes that site's whole update, with
-    momentum and flattened as any other.
+    An expert that no site used keeps its value; one that a single site used takes that site's whole update, with whole
+    momentum and flattening.
 
     Whole experts step as they are. LoRA experts step in their products B A, which are never formed. The sum over sites
     and the last change has the rank of all adapters together: what counts of it is what the received factors and their
@@ -82,8 +83,8 @@ class FcMoePlus(Strategy):
     momentum: float = 0.5
     """Share of an expert's last change that is taken again, in [0, 1); 0 remembers nothing."""
     agreement: float | None = 1.0
-    """``step`` and ``momentum`` are taken whole where ``common_share`` is at least that of so many of the round's
-    sites, below it in proportion, and never less than a quarter. > 0; null: always whole."""
+    """``step``, ``momentum`` and ``flatten`` are taken whole where ``common_share`` is at least that of so many of the
+    round's sites, below it in proportion, and never less than a quarter. > 0; null: always whole."""
     space: Space = Space.product
     """What a LoRA expert's update is; ``factors`` are not flattened, since their spectra are not the product's."""
     attention: Attention = Attention.averaged
@@ -148,21 +149,25 @@ class FcMoePlus(Strategy):
 
     def _say(
         self, pair_cosine: float | None, layer: ExpertRange, gram_ECC: NDArray[np.float64]
-    ) -> tuple[EqualSay, NDArray[np.float64]]:
-        """Also (C, E) factor of each change in the step, that of the last one, turned back, being a further row."""
+    ) -> tuple[EqualSay, NDArray[np.float64], NDArray[np.float64]]:
+        """Also (C, E) factor of each change in the step, that of the last one, turned back, being a further row.
+
+        And (E,) how much of step, momentum and flattening is taken.
+        """
         examples_CE = np.where(layer.tokens_CE > 0, layer.examples_C[:, None], 0.0)
         sites = slice(len(examples_CE))
         gram_ECC = gram_ECC[:, sites, sites]
         taken_E = self._taken(pair_cosine, len(examples_CE), has_say(gram_ECC, examples_CE).sum(axis=-1))
         say = equal_say(gram_ECC, examples_CE, ridge=self.ridge, step=self.step * taken_E)
         if not layer.previous:
-            return say, say.coefficients
-        return say, np.vstack([say.coefficients, -self.momentum * taken_E * (say.weight.sum(axis=0) > 0)])
+            return say, say.coefficients, taken_E
+        back_E = -self.momentum * taken_E * (say.weight.sum(axis=0) > 0)
+        return say, np.vstack([say.coefficients, back_E]), taken_E
 
     def _taken(
         self, pair_cosine: float | None, num_sites: int, num_sites_E: NDArray[np.integer]
     ) -> NDArray[np.float64]:
-        """(E,) how much of step and momentum is taken: of the round's sites ``num_sites_E`` have a say in an expert."""
+        """(E,) how much of each knob is taken: of the round's sites ``num_sites_E`` have a say in an expert."""
         if self.agreement is None:
             return np.ones(len(num_sites_E))
         if pair_cosine is None:
@@ -173,11 +178,12 @@ class FcMoePlus(Strategy):
     def _step_arrays(self, pair_cosine: float | None, layer: ExpertRange, flatten: float) -> tuple[Arrays, Findings]:
         """The next arrays (E, ...), each expert's as one vector; matrices (E, O, I) are flattened."""
         ((names, block),) = split(layer.received, _ends(layer), Granularity.expert).items()
-        say, factor_CE = self._say(pair_cosine, layer, block.gram()[:, 0])
+        say, factor_CE, taken_E = self._say(pair_cosine, layer, block.gram()[:, 0])
         step_EGD = block.weighted(factor_CE[..., None])
         steps: Arrays = join(names, step_EGD, layer.received, Granularity.expert)
         if flatten:
-            steps = {name: _flattened_whole(step, layer.received[name], flatten) for name, step in steps.items()}
+            amount_E = flatten * taken_E
+            steps = {name: _flattened_whole(step, layer.received[name], amount_E) for name, step in steps.items()}
         return {name: layer.received[name] + step for name, step in steps.items()}, _findings(say)
 
     def _step_products(self, pair_cosine: float | None, layer: ExpertRange) -> tuple[Arrays, Findings]:
@@ -193,13 +199,13 @@ class FcMoePlus(Strategy):
             for prefix in low_rank.lora_prefixes(layer.received)
         }
         grams = [change.gram() for change in changes.values()]
-        say, factor_CE = self._say(pair_cosine, layer, np.sum(grams, axis=0))
+        say, factor_CE, taken_E = self._say(pair_cosine, layer, np.sum(grams, axis=0))
         used_E = say.weight.sum(axis=0) > 0
         stepped: dict[str, NDArray[np.floating]] = {}
         lost = []
         for (prefix, change), gram_ECC in zip(changes.items(), grams, strict=True):
             squared_E = np.einsum("ce,ecd,de->e", factor_CE, gram_ECC, factor_CE)
-            new, lost_E = _stepped_product(change.weighted_sum(factor_CE), squared_E, self.flatten)
+            new, lost_E = _stepped_product(change.weighted_sum(factor_CE), squared_E, self.flatten * taken_E)
             for end, factor in zip(_LORA, new, strict=True):
                 stepped[prefix + end] = np.where(used_E[:, None, None], factor, layer.received[prefix + end])
             lost.append(lost_E)
@@ -212,29 +218,29 @@ def _ends(layer: ExpertRange) -> list[Arrays]:
 
 
 def _flattened_whole(
-    step: NDArray[np.floating], received: NDArray[np.floating], flatten: float
+    step: NDArray[np.floating], received: NDArray[np.floating], amount_E: NDArray[np.float64]
 ) -> NDArray[np.floating]:
     """The step of a whole array (E, ...): matrices (E, O, I) flattened, all else as it is."""
     if step.ndim != 3:
         return step
     rounding_E = _EPSILON * math.sqrt(max(step.shape[1:])) * abs(received).max(axis=(1, 2))
-    return flattened(step, flatten, rounding=rounding_E)
+    return flattened(step, amount_E, rounding=rounding_E)
 
 
 def _stepped_product(
-    total: WeightedSum, squared_E: NDArray[np.float64], flatten: float
+    total: WeightedSum, squared_E: NDArray[np.float64], amount_E: NDArray[np.float64]
 ) -> tuple[Factors, NDArray[np.float64]]:
     """B A plus the flattened change, at the rank of A, and (E,) the share of its squared norm that was lost.
 
     Args:
         total: The change, in the span of what it has in common with the received factors.
         squared_E: Squared norm of the change without that restriction.
-        flatten: See ``FcMoePlus``.
+        amount_E: How much of it is flattened.
     """
     rank = total.received_A.shape[-2]
     lengths_E = (np.sqrt((factor**2).sum(axis=(-2, -1))) for factor in (total.received_A, total.received_B))
     rounding_E = _EPSILON * math.prod(lengths_E)
-    stepped = total.received_B @ total.received_A + flattened(total.change, flatten, rank, rounding_E)
+    stepped = total.received_B @ total.received_A + flattened(total.change, amount_E, rank, rounding_E)
     # Directions in which nothing was learnt keep to the received A: it leaves a trace, too small to count. Where there
     # is nothing else, it is all there is: with A and B zero an expert could never learn again.
     length_E = np.sqrt((stepped**2).sum(axis=(-2, -1)))

@@ -21,8 +21,18 @@ def parts_of(arrays, layer, expert, strategy):
 
 
 def projector(columns):
-    """On the span of the columns."""
-    return columns @ np.linalg.pinv(columns, rcond=1e-6)
+    """On the span of the columns, without directions that have less than 1e-5 of the squared lengths, made equal."""
+    lengths = np.linalg.norm(columns, axis=0)
+    left, sizes, _ = np.linalg.svd(columns / np.where(lengths > 0, lengths, 1.0), full_matrices=False)
+    kept = left[:, sizes**2 > 1e-5]
+    return kept @ kept.T
+
+
+def naive_sum(coefficients, changes):
+    """The weighted sum of changes of a factor, (R, N); of rows that cancel nothing is left that float32 would know."""
+    weighted = [c * change for c, change in zip(coefficients, changes, strict=True)]
+    total, uncancelled = sum(weighted), sum((part**2).sum(axis=1) for part in weighted)
+    return np.where(((total**2).sum(axis=1) > 1e-6 * uncancelled)[:, None], total, 0.0)
 
 
 def naive_product(adapter, ends, coefficients, flatten, prefix, expert):
@@ -30,9 +40,9 @@ def naive_product(adapter, ends, coefficients, flatten, prefix, expert):
     A, B = (adapter[f"{prefix}.lora_{side}"][expert].astype(float) for side in "AB")
     trained = [[end[f"{prefix}.lora_{side}"][expert].astype(float) for side in "AB"] for end in ends]
     change = sum(c * (Bi @ Ai - B @ A) for c, (Ai, Bi) in zip(coefficients, trained, strict=True))
-    change_A = sum(c * (Ai - A) for c, (Ai, _) in zip(coefficients, trained, strict=True))
-    change_B = sum(c * (Bi - B) for c, (_, Bi) in zip(coefficients, trained, strict=True))
-    within = projector(np.hstack([B, change_B])) @ change @ projector(np.vstack([A, change_A]).T)
+    change_A = naive_sum(coefficients, [Ai - A for Ai, _ in trained])
+    change_B = naive_sum(coefficients, [(Bi - B).T for _, Bi in trained])
+    within = projector(np.vstack([B.T, change_B]).T) @ change @ projector(np.vstack([A, change_A]).T)
     step = dense_flattened(within, flatten, len(A))
     left, sizes, right = np.linalg.svd(B @ A + step)
     kept = (left[:, : len(A)] * sizes[: len(A)]) @ right[: len(A)]
@@ -53,7 +63,7 @@ def naive_pair_cosine(strategy, adapter, updates):
 
 
 def naive_whole(strategy, pairs, num_sites, num_users):
-    """How much of step and momentum is taken, of an expert that so many of the round's sites used."""
+    """How much of step, momentum and flattening is taken, of an expert that so many of the round's sites used."""
     if strategy.agreement is None or num_users < 2:
         return 1.0
     if pairs is None:
@@ -78,16 +88,17 @@ def naive_next(strategy, adapter, previous, updates, pairs, layer, expert):
     whole = naive_whole(strategy, pairs, len(updates), np.count_nonzero(examples))
     coefficients = naive_coefficients(vectors, examples, strategy.ridge, whole * strategy.step)
     coefficients = [*coefficients, -whole * strategy.momentum]  # the change back to the previous adapter
+    flatten = whole * strategy.flatten
     is_lora = f"{layer}.experts.down_proj" not in adapter
     if is_lora and strategy.space is Space.product:
         prefixes = [f"{layer}.experts.{p}" for p in ("down_proj", "gate_up_proj")]
-        found = [naive_product(adapter, ends, coefficients, strategy.flatten, prefix, expert) for prefix in prefixes]
+        found = [naive_product(adapter, ends, coefficients, flatten, prefix, expert) for prefix in prefixes]
         return [product for product, _ in found], max(lost for _, lost in found)
     after = []
     for p, old in enumerate(before):
         step = sum(c * parts[p] for c, parts in zip(coefficients, changes, strict=True))
         is_flattened = old.ndim == 2 and not is_lora
-        after.append(old + (dense_flattened(step, strategy.flatten, min(old.shape)) if is_flattened else step))
+        after.append(old + (dense_flattened(step, flatten, min(old.shape)) if is_flattened else step))
     return after, None
 
 

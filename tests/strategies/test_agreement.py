@@ -45,6 +45,20 @@ def test_step_is_taken_as_far_as_the_sites_had_something_in_common(cosine, taken
     np.testing.assert_allclose(whole[0], [[2.0, 2.0]], rtol=1e-5)
 
 
+@pytest.mark.parametrize(("cosine", "taken"), [(1.0, 1.0), (1 / 15, 0.5), (0.0, 0.25), (None, 0.5)])
+def test_spectrum_is_flattened_as_far_as_the_sites_had_something_in_common(cosine, taken):
+    """Two sites send the same diagonal update, 8 and 1 long: of the ratio 8 remains 8^(1 - taken). None: at first."""
+    adapter, updates = one_layer(*2 * [np.diag([8.0, 1.0])])
+    rule = FcMoePlus(momentum=0.0, agreement=0.5)
+    state = {} if cosine is None else {"pair_cosine": np.array([cosine])}
+    (stepped,) = rule.aggregate(adapter, state, updates).adapter.values()
+    assert stepped[0, 0, 0] / stepped[0, 1, 1] == pytest.approx(8 ** (1 - taken), rel=1e-5)
+    (half,) = replace(rule, flatten=0.5).aggregate(adapter, state, updates).adapter.values()
+    assert half[0, 0, 0] / half[0, 1, 1] == pytest.approx(8 ** (1 - taken / 2), rel=1e-5)
+    (always,) = replace(rule, agreement=None).aggregate(adapter, state, updates).adapter.values()
+    assert always[0, 0, 0] == pytest.approx(always[0, 1, 1], rel=1e-5)
+
+
 @pytest.mark.parametrize("num_sites", [2, 3, 10])
 def test_step_is_whole_where_what_is_common_weighs_as_much_as_one_site(num_sites):
     """Sites along their own axes and, by sqrt(p), a common one: of their mean's squared length p is common, a C-th.

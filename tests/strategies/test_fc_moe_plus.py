@@ -57,7 +57,7 @@ CASES = [
 
 @pytest.mark.parametrize(("shapes", "strategy"), CASES)
 def test_rule_is_the_dense_one(shapes, strategy):
-    """After a round in which sites had a little in common, so that step and momentum are neither whole nor least."""
+    """After a round in which sites had a little in common, so that each knob is neither whole nor least."""
     adapter, updates = random_round(11, shapes)
     last = strategy.aggregate(random_round(12, shapes)[0], {}, updates)
     adapter = {name: array + 0.3 * last.adapter[name] for name, array in adapter.items()}
@@ -77,7 +77,7 @@ def test_rounds_of_other_sites_each_time_are_the_dense_ones(shapes, strategy):
     adapter = previous = random_round(20, shapes)[0]
     state, pairs = strategy.init_state(adapter), None
     for number, asked in enumerate([(0, 1), (2, 3, 4), (1, 3), (1,)]):
-        begun, trained = random_round(30 + number, shapes, num_sites=5)
+        begun, trained = random_round(100 + number, shapes, num_sites=5)
         updates = [
             replace(
                 trained[site],
@@ -212,10 +212,14 @@ def test_another_basis_of_the_factors_gives_the_same_products():
                 np.testing.assert_allclose(left, right, atol=1e-3)
 
 
+ALL_IN_COMMON = {"pair_cosine": np.ones(1)}
+"""State after a round in which the sites agreed: each knob is taken whole."""
+
+
 def test_whole_experts_step_has_a_flat_spectrum():
     adapter, updates = random_round(8, FULL)
-    result = FcMoePlus().aggregate(adapter, {}, updates)
-    plain = FcMoePlus(flatten=0.0).aggregate(adapter, {}, updates)
+    result = FcMoePlus().aggregate(adapter, ALL_IN_COMMON, updates)
+    plain = FcMoePlus(flatten=0.0).aggregate(adapter, ALL_IN_COMMON, updates)
     for name in (f"{LAYERS[0]}.experts.{end}" for end in ("gate_up_proj", "down_proj")):
         for e in range(1, NUM_EXPERTS):
             flat, step = (r.adapter[name][e].astype(float) - adapter[name][e] for r in (result, plain))
@@ -235,7 +239,7 @@ def fresh_lora(seed):
 
 def test_first_step_of_lora_has_a_flat_spectrum():
     adapter, updates = fresh_lora(8)
-    result = FcMoePlus().aggregate(adapter, {}, updates)
+    result = FcMoePlus().aggregate(adapter, ALL_IN_COMMON, updates)
     for layer in LAYERS:
         for product in products_of(result.adapter, layer, 2):
             sizes = np.linalg.svd(product, compute_uv=False)
