@@ -42,7 +42,8 @@ class Side:
         products_EVM = self.gram @ sums_EVM
         gram_EMM = np.asarray(np.swapaxes(sums_EVM, -1, -2) @ products_EVM, np.float64)
         squared_EM = np.diagonal(gram_EMM, axis1=-2, axis2=-1)
-        uncancelled_EM = np.einsum("evm,ev->em", sums_EVM**2, np.diagonal(self.gram, axis1=-2, axis2=-1))
+        length_EV = np.sqrt(np.diagonal(self.gram, axis1=-2, axis2=-1))
+        uncancelled_EM = ((sums_EVM * length_EV[..., None]) ** 2).sum(axis=-2)
         length_EM = np.sqrt(np.where(squared_EM > CANCELLED * uncancelled_EM, squared_EM, 0.0))
         inverse_EM = divided(1.0, length_EM, 0.0)
         squares_EM, turned_EMM = np.linalg.eigh(gram_EMM * inverse_EM[:, :, None] * inverse_EM[:, None, :])

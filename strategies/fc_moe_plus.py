@@ -32,7 +32,7 @@ _PAIR_COSINE = "pair_cosine"
 _LEAST = 0.25
 """Of step, momentum and flattening, where sites have nothing in common (LOG.md)."""
 _UNKNOWN = 0.5
-"""Of step and flattening, before anything is known of that: as shipped a step as long as the mean direction."""
+"""Of them, before anything is known of that: as shipped a step as long as the mean direction."""
 _EPSILON = float(np.finfo(np.float32).eps)
 _TRACE = 1e-6
 """Of a product's length: above the rounding of float32, below what is learnt."""
@@ -56,11 +56,11 @@ class FcMoePlus(Strategy):
     ``step``, ``momentum`` and ``flatten`` are whole where what sites have in common weighs as much in their mean
     direction as one of them does, a C-th of its squared length (``common_share``; of ten sites a mean cosine of 0.011
     does), and below that in proportion. What counts is the last round's mean over experts, attention among them if it
-    steps, of the mean cosine of two sites' updates; of a single expert or layer it is mostly noise. In the first round
-    nothing is known, and half of the step and of the flattening is taken.
+    steps, of the mean cosine of two sites' updates; of a single expert or layer it is mostly noise. In the first round,
+    and until two sites have used one expert, nothing is known, and half of each is taken.
 
-    An expert that no site used keeps its value; one that a single site used takes that site's whole update, with whole
-    momentum and flattening.
+    An expert that no site used keeps its value; one that a single site used takes that site's update, whole from a
+    step of 1 on, with whole momentum and flattening.
 
     Whole experts step as they are. LoRA experts step in their products B A, which are never formed. The sum over sites
     and the last change has the rank of all adapters together: what counts of it is what the received factors and their
@@ -79,7 +79,7 @@ class FcMoePlus(Strategy):
     """Server step on experts, in steps of the mean direction; before momentum no longer than sites went on average, by
     examples: one whose update is far longer than the others' lengthens it."""
     flatten: float = 1.0
-    """1: all singular values of a matrix' step alike; 0: as they are. In [0, 1]."""
+    """1: all singular values of a matrix' step alike, where it is taken whole; 0: as they are. In [0, 1]."""
     momentum: float = 0.5
     """Share of an expert's last change that is taken again, in [0, 1); 0 remembers nothing."""
     agreement: float | None = 1.0
@@ -145,24 +145,24 @@ class FcMoePlus(Strategy):
         is_lora = all(name.endswith(_LORA) for name in layer.received)
         if is_lora and self.space is Space.product:
             return self._step_products(pair_cosine, layer)
-        return self._step_arrays(pair_cosine, layer, flatten=0.0 if is_lora else self.flatten)
+        return self._step_arrays(pair_cosine, layer, is_lora)
 
     def _say(
         self, pair_cosine: float | None, layer: ExpertRange, gram_ECC: NDArray[np.float64]
     ) -> tuple[EqualSay, NDArray[np.float64], NDArray[np.float64]]:
         """Also (C, E) factor of each change in the step, that of the last one, turned back, being a further row.
 
-        And (E,) how much of step, momentum and flattening is taken.
+        And (E,) how much the step is flattened.
         """
         examples_CE = np.where(layer.tokens_CE > 0, layer.examples_C[:, None], 0.0)
         sites = slice(len(examples_CE))
         gram_ECC = gram_ECC[:, sites, sites]
         taken_E = self._taken(pair_cosine, len(examples_CE), has_say(gram_ECC, examples_CE).sum(axis=-1))
         say = equal_say(gram_ECC, examples_CE, ridge=self.ridge, step=self.step * taken_E)
-        if not layer.previous:
-            return say, say.coefficients, taken_E
-        back_E = -self.momentum * taken_E * (say.weight.sum(axis=0) > 0)
-        return say, np.vstack([say.coefficients, back_E]), taken_E
+        factor_CE = say.coefficients
+        if layer.previous:
+            factor_CE = np.vstack([factor_CE, -self.momentum * taken_E * (say.weight.sum(axis=0) > 0)])
+        return say, factor_CE, self.flatten * taken_E
 
     def _taken(
         self, pair_cosine: float | None, num_sites: int, num_sites_E: NDArray[np.integer]
@@ -175,15 +175,14 @@ class FcMoePlus(Strategy):
         whole_from = min(self.agreement / num_sites, 1.0)
         return np.clip(common_share(pair_cosine, num_sites_E) / whole_from, _LEAST, 1.0)
 
-    def _step_arrays(self, pair_cosine: float | None, layer: ExpertRange, flatten: float) -> tuple[Arrays, Findings]:
-        """The next arrays (E, ...), each expert's as one vector; matrices (E, O, I) are flattened."""
+    def _step_arrays(self, pair_cosine: float | None, layer: ExpertRange, is_lora: bool) -> tuple[Arrays, Findings]:
+        """The next arrays (E, ...), each expert's as one vector; matrices (E, O, I) but LoRA's are flattened."""
         ((names, block),) = split(layer.received, _ends(layer), Granularity.expert).items()
-        say, factor_CE, taken_E = self._say(pair_cosine, layer, block.gram()[:, 0])
+        say, factor_CE, flatten_E = self._say(pair_cosine, layer, block.gram()[:, 0])
         step_EGD = block.weighted(factor_CE[..., None])
         steps: Arrays = join(names, step_EGD, layer.received, Granularity.expert)
-        if flatten:
-            amount_E = flatten * taken_E
-            steps = {name: _flattened_whole(step, layer.received[name], amount_E) for name, step in steps.items()}
+        if not is_lora:
+            steps = {name: _flattened_whole(step, layer.received[name], flatten_E) for name, step in steps.items()}
         return {name: layer.received[name] + step for name, step in steps.items()}, _findings(say)
 
     def _step_products(self, pair_cosine: float | None, layer: ExpertRange) -> tuple[Arrays, Findings]:
@@ -199,13 +198,13 @@ class FcMoePlus(Strategy):
             for prefix in low_rank.lora_prefixes(layer.received)
         }
         grams = [change.gram() for change in changes.values()]
-        say, factor_CE, taken_E = self._say(pair_cosine, layer, np.sum(grams, axis=0))
+        say, factor_CE, flatten_E = self._say(pair_cosine, layer, np.sum(grams, axis=0))
         used_E = say.weight.sum(axis=0) > 0
         stepped: dict[str, NDArray[np.floating]] = {}
         lost = []
         for (prefix, change), gram_ECC in zip(changes.items(), grams, strict=True):
             squared_E = np.einsum("ce,ecd,de->e", factor_CE, gram_ECC, factor_CE)
-            new, lost_E = _stepped_product(change.weighted_sum(factor_CE), squared_E, self.flatten * taken_E)
+            new, lost_E = _stepped_product(change.weighted_sum(factor_CE), squared_E, flatten_E)
             for end, factor in zip(_LORA, new, strict=True):
                 stepped[prefix + end] = np.where(used_E[:, None, None], factor, layer.received[prefix + end])
             lost.append(lost_E)
@@ -218,29 +217,29 @@ def _ends(layer: ExpertRange) -> list[Arrays]:
 
 
 def _flattened_whole(
-    step: NDArray[np.floating], received: NDArray[np.floating], amount_E: NDArray[np.float64]
+    step: NDArray[np.floating], received: NDArray[np.floating], flatten_E: NDArray[np.float64]
 ) -> NDArray[np.floating]:
     """The step of a whole array (E, ...): matrices (E, O, I) flattened, all else as it is."""
     if step.ndim != 3:
         return step
     rounding_E = _EPSILON * math.sqrt(max(step.shape[1:])) * abs(received).max(axis=(1, 2))
-    return flattened(step, amount_E, rounding=rounding_E)
+    return flattened(step, flatten_E, rounding=rounding_E)
 
 
 def _stepped_product(
-    total: WeightedSum, squared_E: NDArray[np.float64], amount_E: NDArray[np.float64]
+    total: WeightedSum, squared_E: NDArray[np.float64], flatten_E: NDArray[np.float64]
 ) -> tuple[Factors, NDArray[np.float64]]:
     """B A plus the flattened change, at the rank of A, and (E,) the share of its squared norm that was lost.
 
     Args:
         total: The change, in the span of what it has in common with the received factors.
         squared_E: Squared norm of the change without that restriction.
-        amount_E: How much of it is flattened.
+        flatten_E: As in ``flattened``.
     """
     rank = total.received_A.shape[-2]
     lengths_E = (np.sqrt((factor**2).sum(axis=(-2, -1))) for factor in (total.received_A, total.received_B))
     rounding_E = _EPSILON * math.prod(lengths_E)
-    stepped = total.received_B @ total.received_A + flattened(total.change, amount_E, rank, rounding_E)
+    stepped = total.received_B @ total.received_A + flattened(total.change, flatten_E, rank, rounding_E)
     # Directions in which nothing was learnt keep to the received A: it leaves a trace, too small to count. Where there
     # is nothing else, it is all there is: with A and B zero an expert could never learn again.
     length_E = np.sqrt((stepped**2).sum(axis=(-2, -1)))

@@ -24,7 +24,7 @@ def flattened(
 
     An ``amount``, (...) or one for all, of 1 gives the polar factor, as Muon's steps (Jordan et al., 2024,
     https://kellerjordan.github.io/posts/muon) and isotropic merging (Marczak et al., 2025,
-    https://arxiv.org/abs/2502.04959) have it; 0 changes nothing.
+    https://arxiv.org/abs/2502.04959) have it; 0 for all changes nothing.
 
     With ``leading``, only so many of the largest are flattened, at the norm they have together; the rest stay as they
     are, and below them. Singular values up to ``rounding``, (...), are what a difference of far larger numbers leaves

@@ -43,6 +43,9 @@ def test_step_is_taken_as_far_as_the_sites_had_something_in_common(cosine, taken
     np.testing.assert_allclose(begun[0], [[1.0, 1.0]], rtol=1e-5)
     (whole,) = replace(rule, agreement=None).aggregate(adapter, state, updates).adapter.values()
     np.testing.assert_allclose(whole[0], [[2.0, 2.0]], rtol=1e-5)
+    # As much as three of two sites is all there is.
+    (of_all,) = replace(rule, agreement=3.0).aggregate(adapter, state, updates).adapter.values()
+    np.testing.assert_allclose(of_all[0], np.full((1, 2), 2 * max(0.25, 2 * max(cosine, 0) / (1 + cosine))), rtol=1e-5)
 
 
 @pytest.mark.parametrize(("cosine", "taken"), [(1.0, 1.0), (1 / 15, 0.5), (0.0, 0.25), (None, 0.5)])

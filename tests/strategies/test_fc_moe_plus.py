@@ -62,9 +62,9 @@ def test_rule_is_the_dense_one(shapes, strategy):
     last = strategy.aggregate(random_round(12, shapes)[0], {}, updates)
     adapter = {name: array + 0.3 * last.adapter[name] for name, array in adapter.items()}
     previous = {name.removeprefix("previous/"): array for name, array in last.state.items() if name != "pair_cosine"}
-    result = strategy.aggregate(adapter, {**last.state, "pair_cosine": np.array([0.02])}, updates)
-    assert strategy.agreement is None or 0.25 < naive_whole(strategy, 0.02, len(updates), len(updates)) < 1
-    assert_dense(result, strategy, adapter, previous or adapter, updates, 0.02)
+    result = strategy.aggregate(adapter, {**last.state, "pair_cosine": np.array([0.06])}, updates)
+    assert strategy.agreement is None or 0.25 < naive_whole(strategy, 0.06, len(updates), 2) < 1
+    assert_dense(result, strategy, adapter, previous or adapter, updates, 0.06)
 
 
 @pytest.mark.parametrize(("shapes", "strategy"), CASES)
@@ -72,7 +72,8 @@ def test_rounds_of_other_sites_each_time_are_the_dense_ones(shapes, strategy):
     """Momentum is the server's: the change of the round before, whoever trained then.
 
     Only site 1 uses expert 1: it moves in the first round, rests in the second to the bit, starts again in the third
-    without momentum, since its last change was 0, and goes on with it in the fourth.
+    without momentum, since its last change was 0, and goes on with it in the fourth. In these draws sums of changes
+    neither cancel nor depend on each other nearly: there float32 loses digits (change_span.py).
     """
     adapter = previous = random_round(20, shapes)[0]
     state, pairs = strategy.init_state(adapter), None
@@ -364,8 +365,7 @@ def test_what_few_examples_taught_is_not_drowned_in_rounding(kind, size):
     updates = [
         ClientUpdate(site=f"{i}", adapter=t, num_examples=1, expert_tokens=tokens) for i, t in enumerate(trained)
     ]
-    rule = FcMoePlus(momentum=0.0)
-    after = rule.aggregate(received, rule.init_state(received), updates).adapter
+    after = FcMoePlus(momentum=0.0).aggregate(received, ALL_IN_COMMON, updates).adapter
 
     def dense(arrays):
         whole = arrays.get(name)
