@@ -238,7 +238,7 @@ def fresh_lora(seed):
     return adapter, updates
 
 
-def test_first_step_of_lora_has_a_flat_spectrum():
+def test_step_of_lora_from_nothing_has_a_flat_spectrum():
     adapter, updates = fresh_lora(8)
     result = FcMoePlus().aggregate(adapter, ALL_IN_COMMON, updates)
     for layer in LAYERS:

@@ -44,6 +44,13 @@ def test_any_amount_keeps_norm_and_directions(seed, amount):
     np.testing.assert_allclose(np.diag(core) / np.diag(core)[0], expected / expected[0])
 
 
+def test_each_matrix_has_its_own_amount():
+    matrices, amounts = np.random.default_rng(0).normal(size=(3, 4, 6)), np.array([1.0, 0.25, 0.7])
+    apart = [flattened(matrix, amount) for matrix, amount in zip(matrices, amounts, strict=True)]
+    np.testing.assert_allclose(flattened(matrices, amounts), apart, atol=1e-12)
+    assert abs(flattened(matrices, 0.25) - apart).max() > 0.01
+
+
 def test_directions_that_hold_nothing_stay_empty():
     matrix = np.outer([1.0, 2.0, 2.0], [3.0, 4.0])
     np.testing.assert_allclose(flattened(matrix, 1.0), matrix, atol=1e-12)
