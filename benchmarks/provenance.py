@@ -1,4 +1,4 @@
-"""By what code and which libraries a result was made."""
+"""By what code, which libraries and what processor a result was made."""
 
 from __future__ import annotations
 
@@ -9,15 +9,19 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from torch.backends.cpu import get_cpu_capability
+
 LIBRARIES = ("flwr", "numpy", "peft", "torch", "transformers")
 
 
 def made_by(folder: Path) -> dict[str, Any]:
-    """Commit of the checkout that a folder lies in, and versions of the libraries that there are.
+    """Commit of the checkout that a folder lies in, versions of the libraries that there are, and the processor.
 
-    A ``+`` after the commit: code has changed since. None: there is no checkout.
+    A ``+`` after the commit: code has changed since. None: there is no checkout. The processor is told by the
+    instructions that torch uses (``AVX2``): others round differently.
     """
-    return {"commit": _commit(folder), "versions": {name: version(name) for name in LIBRARIES if find_spec(name)}}
+    versions = {name: version(name) for name in LIBRARIES if find_spec(name)}
+    return {"commit": _commit(folder), "cpu": get_cpu_capability(), "versions": versions}
 
 
 def makers(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:

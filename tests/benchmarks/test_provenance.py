@@ -8,6 +8,8 @@ import subprocess
 from importlib.metadata import version
 from pathlib import Path
 
+import torch
+
 from benchmarks.cells import finished
 from benchmarks.provenance import MADE_BY, made_by, makers
 
@@ -22,11 +24,12 @@ def checkout(folder: Path) -> str:
     return done.stdout.strip()
 
 
-def test_commit_and_versions_are_told_and_whether_code_has_changed(tmp_path):
+def test_commit_versions_and_processor_are_told_and_whether_code_has_changed(tmp_path):
     commit = checkout(tmp_path)
     (tmp_path / "results.json").write_text("{}")  # results are no code
     assert made_by(tmp_path)["commit"] == commit[:12]
     assert made_by(tmp_path)["versions"]["torch"] == version("torch")
+    assert f"CPU capability usage: {made_by(tmp_path)['cpu']}\n" in torch.__config__.show()
     (tmp_path / "code.py").write_text("changed")
     assert made_by(tmp_path)["commit"] == f"{commit[:12]}+"
 
