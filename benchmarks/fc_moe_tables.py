@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -11,6 +11,7 @@ from benchmarks.contenders import CONTENDERS, LEARNING_RATE, led
 from benchmarks.fc_moe_averaging import MEASURES
 from benchmarks.fc_moe_numbers import BySeed, differences, good, growth, last_rounds, on_sites, results, rounds_needed
 from benchmarks.fc_moe_printed import ABLATION
+from benchmarks.render import as_table
 from server.intervals import with_interval
 
 BASELINE = "fedavg"
@@ -77,7 +78,7 @@ def comparison(
         lines |= {name: [CONTENDERS[name].title, "not compared", *blank] for name in printed if name not in lines}
         for name, cells in lines.items():
             cells.append(f"{100 * printed[name]:.1f}" if name in printed else "")
-    return f"{title}, {len(seeds)} seeds\n\n{_table(columns, lines.values())}"
+    return f"{title}, {len(seeds)} seeds\n\n{as_table(columns, lines.values())}"
 
 
 def summary(title: str, tested: Mapping[str, Outcome]) -> str:
@@ -92,7 +93,7 @@ def summary(title: str, tested: Mapping[str, Outcome]) -> str:
         mean, difference, _, _, _, rounds, *_ = _cells(result, compared[BASELINE].rows, {}, by_accuracy)
         found = (_mean(values, _digits(by_accuracy)) for values in on_sites(result.rows, by_accuracy))
         lines.append([_titled(name, result, most), mean, difference, " / ".join(found), rounds])
-    return f"{title}, {most} seeds\n\n{_table(columns, lines)}"
+    return f"{title}, {most} seeds\n\n{as_table(columns, lines)}"
 
 
 def sites(tested: Mapping[str, Outcome]) -> str:
@@ -110,7 +111,7 @@ def sites(tested: Mapping[str, Outcome]) -> str:
     if not lines:
         return ""
     columns = ["method", "mean of sites", "minus FedAvg", "worst site", "minus FedAvg", "spread over sites"]
-    return f"On sites' own data, {'accuracy, %' if by_accuracy else 'loss, nats'}\n\n{_table(columns, lines)}"
+    return f"On sites' own data, {'accuracy, %' if by_accuracy else 'loss, nats'}\n\n{as_table(columns, lines)}"
 
 
 def ablation(tested: Mapping[str, Outcome]) -> str:
@@ -139,7 +140,7 @@ def ablation(tested: Mapping[str, Outcome]) -> str:
             *ABLATION[name],
         ])  # fmt: skip
     here = f"here: test / local, {len(common)} seeds"
-    return _table(["variant", here, "minus full", "printed, AG News", "printed, MMLU"], lines)
+    return as_table(["variant", here, "minus full", "printed, AG News", "printed, MMLU"], lines)
 
 
 def one_knob_changed(tested: Mapping[str, Outcome]) -> str:
@@ -163,7 +164,7 @@ def _around(leader: str, tested: Mapping[str, Outcome]) -> str:
         beside = ["", ""] if is_leader else [_mean(same_seeds, digits), _difference(values, as_tuned, digits)]
         lines.append([title, _summary(values, digits, failed), *beside])
     columns = ["value", _measure(tested), "as tuned, same seeds", "minus as tuned"]
-    return f"{leader}: one knob changed\n\n{_table(columns, lines)}"
+    return f"{leader}: one knob changed\n\n{as_table(columns, lines)}"
 
 
 def other_values(tested: Mapping[str, Outcome], before: Sequence[tuple[str, Outcome]]) -> str:
@@ -179,7 +180,7 @@ def other_values(tested: Mapping[str, Outcome], before: Sequence[tuple[str, Outc
         lines.append([title, _tuned(name, result), str(len(result.rows)), told, minus])
     if not lines:
         return ""
-    table = _table(["method", "values", "seeds", _measure(tested), "minus it as it stands"], lines)
+    table = as_table(["method", "values", "seeds", _measure(tested), "minus it as it stands"], lines)
     return f"Tested with other values than those that stand now\n\n{table}"
 
 
@@ -194,7 +195,7 @@ def averaging(tested: Mapping[str, Outcome]) -> str:
             lines.append([_titled(name, result, most), *cells])
     if not lines:
         return ""
-    table = _table(["method", *(MEASURES[measure] for measure in _DIGITS)], lines)
+    table = as_table(["method", *(MEASURES[measure] for measure in _DIGITS)], lines)
     return f"What aggregation did to experts, mean over rounds, experts and runs (step: median of the runs)\n\n{table}"
 
 
@@ -261,10 +262,6 @@ def _summary(values: BySeed, digits: int, failed: int) -> str:
     return _mean(values, digits) + (f" ({failed} diverged)" if failed else "")
 
 
-def _table(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [columns, ["---"] * len(columns), *lines])
-
-
 def _cells(result: Outcome, baseline: Mapping[int, Row], ours: Mapping[int, Row], by_accuracy: bool) -> list[str]:
     rows = good(result.rows)
     if not rows:
@@ -280,7 +277,7 @@ def _cells(result: Outcome, baseline: Mapping[int, Row], ours: Mapping[int, Row]
         _difference(results(ours, by_accuracy), values, digits) if result.rows is not ours else "",
         _mean_of([scale * row[curve][-1] for row in rows.values()], digits),
         _rouge(rows, compared_to) if _rouge_by_seed(rows) else _loss(rows, compared_to),
-        _rounds(*rounds_needed(rows, baseline, by_accuracy), with_ratio=not is_baseline),
+        rounds_told(result.rows, baseline, by_accuracy),
         _mean_of([row["bytes"] / 1e6 for row in rows.values()], 1),
         _mean_of([growth(row) for row in rows.values()], 2, before="x "),
     ]
@@ -303,13 +300,14 @@ def _rouge_by_seed(rows: Mapping[int, Row]) -> BySeed:
     return {seed: row["rouge_l"] for seed, row in good(rows).items() if row.get("rouge_l") is not None}
 
 
-def _rounds(needed: Mapping[int, int | None], ratio: BySeed, *, with_ratio: bool) -> str:
-    """Mean over the seeds that get there, how many do, and of several the ratio to the baseline's own."""
+def rounds_told(rows: Mapping[int, Row], baseline: Mapping[int, Row], by_accuracy: bool) -> str:
+    """To the baseline's end: mean over the seeds that get there, how many do, of several the ratio to its own."""
+    needed, ratio = rounds_needed(rows, baseline, by_accuracy)
     reached = [count for count in needed.values() if count is not None]
     if not reached:
         return f"never (0 of {len(needed)})"
     count = f" ({len(reached)} of {len(needed)})" if len(reached) < len(needed) else ""
-    paired = f", x {_mean(ratio, 2)}" if with_ratio and len(ratio) > 1 else ""
+    paired = f", x {_mean(ratio, 2)}" if rows is not baseline and len(ratio) > 1 else ""
     return _mean_of(reached, 1) + count + paired
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +41,13 @@ def rendered(page: str, name: str, columns: Sequence[str], rows: Sequence[Sequen
     Raises:
         ValueError: If the page lacks them.
     """
+    return inserted(page, name, as_table(columns, rows))
+
+
+def as_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """In Markdown."""
     lines = [columns, ["---"] * len(columns), *rows]
-    return inserted(page, name, "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in lines))
+    return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in lines)
 
 
 def inserted(page: str, name: str, text: str) -> str:
