@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.word_base import table, word_base_sha256
-from benchmarks.workloads import ON_WORDS, cut, data_file
+from benchmarks.workload_texts import cut
+from benchmarks.workloads import ON_WORDS, data_file
 
 TASKS = ("classification", "closed_qa", "information_extraction", "summarization")
 CHOICES = ("arc_easy", "piqa")

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 import re
-from collections import Counter
 from dataclasses import replace
 
 import pytest
 
-from benchmarks import workloads
 from benchmarks.word_base import EXPERTS, SPARSE_BASE
-from benchmarks.workloads import CLINC_WORDS, WORKLOADS, Rows, Workload, _clinc_unequal, _drawn, in_roles
+from benchmarks.workloads import WORKLOADS, Workload
 from client.assemble import held_out_sets
 from conf.compose import load_config
 from server.round_record import sample_sites
@@ -51,28 +48,6 @@ def test_titles_say_what_is_run(workload):
     assert int(experts[1] if experts else 8) == EXPERTS[workload.base]["num_experts"]
 
 
-def test_one_of_ten_sites_holds_half_of_the_same_texts(tmp_path, monkeypatch):
-    found: Rows = {"train": [], "validation": [], "test": []}
-    for index in range(2000):
-        label = sorted(CLINC_WORDS.values())[index % 10]
-        found[("train", "train", "validation", "test")[index // 500]].append({"text": f"{index}", "label": label})
-    monkeypatch.setattr(workloads, "_clinc", lambda _data, _seed: found)
-    drawn = [_clinc_unequal(tmp_path, seed) for seed in (0, 0, 1)]
-    assert drawn[0] == drawn[1] != drawn[2]
-    for split, rows in drawn[0].items():
-        assert sorted(row["text"] for row in rows) == sorted(row["text"] for row in found[split])
-        sites = Counter(row["group"] for row in rows)
-        assert len(sites) == 10
-        assert sites.most_common(1)[0] == ("site-00", pytest.approx(len(rows) / 2, rel=0.12))
-        shares = [
-            {key: count / total for key, count in Counter((row["group"], row["label"]) for row in part).items()}
-            for part, total in ((rows, len(rows)), (drawn[0]["train"], 1000))
-        ]
-        assert shares[0] == pytest.approx({key: shares[1].get(key, 0) for key in shares[0]}, abs=0.003)
-    everywhere = Counter(row["group"] for rows in drawn[0].values() for row in rows)
-    assert min(everywhere.values()) >= 39
-
-
 def test_half_of_the_sites_is_all_that_differs():
     whole, half = (load_config(WORKLOADS[name].settings) for name in ("clinc", "clinc_half"))
     assert len(sample_sites([f"site{index}" for index in range(10)], half, 1)) == 5
@@ -97,15 +72,3 @@ def test_a_workloads_version_is_its_own():
         newer,
     ]
     assert len({replace(clinc, **changes).version for changes in changed}) == len(changed)
-
-
-def test_what_is_tuned_on_is_never_tested_on():
-    """Over seeds, and over rows that say the same; each seed still draws its own."""
-    rows = [{"text": f"text {index // 2}", "label": "", "group": str(index % 3)} for index in range(800)]
-    sizes = {"train": 60, "validation": 30, "test": 30}
-    found = {seed: in_roles(rows, sizes, seed, _drawn) for seed in (0, 1)}
-    texts = {(seed, split): {row["text"] for row in found[seed][split]} for seed in found for split in sizes}
-    assert [{split: len(rows) for split, rows in splits.items()} for splits in found.values()] == [sizes, sizes]
-    for split, other in itertools.permutations(sizes, 2):
-        assert not (texts[0, split] | texts[1, split]) & (texts[0, other] | texts[1, other])
-    assert all(texts[0, split] != texts[1, split] for split in sizes)
