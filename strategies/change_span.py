@@ -3,7 +3,7 @@
 A site's product is (B + b_i)(A + a_i), its change b_i (A + a_i) + B a_i. Neither is formed: all that is needed are the
 inner products of the rows of A and every a_i, and of the columns of B and every b_i.
 
-Shapes: E experts, C sites, R rank, V = (1 + C) R vectors of a side, N width of the space, M = 2 R coordinates, K rows.
+Shapes: E experts, C sites, R rank, V = (1 + C) R vectors of A or B, N width of the space, M = 2 R coordinates, K rows.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ quarter more time of a whole aggregation."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Side:
-    """The rows of A, or the columns of B, as received and as every site changed them, for each expert."""
+class ChangedFactor:
+    """A by its rows, or B by its columns, as received and as every site changed it, for each expert."""
 
     vectors: NDArray[np.float32]
     """(E, V, N) R received vectors, then R changes of each site."""
@@ -50,25 +50,25 @@ class Side:
         is_something = squares_EM > _NOTHING
         stretch_EM = np.where(is_something, 1.0 / np.sqrt(np.where(is_something, squares_EM, 1.0)), 0.0)
         basis_EMM = inverse_EM[:, :, None] * turned_EMM * stretch_EM[:, None, :]
-        return Coordinates(side=self, weights=weights_CE, basis=basis_EMM, vectors=products_EVM @ basis_EMM)
+        return Coordinates(factor=self, weights=weights_CE, basis=basis_EMM, vectors=products_EVM @ basis_EMM)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Coordinates:
-    """The vectors of one side in a basis of M vectors."""
+    """The vectors of one factor in a basis of M vectors."""
 
-    side: Side
+    factor: ChangedFactor
     weights: NDArray[np.float64]
     """(C, E) of the sites in the sum."""
     basis: NDArray[np.float64]
     """(E, M, M) the basis vectors, one a column, as sums of the received vectors and the weighted sums of changes."""
     vectors: NDArray[np.float64]
-    """(E, V, M) coordinates of the side's vectors, projected on the span of the basis."""
+    """(E, V, M) coordinates of the factor's vectors, projected on the span of the basis."""
 
     def lift(self, rows_EKM: NDArray[np.floating]) -> NDArray[np.float32]:
         """(E, K, N) the vectors with these coordinates."""
         rank = self.basis.shape[-1] // 2
-        received_ERN, changes_EVN = self.side.vectors[:, :rank], self.side.vectors[:, rank:]
+        received_ERN, changes_EVN = self.factor.vectors[:, :rank], self.factor.vectors[:, rank:]
         # Summed over the sites first: then a row costs a sum of 2 R vectors, not of V.
         by_site = changes_EVN.reshape(len(changes_EVN), len(self.weights), -1)
         weights_E1C = self.weights.T[:, None].astype(np.float32)
@@ -78,7 +78,7 @@ class Coordinates:
 
 
 def _received_and_summed(weights_CE: NDArray[np.float64], rank: int) -> NDArray[np.float32]:
-    """(E, V, M) the sums that a side's vectors make: those received, then the sites' changes with their weights."""
+    """(E, V, M) the sums that a factor's vectors make: those received, then the sites' changes with their weights."""
     num_sites, num_experts = weights_CE.shape
     sums_EURM = np.zeros((num_experts, 1 + num_sites, rank, 2 * rank), np.float32)
     vector_R = np.arange(rank)
@@ -87,7 +87,7 @@ def _received_and_summed(weights_CE: NDArray[np.float64], rank: int) -> NDArray[
     return sums_EURM.reshape(num_experts, -1, 2 * rank)
 
 
-def side_of(received_ERN: NDArray[np.floating], trained: Sequence[NDArray[np.floating]]) -> Side:
+def changed_factor(received_ERN: NDArray[np.floating], trained: Sequence[NDArray[np.floating]]) -> ChangedFactor:
     """The received vectors (E, R, N) and their changes at each site.
 
     Changes, not trained values: their inner products lose no digits to what all have in common.
@@ -97,15 +97,15 @@ def side_of(received_ERN: NDArray[np.floating], trained: Sequence[NDArray[np.flo
     vectors[:, :rank] = received_ERN
     for site, after_ERN in enumerate(trained, start=1):
         np.subtract(after_ERN, vectors[:, :rank], out=vectors[:, site * rank : (site + 1) * rank])
-    return Side(vectors=vectors, gram=vectors @ np.swapaxes(vectors, -1, -2))
+    return ChangedFactor(vectors=vectors, gram=vectors @ np.swapaxes(vectors, -1, -2))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Changes:
     """The changes of one projection at every site."""
 
-    of_A: Side
-    of_B: Side
+    of_A: ChangedFactor
+    of_B: ChangedFactor
     """Of B transposed."""
     rank: int
 
@@ -175,7 +175,7 @@ class WeightedSum:
 def changes_of(received: Factors, trained: Sequence[Factors]) -> Changes:
     """The changes of every site's product, from factors (E, R, I) and (E, O, R)."""
     return Changes(
-        of_A=side_of(received.A, [after.A for after in trained]),
-        of_B=side_of(np.swapaxes(received.B, -1, -2), [np.swapaxes(after.B, -1, -2) for after in trained]),
+        of_A=changed_factor(received.A, [after.A for after in trained]),
+        of_B=changed_factor(np.swapaxes(received.B, -1, -2), [np.swapaxes(after.B, -1, -2) for after in trained]),
         rank=received.A.shape[-2],
     )

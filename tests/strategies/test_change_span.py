@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from strategies.change_span import changes_of, side_of
+from strategies.change_span import changed_factor, changes_of
 from strategies.low_rank import Factors
 
 RANK, INPUTS, OUTPUTS, EXPERTS, SITES = 2, 40, 30, 3, 4
@@ -99,7 +99,7 @@ def test_basis_is_orthonormal_or_zero():
     before, change = rng.normal(size=(2, 1, 2, 50)).astype(np.float32)
     after, back = before + change, before - np.float32(0.9995) * change
     for trained, rank in (([after, before], 4), ([before, before], 2), ([after, back], 2)):
-        coordinates = side_of(before, trained).coordinates(np.full((2, 1), 100.0))
+        coordinates = changed_factor(before, trained).coordinates(np.full((2, 1), 100.0))
         lifted = coordinates.lift(np.eye(4)[None])[0]
         np.testing.assert_allclose(lifted[-rank:] @ lifted[-rank:].T, np.eye(rank), atol=1e-5)
         np.testing.assert_array_equal(lifted[:-rank], 0)
