@@ -128,7 +128,7 @@ def carry_out(
     deadline = time.monotonic() + 60 * given.budget_minutes
     cells = results.with_suffix(".jsonl")
     cells.parent.mkdir(exist_ok=True)
-    for row in stored_rows(cells):
+    for row in rows_to_go_on_from(cells):
         study.add(row)
     for name in names:
         while (needed := study.needed(name)) and time.monotonic() < deadline:
@@ -149,13 +149,17 @@ def carry_out(
 
 
 def stored_rows(path: Path) -> list[Row]:
-    """The cells of a ``.jsonl``; a last one that a kill left half-written is cut off, and so computed again."""
-    if not path.exists():
-        return []
-    whole, _, cut = path.read_text().rpartition("\n")
+    """The cells of a ``.jsonl``, but for a last one that is half-written."""
+    whole = path.read_text().rpartition("\n")[0] if path.exists() else ""
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def rows_to_go_on_from(path: Path) -> list[Row]:
+    """The cells of a ``.jsonl`` that is to grow: one that a kill left half-written is cut off, and computed again."""
+    whole, _, cut = path.read_text().rpartition("\n") if path.exists() else ("", "", "")
     if cut:
         path.write_text(f"{whole}\n" if whole else "")
-    return [json.loads(line) for line in whole.splitlines()]
+    return stored_rows(path)
 
 
 def add_arguments(parser: argparse.ArgumentParser, names: Iterable[str], tuning_seeds: Sequence[int]) -> None:

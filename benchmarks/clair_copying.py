@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch.nn import functional
 
 from benchmarks.provenance import MADE_BY, makers
-from benchmarks.render import choices, write_results
+from benchmarks.render import as_table, choices, write_results
 from strategies.collaborative_set import VerdictRule, decide
 from strategies.low_rank import Factors
 from strategies.refinement import refine
@@ -293,7 +293,7 @@ def rows(results: Mapping[str, Any]) -> str:
         "regime", "Local", "FedAvg", "oracle FedAvg", "CLAIR", "CLAIR - Local", "site found", "by majority",
         "matrices right, of 8",
     ]  # fmt: skip
-    lines = [columns, ["---"] * len(columns)]
+    lines = []
     for regime, found in results["regimes"].items():
         shown = [
             f"{found[name]['mean']:.2f} ± {found[name]['half_interval']:.2f} / {printed:.2f}"
@@ -303,8 +303,7 @@ def rows(results: Mapping[str, Any]) -> str:
         right = [f"{found[name]:.2f}" for name in ("exact_client", "exact_majority", "exact_matrices")]
         lines.append([regime, *shown, gain, *right])
     title = f"Accuracy in percent with 95 % intervals, {results['replicates']} replicates: ours / printed.\n\n"
-    table = [f"| {' | '.join(cells)} |" for cells in lines]
-    return title + "\n".join([*table, "", *choices(LEFT_OPEN)]) + "\n"
+    return title + "\n".join([as_table(columns, lines), "", *choices(LEFT_OPEN)]) + "\n"
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import fc_moe_averaging, fc_moe_printed
-from benchmarks.cells import Row, Study, add_arguments, carry_out
+from benchmarks.cells import Outcome, Row, Study, add_arguments, carry_out, stored_rows
 from benchmarks.contenders import CONTENDERS, LEARNING_RATE, LEARNING_RATE_BY_LOSS, Settings
 from benchmarks.fc_moe_numbers import LAST, last_rounds
 from benchmarks.fc_moe_overtaken import overtaken
@@ -118,6 +118,24 @@ def study_of(workload: str, experts: str, seeds: Sequence[int], tuning_seeds: Se
     )
 
 
+def results_of(workload: str, experts: str) -> Path:
+    """The results file; its cells lie beside it, as ``.jsonl``."""
+    return HERE / "results" / f"fc_moe_{workload}_{experts}.json"
+
+
+def stored(workload: str, experts: str, seeds: Sequence[int], tuning_seeds: Sequence[int]) -> Study[Cell]:
+    """The study with its finished cells."""
+    study = study_of(workload, experts, seeds, tuning_seeds)
+    for row in stored_rows(results_of(workload, experts).with_suffix(".jsonl")):
+        study.add(row)
+    return study
+
+
+def tested_of(study: Study[Cell], workload: str, experts: str) -> dict[str, Outcome]:
+    """What is known on test data of those who are compared."""
+    return {name: study.tested(name) for name in compared(workload, experts)}
+
+
 def compared(workload: str, experts: str) -> list[str]:
     """Names of those who are compared on a workload with experts trained so."""
     names = WORKLOADS[workload].contenders or tuple(CONTENDERS)
@@ -127,7 +145,7 @@ def compared(workload: str, experts: str) -> list[str]:
 def report(study: Study[Cell], name: str, experts: str) -> dict[str, Any]:
     """The results file: settings of a workload's study, how its experts were trained, and its tables as Markdown."""
     workload = WORKLOADS[name]
-    tested = {contender: study.tested(contender) for contender in compared(name, experts)}
+    tested = tested_of(study, name, experts)
     seeds, before = study.all_seeds(), overtaken(tested, study.rows.values())
     title = f"{workload.title}, {'experts by LoRA' if experts == 'lora' else 'experts in full'}"
     return {
@@ -163,11 +181,10 @@ def main() -> None:
     for workload, experts in itertools.product(given.workload, given.experts):
         everyone = compared(workload, experts)
         names = [name for name in given.strategies or everyone if name in everyone]
-        results = HERE / "results" / f"fc_moe_{workload}_{experts}.json"
         study = study_of(workload, experts, given.seeds, given.tuning_seeds)
         reported = partial(report, study, workload, experts)
         given.budget_minutes = (deadline - time.monotonic()) / 60
-        carry_out(study, names, run, reported, results, given)
+        carry_out(study, names, run, reported, results_of(workload, experts), given)
         print(reported()["markdown"])
 
 

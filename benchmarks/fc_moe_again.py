@@ -14,63 +14,58 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from benchmarks.cells import Outcome, Row, Study, add_arguments, carry_out, stored_rows
+from benchmarks.cells import Outcome, Row, add_arguments, carry_out
 from benchmarks.contenders import CONTENDERS
-from benchmarks.fc_moe import Cell, run_cell, study_of
-from benchmarks.fc_moe_numbers import BySeed, differences, good, results
-from benchmarks.fc_moe_tables import BASELINE
+from benchmarks.fc_moe import run_cell, stored, study_of, tested_of
+from benchmarks.fc_moe_numbers import results
+from benchmarks.fc_moe_tables import BASELINE, difference, digits_of, judged_by_accuracy, measure_of, summed_up
 from benchmarks.provenance import makers
 from benchmarks.render import HERE
 from benchmarks.workloads import WORKLOADS
-from server.intervals import with_interval
+
+Both = tuple[dict[int, Row], dict[int, Row]]
+"""A contender's rows as they were stored, and again, of the same seeds."""
 
 
-def compared(stored: Mapping[str, Outcome], anew: Mapping[str, Outcome]) -> dict[str, Any]:
-    """A table: who was computed again, over the seeds that both have; all differences are paired by seed."""
-    both = {name: _of_both(stored[name].rows, anew[name].rows) for name in anew}
-    runs = {name: found for name, found in both.items() if found[0]}
-    by_accuracy = any(row["accuracy"] for before, _ in runs.values() for row in before.values())
-    measure, digits = ("test accuracy, %", 1) if by_accuracy else ("test loss, nats", 3)
-    values = {name: [results(rows, by_accuracy) for rows in found] for name, found in runs.items()}
-    baseline = values.get(BASELINE, [{}, {}])
+def of_both(before: Mapping[str, Outcome], again: Mapping[str, Outcome]) -> dict[str, Both]:
+    """Contender -> its rows of the seeds that it was run with twice; nobody who was not."""
+    found = {}
+    for name in again:
+        one, other = before[name].rows, again[name].rows
+        if seeds := sorted(one.keys() & other.keys()):
+            found[name] = {seed: one[seed] for seed in seeds}, {seed: other[seed] for seed in seeds}
+    return found
+
+
+def compared(twice: Mapping[str, Both]) -> dict[str, Any]:
+    """A table with a line for each; all differences are paired by seed."""
+    by_accuracy = judged_by_accuracy({name: Outcome((), {**one, **other}) for name, (one, other) in twice.items()})
+    digits = digits_of(by_accuracy)
+    values = {name: [results(rows, by_accuracy) for rows in both] for name, both in twice.items()}
     lines = []
-    for name, (before, after) in values.items():
-        gains = (
-            ("", "") if name == BASELINE else (_minus(before, baseline[0], digits), _minus(after, baseline[1], digits))
-        )
-        means = [with_interval(list(found.values()), digits) for found in (before, after)]
-        same = sum(_alike(runs[name][0][seed], runs[name][1][seed]) for seed in before)
-        lines.append([CONTENDERS[name].title, len(before), *means, _minus(after, before, digits), same, *gains])
-    columns = ["method", "seeds", f"{measure}, stored", "again", "again minus stored", "runs alike to the bit"]
-    return {"columns": [*columns, "minus FedAvg, stored", "minus FedAvg, again"], "rows": lines}
+    for name, both in twice.items():
+        gains = ["", ""]
+        if name != BASELINE and BASELINE in values:
+            gains = [difference(*pair, digits) for pair in zip(values[name], values[BASELINE], strict=True)]
+        means = [summed_up(of, digits, len(rows) - len(of)) for of, rows in zip(values[name], both, strict=True)]
+        alike = sum(_alike(one, other) for one, other in zip(*(rows.values() for rows in both), strict=True))
+        change = difference(values[name][1], values[name][0], digits)
+        lines.append([CONTENDERS[name].title, len(both[0]), *means, change, alike, *gains])
+    columns = ["method", "seeds", f"{measure_of(by_accuracy)}, stored", "again", "again minus stored"]
+    rest = ["runs with equal curves", "minus FedAvg, stored", "minus FedAvg, again"]
+    return {"columns": [*columns, *rest], "rows": lines}
 
 
-def _of_both(stored: Mapping[int, Row], anew: Mapping[int, Row]) -> tuple[dict[int, Row], dict[int, Row]]:
-    """Rows of the seeds that both have and on which neither diverged."""
-    seeds = sorted(good(stored).keys() & good(anew).keys())
-    return {seed: stored[seed] for seed in seeds}, {seed: anew[seed] for seed in seeds}
+def _alike(before: Row, again: Row) -> bool:
+    """Whether they are the same computation, as far as curves of four digits show it."""
+    return all(before.get(what) == again.get(what) for what in ("accuracy", "loss", "failed"))
 
 
-def _alike(one: Row, other: Row) -> bool:
-    """Whether they are the same computation, as far as their curves show it."""
-    return all(one[curve] == other[curve] for curve in ("accuracy", "loss"))
-
-
-def _minus(values: BySeed, others: BySeed, digits: int) -> str:
-    found = differences(values, others)
-    return with_interval(found, digits, sign="+") if found else ""
-
-
-def report(names: list[str], stored: Study[Cell], anew: Study[Cell]) -> dict[str, Any]:
-    """The results file: by what the runs were made, and the table."""
-    tested = {name: anew.tested(name) for name in names}
-    made_anew = [row for result in tested.values() for row in result.rows.values()]
-    return {
-        "seeds": list(anew.seeds),
-        "stored_by": makers(stored.rows.values()),
-        "made_by": makers(made_anew),
-        "table": compared({name: stored.tested(name) for name in names}, tested),
-    }
+def report(before: Mapping[str, Outcome], again: Mapping[str, Outcome]) -> dict[str, Any]:
+    """The results file: by what the runs were made, and the table of those who were run again."""
+    twice = of_both(before, again)
+    stored_by, made_by = (makers(row for both in twice.values() for row in both[i].values()) for i in (0, 1))
+    return {"stored_by": stored_by, "made_by": made_by, "table": compared(twice)}
 
 
 def main() -> None:
@@ -81,18 +76,22 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--device", default="cpu")
     add_arguments(parser, CONTENDERS, tuning_seeds=[100])
-    parser.set_defaults(strategies=[BASELINE, "fc_moe_plus_as_shipped"])
     given = parser.parse_args()
-    stored, anew = (study_of(given.workload, given.experts, given.seeds, given.tuning_seeds) for _ in range(2))
-    for row in stored_rows(HERE / "results" / f"fc_moe_{given.workload}_{given.experts}.jsonl"):
-        stored.add(row)
-        if row["split"] == "validation":  # the tuning stands
-            anew.add(row)
-    if untuned := [name for name in given.strategies if stored.tuning(name).missing]:
+    of = given.workload, given.experts
+    before = stored(*of, given.seeds, given.tuning_seeds)
+    names = given.strategies or [name for name, result in tested_of(before, *of).items() if result.rows]
+    if untuned := [name for name in names if before.tuning(name).missing]:
         parser.error(f"--strategies {' '.join(untuned)}: not tuned in the stored runs")
-    run = partial(run_cell, data=given.data, device=given.device)
+    again = study_of(*of, given.seeds, given.tuning_seeds)
+    for row in before.rows.values():
+        if row["split"] == "validation":  # the tuning stands
+            again.add(row)
+
+    def reported() -> dict[str, Any]:
+        return report(tested_of(before, *of), tested_of(again, *of))
+
     path = HERE / "results" / f"again_{given.workload}_{given.experts}.json"
-    carry_out(anew, given.strategies, run, partial(report, given.strategies, stored, anew), path, given)
+    carry_out(again, names, partial(run_cell, data=given.data, device=given.device), reported, path, given)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ _DIGITS = {
 }  # fmt: skip
 _FULL = "fc_moe"
 _TITLES = {_FULL: "full"}
-_ROUNDS = "rounds to FedAvg's end, x its own"
+ROUNDS = "rounds to FedAvg's end, x its own"
 
 
 def markdown(
@@ -59,11 +59,11 @@ def comparison(
         seeds: That it is to be run with.
         printed: Contender -> accuracy that a paper prints, for a column of its own; those not compared here get a line.
     """
-    by_accuracy = _by_accuracy(tested)
+    by_accuracy = judged_by_accuracy(tested)
     answered = any(row.get("rouge_l") is not None for row in _done(tested))
     columns = [
-        "method", _measure(tested), "minus FedAvg", "FC-MoE plus as shipped, minus it", "last round",
-        "ROUGE-L, minus FedAvg's" if answered else "loss, minus FedAvg's", _ROUNDS, "MB", "expert growth", "tuned",
+        "method", measure_of(by_accuracy), "minus FedAvg", "FC-MoE plus as shipped, minus it", "last round",
+        "ROUGE-L, minus FedAvg's" if answered else "loss, minus FedAvg's", ROUNDS, "MB", "expert growth", "tuned",
     ]  # fmt: skip
     blank = [""] * (len(columns) - 2)
     lines = {}
@@ -72,7 +72,7 @@ def comparison(
         cells = (
             [*_cells(result, baseline, ours, by_accuracy), _tuned(name, result)] if result.rows else ["missing", *blank]
         )
-        lines[name] = [_titled(name, result, len(seeds)), *cells]
+        lines[name] = [titled(name, result, len(seeds)), *cells]
     if printed:
         columns.append("printed, %")
         lines |= {name: [CONTENDERS[name].title, "not compared", *blank] for name in printed if name not in lines}
@@ -86,26 +86,26 @@ def summary(title: str, tested: Mapping[str, Outcome]) -> str:
     compared = {name: tested[name] for name in SUMMARISED if name in tested and good(tested[name].rows)}
     if BASELINE not in compared:
         return ""
-    by_accuracy = _by_accuracy(compared)
-    columns = ["method", _measure(compared), "minus FedAvg", "sites: mean / worst / spread", _ROUNDS]
+    by_accuracy = judged_by_accuracy(compared)
+    columns = ["method", measure_of(by_accuracy), "minus FedAvg", "sites: mean / worst / spread", ROUNDS]
     lines, most = [], _most(compared)
     for name, result in compared.items():
         mean, difference, _, _, _, rounds, *_ = _cells(result, compared[BASELINE].rows, {}, by_accuracy)
-        found = (_mean(values, _digits(by_accuracy)) for values in on_sites(result.rows, by_accuracy))
-        lines.append([_titled(name, result, most), mean, difference, " / ".join(found), rounds])
+        found = (_mean(values, digits_of(by_accuracy)) for values in on_sites(result.rows, by_accuracy))
+        lines.append([titled(name, result, most), mean, difference, " / ".join(found), rounds])
     return f"{title}, {most} seeds\n\n{as_table(columns, lines)}"
 
 
 def sites(tested: Mapping[str, Outcome]) -> str:
     """Of the model in use at each site on its own data: mean and worst of the sites, and how they differ."""
-    by_accuracy = _by_accuracy(tested)
-    digits, most, lines = _digits(by_accuracy), _most(tested), []
+    by_accuracy = judged_by_accuracy(tested)
+    digits, most, lines = digits_of(by_accuracy), _most(tested), []
     baseline = on_sites(tested[BASELINE].rows, by_accuracy)
     for name, result in _methods(tested).items():
         mean, worst, spread = on_sites(result.rows, by_accuracy)
-        cells = [_titled(name, result, most)]
+        cells = [titled(name, result, most)]
         for values, others in ((mean, baseline[0]), (worst, baseline[1])):
-            cells += [_mean(values, digits), _difference(values, others, digits) if name != BASELINE else ""]
+            cells += [_mean(values, digits), difference(values, others, digits) if name != BASELINE else ""]
         if spread:
             lines.append([*cells, _mean(spread, digits)])
     if not lines:
@@ -132,7 +132,7 @@ def ablation(tested: Mapping[str, Outcome]) -> str:
     lines = []
     for name, found in measured.items():
         pairs = zip(found, measured.get(_FULL, ({}, {})), strict=True)
-        minus = (_difference(values, of_full, 4) for values, of_full in pairs if name != _FULL)
+        minus = (difference(values, of_full, 4) for values, of_full in pairs if name != _FULL)
         lines.append([
             _TITLES.get(name, CONTENDERS[name].title),
             " / ".join(_mean(values, 4) for values in found if values) or "missing",
@@ -151,36 +151,36 @@ def one_knob_changed(tested: Mapping[str, Outcome]) -> str:
 
 def _around(leader: str, tested: Mapping[str, Outcome]) -> str:
     followers = [name for name in tested if CONTENDERS[name].follows == leader and CONTENDERS[name].instead]
-    by_accuracy = _by_accuracy(tested)
-    digits = _digits(by_accuracy)
+    by_accuracy = judged_by_accuracy(tested)
+    digits = digits_of(by_accuracy)
     as_tuned, most = results(tested[leader].rows, by_accuracy), _most(tested)
     lines = []
     for name in [leader, *followers]:
         is_leader = name == leader
-        title = f"as tuned: {_tuned(leader, tested[leader])}" if is_leader else _titled(name, tested[name], most)
+        title = f"as tuned: {_tuned(leader, tested[leader])}" if is_leader else titled(name, tested[name], most)
         values = results(tested[name].rows, by_accuracy)
         failed = len(tested[name].rows) - len(values)
         same_seeds = {seed: as_tuned[seed] for seed in values if seed in as_tuned}
-        beside = ["", ""] if is_leader else [_mean(same_seeds, digits), _difference(values, as_tuned, digits)]
-        lines.append([title, _summary(values, digits, failed), *beside])
-    columns = ["value", _measure(tested), "as tuned, same seeds", "minus as tuned"]
+        beside = ["", ""] if is_leader else [_mean(same_seeds, digits), difference(values, as_tuned, digits)]
+        lines.append([title, summed_up(values, digits, failed), *beside])
+    columns = ["value", measure_of(by_accuracy), "as tuned, same seeds", "minus as tuned"]
     return f"{leader}: one knob changed\n\n{as_table(columns, lines)}"
 
 
 def other_values(tested: Mapping[str, Outcome], before: Sequence[tuple[str, Outcome]]) -> str:
     """What was tested of contenders with other values than they stand at; empty if nothing was."""
-    by_accuracy = _by_accuracy(tested)
-    digits, lines = _digits(by_accuracy), []
+    by_accuracy = judged_by_accuracy(tested)
+    digits, lines = digits_of(by_accuracy), []
     for name, result in before:
         values = results(result.rows, by_accuracy)
-        minus = _difference(values, results(tested[name].rows, by_accuracy), digits)
-        told = _summary(values, digits, len(result.rows) - len(values))
+        minus = difference(values, results(tested[name].rows, by_accuracy), digits)
+        told = summed_up(values, digits, len(result.rows) - len(values))
         contender = CONTENDERS[name]
         title = f"{contender.follows}: {contender.title}" if contender.instead else contender.title
         lines.append([title, _tuned(name, result), str(len(result.rows)), told, minus])
     if not lines:
         return ""
-    table = as_table(["method", "values", "seeds", _measure(tested), "minus it as it stands"], lines)
+    table = as_table(["method", "values", "seeds", measure_of(by_accuracy), "minus it as it stands"], lines)
     return f"Tested with other values than those that stand now\n\n{table}"
 
 
@@ -192,7 +192,7 @@ def averaging(tested: Mapping[str, Outcome]) -> str:
         found = [run for run in runs if run.get("kept") is not None]
         if found:
             cells = (_of_runs(measure, [run.get(measure) for run in found]) for measure in _DIGITS)
-            lines.append([_titled(name, result, most), *cells])
+            lines.append([titled(name, result, most), *cells])
     if not lines:
         return ""
     table = as_table(["method", *(MEASURES[measure] for measure in _DIGITS)], lines)
@@ -203,11 +203,11 @@ def _of_runs(measure: str, values: Sequence[float | None]) -> str:
     """Their mean; of the step, which is in lengths of a mean update that may be next to nothing, their median."""
     known = [value for value in values if value is not None]
     if measure == "step" and known:
-        return _mean_of([float(np.median(known))], _DIGITS[measure])
-    return _mean_of(values, _DIGITS[measure])
+        return mean_of_known([float(np.median(known))], _DIGITS[measure])
+    return mean_of_known(values, _DIGITS[measure])
 
 
-def _titled(name: str, result: Outcome, num_seeds: int) -> str:
+def titled(name: str, result: Outcome, num_seeds: int) -> str:
     """What it is called, and of how many seeds its row tells if not of all."""
     count = len(result.rows)
     return CONTENDERS[name].title + (f" ({count} of {num_seeds} seeds)" if 0 < count < num_seeds else "")
@@ -223,7 +223,7 @@ def _methods(tested: Mapping[str, Outcome]) -> dict[str, Outcome]:
     return {name: result for name, result in tested.items() if not CONTENDERS[name].instead}
 
 
-def _mean_of(values: Sequence[float | None], digits: int, before: str = "") -> str:
+def mean_of_known(values: Sequence[float | None], digits: int, before: str = "") -> str:
     """Mean of those that are known, and of how many if not of all."""
     known = [value for value in values if value is not None]
     told = f" (of {len(known)})" if len(known) < len(values) else ""
@@ -234,29 +234,33 @@ def _done(tested: Mapping[str, Outcome]) -> list[Row]:
     return [row for result in tested.values() for row in good(result.rows).values()]
 
 
-def _by_accuracy(tested: Mapping[str, Outcome]) -> bool:
+def judged_by_accuracy(tested: Mapping[str, Outcome]) -> bool:
+    """Or by loss."""
     return any(row["accuracy"] for row in _done(tested))
 
 
-def _digits(by_accuracy: bool) -> int:
+def digits_of(by_accuracy: bool) -> int:
+    """Behind the point, of what counts."""
     return 1 if by_accuracy else 3
 
 
-def _measure(tested: Mapping[str, Outcome]) -> str:
-    return "test accuracy, %" if _by_accuracy(tested) else "test loss, nats"
+def measure_of(by_accuracy: bool) -> str:
+    """What counts, and in what unit."""
+    return "test accuracy, %" if by_accuracy else "test loss, nats"
 
 
 def _mean(values: BySeed, digits: int) -> str:
     return with_interval(list(values.values()), digits) if values else ""
 
 
-def _difference(values: BySeed, others: BySeed, digits: int) -> str:
+def difference(values: BySeed, others: BySeed, digits: int) -> str:
     """Of the one to the other, paired by seed."""
     found = differences(values, others)
     return with_interval(found, digits, sign="+") if found else ""
 
 
-def _summary(values: BySeed, digits: int, failed: int) -> str:
+def summed_up(values: BySeed, digits: int, failed: int) -> str:
+    """Mean with its interval, and how many runs diverged; ``missing`` if there is no run."""
     if not values:
         return "diverged" if failed else "missing"
     return _mean(values, digits) + (f" ({failed} diverged)" if failed else "")
@@ -267,33 +271,33 @@ def _cells(result: Outcome, baseline: Mapping[int, Row], ours: Mapping[int, Row]
     if not rows:
         return ["diverged"] + [""] * 7
     curve, scale = ("accuracy", 100) if by_accuracy else ("loss", 1)
-    digits = _digits(by_accuracy)
+    digits = digits_of(by_accuracy)
     values = results(rows, by_accuracy)
     is_baseline = result.rows is baseline
     compared_to = {} if is_baseline else baseline
     return [
-        _summary(values, digits, failed=len(result.rows) - len(rows)),
-        _difference(values, results(baseline, by_accuracy), digits) if not is_baseline else "",
-        _difference(results(ours, by_accuracy), values, digits) if result.rows is not ours else "",
-        _mean_of([scale * row[curve][-1] for row in rows.values()], digits),
+        summed_up(values, digits, failed=len(result.rows) - len(rows)),
+        difference(values, results(baseline, by_accuracy), digits) if not is_baseline else "",
+        difference(results(ours, by_accuracy), values, digits) if result.rows is not ours else "",
+        mean_of_known([scale * row[curve][-1] for row in rows.values()], digits),
         _rouge(rows, compared_to) if _rouge_by_seed(rows) else _loss(rows, compared_to),
         rounds_told(result.rows, baseline, by_accuracy),
-        _mean_of([row["bytes"] / 1e6 for row in rows.values()], 1),
-        _mean_of([growth(row) for row in rows.values()], 2, before="x "),
+        mean_of_known([row["bytes"] / 1e6 for row in rows.values()], 1),
+        mean_of_known([growth(row) for row in rows.values()], 2, before="x "),
     ]
 
 
 def _loss(rows: Mapping[int, Row], baseline: Mapping[int, Row]) -> str:
     """Mean, and what it is beside the baseline's, paired by seed."""
     own = results(rows, by_accuracy=False)
-    paired = _difference(own, results(baseline, by_accuracy=False), 3)
+    paired = difference(own, results(baseline, by_accuracy=False), 3)
     return ", ".join(filter(None, [f"{np.mean(list(own.values())):.3f}", paired]))
 
 
 def _rouge(rows: Mapping[int, Row], baseline: Mapping[int, Row]) -> str:
     """Mean with its interval, and what it is beside the baseline's, paired by seed."""
     own = _rouge_by_seed(rows)
-    return ", ".join(filter(None, [_mean(own, 3), _difference(own, _rouge_by_seed(baseline), 3)]))
+    return ", ".join(filter(None, [_mean(own, 3), difference(own, _rouge_by_seed(baseline), 3)]))
 
 
 def _rouge_by_seed(rows: Mapping[int, Row]) -> BySeed:
@@ -308,7 +312,7 @@ def rounds_told(rows: Mapping[int, Row], baseline: Mapping[int, Row], by_accurac
         return f"never (0 of {len(needed)})"
     count = f" ({len(reached)} of {len(needed)})" if len(reached) < len(needed) else ""
     paired = f", x {_mean(ratio, 2)}" if rows is not baseline and len(ratio) > 1 else ""
-    return _mean_of(reached, 1) + count + paired
+    return mean_of_known(reached, 1) + count + paired
 
 
 def _tuned(name: str, result: Outcome) -> str:

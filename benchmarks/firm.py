@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.cells import finished, stored_rows
+from benchmarks.cells import finished, rows_to_go_on_from
 from benchmarks.federation import Federation, simulated
 from benchmarks.firm_contenders import CONTENDERS, DPO, FSMGDA, WORKLOADS, Cell, cells, contenders_of, heads_among
 from benchmarks.firm_tables import Runs, markdown
@@ -192,7 +192,7 @@ def main() -> None:
     rewards = given.rewards or WORKLOADS[given.workload].rewards
     train_missing_heads(given.workload, rewards, given.data, given.device)
     names = given.methods or contenders_of(given.workload)
-    rows = {Cell.of(row): row for row in stored_rows(stored)}
+    rows = {Cell.of(row): row for row in rows_to_go_on_from(stored)}
     wanted = cells(names, given.workload, rewards, given.seeds, given.device)
     missing = [cell for cell in wanted if cell not in rows]
 

@@ -21,7 +21,7 @@ import numpy as np
 from benchmarks.firm_methods import Play, Schedule, fedcmoo, firm, fsmgda, scalarised, spread
 from benchmarks.firm_problems import Array, Bandit, Bumps, Problem, Quadratics, distance_to_pareto_set
 from benchmarks.provenance import MADE_BY
-from benchmarks.render import write_results
+from benchmarks.render import as_table, write_results
 from server.intervals import interval
 from server.pareto import hypervolume
 from strategies.simplex import Weights
@@ -257,27 +257,27 @@ def tables(results: Mapping[str, Any]) -> str:
     """For each bed the methods and the sweeps, in Markdown."""
     lines = []
     for name, found in results["beds"].items():
-        lines += [f"**{BEDS[name].title}, beta {BEDS[name].beta:g}**", "", *_table("", found["methods"]), ""]
-        lines += [*_differences(found["methods"]), ""]
+        lines += [f"**{BEDS[name].title}, beta {BEDS[name].beta:g}**", "", _table("", found["methods"]), ""]
+        lines += [_differences(found["methods"]), ""]
         for title, table in SWEEPS.items():
-            lines += [*_table(title, found[table]), ""]
+            lines += [_table(title, found[table]), ""]
     return "\n".join(lines)
 
 
-def _table(corner: str, rows: Mapping[str, Mapping[str, Sequence[float]]]) -> list[str]:
+def _table(corner: str, rows: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
     head = [corner, *COLUMNS.values()]
     cells = [[name, *(_cell(key, measures.get(key)) for key in COLUMNS)] for name, measures in rows.items()]
-    return [f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *cells]]
+    return as_table(head, cells)
 
 
-def _differences(rows: Mapping[str, Mapping[str, Sequence[float]]]) -> list[str]:
+def _differences(rows: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
     """``LEADER`` minus its rivals, paired by seed."""
     keys = ("hypervolume", "equal", "drift", "disagreement")
-    lines = [[f"{LEADER}, minus", *(COLUMNS[key] for key in keys)], ["---"] * (len(keys) + 1)]
+    lines = []
     for leader, rival in (*((LEADER, rival) for rival in SWEPT[1:]), (f"{LEADER}{MANY}", f"{SWEPT[1]}{MANY}")):
         pairs = [np.subtract(rows[leader][key], rows[rival][key]).tolist() for key in keys]
         lines.append([rival, *(f"{mean:+.3g} ± {half:.2g}" for mean, half in map(interval, pairs))])
-    return [f"| {' | '.join(line)} |" for line in lines]
+    return as_table([f"{LEADER}, minus", *(COLUMNS[key] for key in keys)], lines)
 
 
 def _cell(key: str, values: Sequence[float] | None) -> str:

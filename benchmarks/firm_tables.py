@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.render import as_table
 from server.intervals import rounded_with_interval, with_interval
 from server.pareto import hypervolume
 
@@ -63,16 +64,16 @@ def markdown(every: Sequence[Runs], pairings: Sequence[Pairing]) -> str:
     found = [runs for runs in every if runs.rows]
     if not found:
         return "No run has finished."
-    lines = _table(
+    fronts = as_table(
         [
             "", "preferences", "hypervolume", *FRONTS, "above (0, 0)", "preference respected", "disagreement", "drift",
             "KL", "uploads", "s", "seeds",
         ],
         [_summary(runs) for runs in found],
     )  # fmt: skip
-    lines += [line for leader, rivals in pairings for line in _paired(leader, rivals)]
+    lines = [fronts, *(line for leader, rivals in pairings for line in _paired(leader, rivals))]
     names = _objectives(found[0].rows[0])
-    ends = _table(
+    ends = as_table(
         ["", f"preference for {names[0]}", *names, "KL", "seeds"],
         [_ends(runs, share) for runs in found for share in runs.own_shares],
     )
@@ -80,11 +81,7 @@ def markdown(every: Sequence[Runs], pairings: Sequence[Pairing]) -> str:
     told = zip(names, starts.T.tolist(), strict=True)
     base = f"The untrained base: {', '.join(f'{name} {rounded_with_interval(values)}' for name, values in told)}."
     failed = [line for runs in every for line in runs.failed]
-    return "\n".join([*lines, "", *ends, "", base, *(["", "Failed: " + "; ".join(failed)] if failed else [])])
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows]]
+    return "\n".join([*lines, "", ends, "", base, *(["", "Failed: " + "; ".join(failed)] if failed else [])])
 
 
 def _summary(runs: Runs) -> list[str]:
@@ -106,7 +103,7 @@ def _paired(leader: Runs, rivals: Sequence[Runs]) -> list[str]:
         cells for runs in rivals for shares in _compared(leader, runs) if (cells := _differences(leader, runs, shares))
     ]
     head = [f"{leader.title}, minus", "preferences", "hypervolume", "above (0, 0)", "drift", "disagreement", "seeds"]
-    return ["", *_table(head, pairs)] if pairs else []
+    return ["", as_table(head, pairs)] if pairs else []
 
 
 def _compared(leader: Runs, rival: Runs) -> list[tuple[float, ...]]:

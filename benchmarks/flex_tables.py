@@ -8,6 +8,7 @@ from typing import Any
 
 from benchmarks.cells import Outcome, Row
 from benchmarks.contenders import PERSONAL
+from benchmarks.render import as_table
 from client.evaluation.measured import BASE, GLOBAL
 from client.evaluation.measured import PERSONAL as OWN
 from server.intervals import with_interval
@@ -50,7 +51,7 @@ def _quality(
 ) -> str:
     per_site = sites if len(sites) <= 4 else ()
     columns = ["method", "ROUGE-L", "minus FedAvg", *per_site, "worst site", "std", "loss", "minus FedAvg", "tuned"]
-    lines = [columns, ["---"] * len(columns)]
+    lines = []
     base = next((rows for rows in done.values() if rows), {})
     lines.append(["base model", *_of_model(base, BASE, per_site), ""])
     for name, outcome in tested.items():
@@ -66,7 +67,7 @@ def _quality(
         else:
             cells = ["diverged" if outcome.rows else "missing", *[""] * (len(columns) - 3)]
         lines.append([title, *cells, _tuned(outcome) if rows else ""])
-    return _table(lines)
+    return as_table(columns, lines)
 
 
 def _of_model(rows: Mapping[int, Row], model: str | None, sites: Sequence[str]) -> list[str]:
@@ -109,7 +110,7 @@ def _costs(done: Mapping[str, Mapping[int, Row]]) -> str:
     columns = ["method", *(f"{name.strip('*')}: {metric.replace('_', '-')}" for metric, name in general),
                "kB up", "kB down", "routing entropy", "busiest expert", "operations", "time",
                "spread of the choice"]  # fmt: skip
-    lines = [columns, ["---"] * len(columns)]
+    lines = []
     base = next((rows for rows in done.values() if rows), {})
     lines.append(["base model", *(_over_seeds(base, _general(BASE, *each)) for each in general), *[""] * 7])
     for name, rows in done.items():
@@ -118,7 +119,7 @@ def _costs(done: Mapping[str, Mapping[int, Row]]) -> str:
             lines.append(
                 [PERSONAL[name].title, *kept, *(_over_seeds(rows, number, digits) for number, digits in _COSTS)]
             )
-    return _table(lines)
+    return as_table(columns, lines)
 
 
 def _general(model: str | None, metric: str, name: str) -> Number:
@@ -166,7 +167,3 @@ def _tuned(outcome: Outcome) -> str:
 
 
 _KNOBS = {"train.learning_rate"} | {knob.key for contender in PERSONAL.values() for knob in contender.knobs}
-
-
-def _table(lines: Sequence[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from torch.backends.cpu import get_cpu_capability
+import numpy as np
 
 LIBRARIES = ("flwr", "numpy", "peft", "torch", "transformers")
 
@@ -17,11 +17,17 @@ LIBRARIES = ("flwr", "numpy", "peft", "torch", "transformers")
 def made_by(folder: Path) -> dict[str, Any]:
     """Commit of the checkout that a folder lies in, versions of the libraries that there are, and the processor.
 
-    A ``+`` after the commit: code has changed since. None: there is no checkout. The processor is told by the
-    instructions that torch uses (``AVX2``): others round differently.
+    A ``+`` after the commit: code has changed since. None: there is no checkout. The processor is told by the vector
+    instructions that numpy found (``AVX2``): others round differently.
     """
     versions = {name: version(name) for name in LIBRARIES if find_spec(name)}
-    return {"commit": _commit(folder), "cpu": get_cpu_capability(), "versions": versions}
+    return {"commit": _commit(folder), "cpu": _vector_instructions(), "versions": versions}
+
+
+def _vector_instructions() -> str:
+    """By numpy's names: of x86 ``X86_V3`` is AVX2, ``X86_V4`` AVX-512."""
+    found = np.show_config(mode="dicts")["SIMD Extensions"]
+    return " ".join([*found.get("baseline", []), *found.get("found", [])])
 
 
 def makers(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -31,8 +31,7 @@ def write_results(path: Path, results: Mapping[str, Any]) -> None:
 
 def choices(left_open: Mapping[str, str]) -> list[str]:
     """A table of what a paper leaves open and what was chosen instead, as lines of Markdown."""
-    rows = [("left open by the paper", "chosen here"), ("---", "---"), *left_open.items()]
-    return [f"| {' | '.join(row)} |" for row in rows]
+    return as_table(["left open by the paper", "chosen here"], left_open.items()).splitlines()
 
 
 def rendered(page: str, name: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -89,7 +89,7 @@ class Workload:
         ]  # fmt: skip
 
     def file(self, data: Path, seed: int) -> Path:
-        """This seed's data as this file makes them, written if the cache lacks them."""
+        """This seed's data, written if the cache lacks them."""
         rows = self.rows
         assert rows is not None
         return data_file(f"{self.version}/{self.name}-{seed}", lambda: rows(data, seed))

@@ -7,81 +7,121 @@ from dataclasses import asdict
 
 import pytest
 
-from benchmarks import fc_moe_again
+from benchmarks import fc_moe, fc_moe_again
 from benchmarks.cells import Outcome
-from benchmarks.contenders import CONTENDERS
 from benchmarks.fc_moe import study_of
-from benchmarks.fc_moe_again import compared
+from benchmarks.fc_moe_again import compared, of_both, report
+
+DIVERGED = {"failed": "round 1: loss is nan"}
 
 
-def measured(accuracy):
-    return {"accuracy": [accuracy] * 6, "loss": [1 - accuracy] * 6}
+def measured(accuracy, loss=1.0):
+    return {"accuracy": [accuracy] * 6, "loss": [loss] * 6}
 
 
-def outcome(*accuracies):
-    return Outcome((), {seed: measured(accuracy) for seed, accuracy in enumerate(accuracies)})
+def outcome(*rows):
+    return Outcome((), {seed: row if isinstance(row, dict) else measured(row) for seed, row in enumerate(rows)})
+
+
+def told(cells):
+    """Of cells the means alone."""
+    return [cell.split(" ±")[0] if isinstance(cell, str) else cell for cell in cells]
 
 
 def test_both_are_paired_by_seed_over_the_seeds_that_both_have():
     """By hand: stored 50 and 60 against 40 and 46, again 51 and 60 against 43 and 45; seed 2 is stored alone."""
-    stored = {"fedavg": outcome(0.4, 0.46, 0.9), "fc_moe": outcome(0.5, 0.6, 0.1)}
-    anew = {"fedavg": outcome(0.43, 0.45), "fc_moe": outcome(0.51, 0.6)}
-    baseline, ours = compared(stored, anew)["rows"]
-    title, seeds, *means, difference, alike, gain_stored, gain_again = ours
-    assert (title, seeds, alike) == ("FC-MoE", 2, 1)
-    assert [cell.split()[0] for cell in means] == ["55.0", "55.5"]
-    assert (difference.split()[0], gain_stored.split()[0], gain_again.split()[0]) == ("+0.5", "+12.0", "+11.5")
-    assert baseline[4].startswith("+1.0 ±")
-    assert baseline[5:] == [0, "", ""]
+    before = {"fedavg": outcome(0.4, 0.46, 0.9), "fc_moe": outcome(0.5, 0.6, 0.1), "fedprox": outcome(0.1)}
+    again = {"fedavg": outcome(0.43, 0.45), "fc_moe": outcome(0.51, 0.6), "fedprox": outcome()}
+    table = compared(of_both(before, again))
+    assert [told(cells) for cells in table["rows"]] == [
+        ["FedAvg", 2, "43.0", "44.0", "+1.0", 0, "", ""],
+        ["FC-MoE", 2, "55.0", "55.5", "+0.5", 1, "+12.0", "+11.5"],
+    ]
+    assert table["columns"][2] == "test accuracy, %, stored"
 
 
-def test_a_run_that_diverged_is_left_out_and_a_loss_is_told_in_nats():
+def test_curves_are_equal_if_both_are():
+    before = {"fedavg": outcome(measured(0.5, 1.0), measured(0.5, 1.0), measured(0.5, 1.0), DIVERGED)}
+    again = {"fedavg": outcome(measured(0.5, 1.1), measured(0.6, 1.0), measured(0.5, 1.0), DIVERGED)}
+    ((_, seeds, *_, alike, _, _),) = compared(of_both(before, again))["rows"]
+    assert (seeds, alike) == (4, 2)
+
+
+def test_a_run_that_diverged_is_told_and_a_loss_is_in_nats():
     loss = {"accuracy": None, "loss": [2.0] * 5}
-    stored = {"fedavg": Outcome((), {0: loss, 1: {"failed": "round 1: loss is nan"}})}
-    table = compared(stored, {"fedavg": Outcome((), {0: loss, 1: loss})})
+    table = compared(of_both({"fc_moe": outcome(loss, loss)}, {"fc_moe": outcome(loss, DIVERGED)}))
     assert table["columns"][2] == "test loss, nats, stored"
-    assert table["rows"] == [["FedAvg", 1, "2.000", "2.000", "+0.000", 1, "", ""]]
+    ((title, seeds, one, other, change, alike, *gains),) = table["rows"]
+    assert (title, seeds, one, other) == ("FC-MoE", 2, "2.000 ± 0.000", "2.000 (1 diverged)")
+    assert (change, alike, gains) == ("+0.000", 1, ["", ""])
+    ((*_, other, change, _, _, _),) = compared(of_both({"fc_moe": outcome(loss)}, {"fc_moe": outcome(DIVERGED)}))[
+        "rows"
+    ]
+    assert (other, change) == ("diverged", "")
+
+
+def test_makers_are_those_of_the_runs_in_the_table():
+    one, other = {"commit": "a"}, {"commit": "b"}
+    before = {"fedavg": outcome(*(measured(0.5) | {"made_by": one} for _ in range(3)))}
+    again = {"fedavg": outcome(*(measured(0.5) | {"made_by": other} for _ in range(2)))}
+    found = report(before, again)
+    assert found["stored_by"] == [{"made_by": one, "runs": 2}]
+    assert found["made_by"] == [{"made_by": other, "runs": 2}]
 
 
 @pytest.fixture
-def stored(monkeypatch, tmp_path):
-    """Stored runs of FedAvg on CLINC, tuned to a rate of 0.008, below ``tmp_path``; cells that are computed again."""
-    study = study_of("clinc", "lora", [0, 1], [100])
+def computed(monkeypatch, tmp_path):
+    """Runs of FedAvg and FedMoE stored below ``tmp_path``, tuned to a rate of 0.008; cells that are computed again."""
+    study = study_of("clinc", "full", [0, 1], [100])
     rows = []
-    while needed := study.needed("fedavg"):
-        for cell in needed:
-            rate = float(cell.settings[-1].partition("=")[2])
-            rows.append(asdict(cell) | measured(0.5 - abs(rate - 0.008)) | {"settings": [*cell.settings]})
-            study.add(rows[-1])
+    for name in ("fedavg", "fedmoe"):
+        while needed := study.needed(name):
+            for cell in needed:
+                rate = float(cell.settings[-1].partition("=")[2])
+                accuracy = 0.5 - abs(rate - 0.008)
+                rows.append(
+                    asdict(cell) | measured(accuracy) | {"settings": [*cell.settings], "sites": {"a": accuracy}}
+                )
+                study.add(rows[-1])
     (tmp_path / "results").mkdir()
-    path = tmp_path / "results" / "fc_moe_clinc_lora.jsonl"
+    path = tmp_path / "results" / "fc_moe_clinc_full.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    monkeypatch.setattr(fc_moe_again, "HERE", tmp_path)
-    computed = []
+    for module in (fc_moe, fc_moe_again):
+        monkeypatch.setattr(module, "HERE", tmp_path)
+    cells = []
 
     def run(cell, data, device):
-        computed.append(cell)
+        assert device == "somewhere"
+        cells.append(cell)
         return asdict(cell) | measured(0.6)
 
     monkeypatch.setattr(fc_moe_again, "run_cell", run)
-    return computed
+    return cells
 
 
-def test_tests_alone_are_computed_again_with_the_tuned_settings_and_once(stored, monkeypatch, tmp_path):
-    monkeypatch.setattr("sys.argv", ["fc_moe_again", "--strategies", "fedavg", "--seeds", "0", "1"])
-    for _ in range(2):
-        fc_moe_again.main()
-    assert [(cell.seed, cell.split) for cell in stored] == [(0, "test"), (1, "test")]
-    assert {cell.settings for cell in stored} == {("strategy=fedavg", "train.learning_rate=0.008")}
-    written = json.loads((tmp_path / "results" / "again_clinc_lora.json").read_text())
-    assert written["table"]["rows"][0][:2] == [CONTENDERS["fedavg"].title, 2]
-    assert written["made_by"][0]["runs"] == 2
+def run_again(monkeypatch, *words):
+    monkeypatch.setattr("sys.argv", ["fc_moe_again", "--experts", "full", "--device", "somewhere", *words])
+    fc_moe_again.main()
 
 
-def test_who_is_not_tuned_is_refused(stored, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["fc_moe_again", "--strategies", "fedavg", "fc_moe"])
+def test_tests_alone_are_computed_again_with_the_tuned_settings_and_once(computed, monkeypatch, tmp_path):
+    """By default everyone's; who was computed before stays in the table."""
+    run_again(monkeypatch, "--strategies", "fedavg", "--seeds", "0", "1")
+    assert [(cell.seed, cell.split, cell.experts) for cell in computed] == [(0, "test", "full"), (1, "test", "full")]
+    assert {cell.settings for cell in computed} == {("strategy=fedavg", "train.learning_rate=0.008")}
+    run_again(monkeypatch, "--seeds", "0")
+    assert [cell.settings[0] for cell in computed[2:]] == ["strategy=fedmoe"]
+    written = json.loads((tmp_path / "results" / "again_clinc_full.json").read_text())
+    assert [told(cells)[1:5] for cells in written["table"]["rows"]] == [
+        [2, "50.0", "60.0", "+10.0"],
+        [1, "50.0", "60.0", "+10.0"],
+    ]
+    assert [maker["runs"] for maker in written["made_by"]] == [3]
+
+
+def test_who_is_not_tuned_is_refused(computed, monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
-        fc_moe_again.main()
+        run_again(monkeypatch, "--strategies", "fedavg", "fc_moe")
     assert ended.value.code == 2
     assert "--strategies fc_moe: not tuned in the stored runs" in capsys.readouterr().err
-    assert stored == []
+    assert computed == []

@@ -6,7 +6,6 @@ import json
 
 import pytest
 
-from benchmarks.cells import stored_rows
 from benchmarks.render import HERE, rendered, with_results, write_results
 
 PAGE = "before\n<!-- speed -->\nold\n<!-- /speed -->\nafter\n"
@@ -48,14 +47,3 @@ def test_results_are_written_a_run_a_line_and_read_back_as_they_were(tmp_path):
     assert json.loads(text) == results
     assert '\n  {"loss": 1.5, "sites": 2},\n' in text
     assert '"s": [1, 2]' in text
-
-
-def test_a_cell_that_a_kill_left_half_written_is_computed_again(tmp_path):
-    path = tmp_path / "cells.jsonl"
-    assert stored_rows(path) == []
-    path.write_text('{"seed": 0}\n{"seed": 1}\n{"se')
-    assert stored_rows(path) == [{"seed": 0}, {"seed": 1}]
-    assert path.read_text() == '{"seed": 0}\n{"seed": 1}\n'
-    assert stored_rows(path) == [{"seed": 0}, {"seed": 1}]
-    path.write_text('{"se')
-    assert stored_rows(path) == []

@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 from benchmarks import workload_texts
-from benchmarks.workload_texts import CLINC_WORDS, MAKERS, Rows, _drawn, in_roles
+from benchmarks.workload_texts import CLINC_WORDS, MAKERS, Rows, _drawn, in_roles, sources
 
 
 def test_one_of_ten_sites_holds_half_of_the_same_texts(tmp_path, monkeypatch):
@@ -43,3 +43,18 @@ def test_what_is_tuned_on_is_never_tested_on():
     for split, other in itertools.permutations(sizes, 2):
         assert not (texts[0, split] | texts[1, split]) & (texts[0, other] | texts[1, other])
     assert all(texts[0, split] != texts[1, split] for split in sizes)
+
+
+def test_sources_are_those_of_what_makes_the_texts():
+    """Each maker's own, those of the draws that all share, and of what else it calls."""
+    shared = ["def _drawn(", "def cut("]
+    used = {
+        "clinc": [], "clinc_few": ["def _clinc("], "clinc_unequal": ["def _clinc("], "banking": [],
+        "ag_news": ["def in_roles("], "mcq": ["def in_roles("], "dolly": ["def in_roles("],
+        "dolly_published": ["def in_roles(", "def _sampled("],
+    }  # fmt: skip
+    assert used.keys() == MAKERS.keys()
+    for name, parts in used.items():
+        expected = [f"def _{name}(", *shared, *parts]
+        assert [source[: len(start)] for source, start in zip(sources(MAKERS[name]), expected, strict=True)] == expected
+    assert [source.partition("(")[0] for source in sources(None)] == ["def _drawn", "def cut"]
