@@ -18,7 +18,7 @@ def made_by(folder: Path) -> dict[str, Any]:
     """Commit of the checkout that a folder lies in, versions of the libraries that there are, and the processor.
 
     A ``+`` after the commit: code has changed since. None: there is no checkout. The processor is told by the vector
-    instructions that numpy found (``AVX2``): others round differently.
+    instructions that numpy found: others round differently.
     """
     versions = {name: version(name) for name in LIBRARIES if find_spec(name)}
     return {"commit": _commit(folder), "cpu": _vector_instructions(), "versions": versions}
