@@ -1,6 +1,8 @@
 """All tables of ``benchmarks.fc_moe`` in a line each: what helps on which workload, and how far the aim is reached.
 
-python -m benchmarks.fc_moe_overview        # from the stored cells, in seconds
+    python -m benchmarks.fc_moe_overview        # from the stored cells, in seconds
+
+Whoever runs more of that study, or adds a contender, makes it anew, and then the pages (``benchmarks.render``).
 """
 
 from __future__ import annotations
@@ -50,7 +52,7 @@ class Found:
 
     @cached_property
     def by_accuracy(self) -> bool:
-        """In percent; else by loss, in nats."""
+        """Whether it is judged so, in percent; else by loss, in nats."""
         return judged_by_accuracy(self.tested)
 
     def values(self, name: str) -> BySeed:

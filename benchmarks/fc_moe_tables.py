@@ -235,12 +235,12 @@ def _done(tested: Mapping[str, Outcome]) -> list[Row]:
 
 
 def judged_by_accuracy(tested: Mapping[str, Outcome]) -> bool:
-    """Or by loss."""
+    """Whether by accuracy; else by loss."""
     return any(row["accuracy"] for row in _done(tested))
 
 
 def digits_of(by_accuracy: bool) -> int:
-    """Behind the point, of what counts."""
+    """How many to show behind the point, of what counts."""
     return 1 if by_accuracy else 3
 
 

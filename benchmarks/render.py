@@ -44,7 +44,7 @@ def rendered(page: str, name: str, columns: Sequence[str], rows: Sequence[Sequen
 
 
 def as_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """In Markdown."""
+    """A table in Markdown, a line for each of the rows."""
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in lines)
 
