@@ -138,7 +138,7 @@ def tested_of(study: Study[Cell], workload: str, experts: str) -> dict[str, Outc
 
 def compared(workload: str, experts: str) -> list[str]:
     """Names of those who are compared on a workload with experts trained so."""
-    names = WORKLOADS[workload].contenders or tuple(CONTENDERS)
+    names = WORKLOADS[workload].contenders
     return [name for name in names if experts == "lora" or not CONTENDERS[name].of_factors]
 
 

@@ -3,29 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 
 import pytest
 
-from benchmarks import fc_moe, fc_moe_again
-from benchmarks.cells import Outcome
-from benchmarks.fc_moe import study_of
+from benchmarks import fc_moe_again
 from benchmarks.fc_moe_again import compared, of_both, report
-
-DIVERGED = {"failed": "round 1: loss is nan"}
-
-
-def measured(accuracy, loss=1.0):
-    return {"accuracy": [accuracy] * 6, "loss": [loss] * 6}
-
-
-def outcome(*rows):
-    return Outcome((), {seed: row if isinstance(row, dict) else measured(row) for seed, row in enumerate(rows)})
-
-
-def told(cells):
-    """Of cells the means alone."""
-    return [cell.split(" ±")[0] if isinstance(cell, str) else cell for cell in cells]
+from tests.benchmarks.stored_runs import DIVERGED, measured, outcome, store, told
 
 
 def test_both_are_paired_by_seed_over_the_seeds_that_both_have():
@@ -71,32 +54,8 @@ def test_makers_are_those_of_the_runs_in_the_table():
 
 @pytest.fixture
 def computed(monkeypatch, tmp_path):
-    """Runs of FedAvg and FedMoE stored below ``tmp_path``, tuned to a rate of 0.008; cells that are computed again."""
-    study = study_of("clinc", "full", [0, 1], [100])
-    rows = []
-    for name in ("fedavg", "fedmoe"):
-        while needed := study.needed(name):
-            for cell in needed:
-                rate = float(cell.settings[-1].partition("=")[2])
-                accuracy = 0.5 - abs(rate - 0.008)
-                rows.append(
-                    asdict(cell) | measured(accuracy) | {"settings": [*cell.settings], "sites": {"a": accuracy}}
-                )
-                study.add(rows[-1])
-    (tmp_path / "results").mkdir()
-    path = tmp_path / "results" / "fc_moe_clinc_full.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for module in (fc_moe, fc_moe_again):
-        monkeypatch.setattr(module, "HERE", tmp_path)
-    cells = []
-
-    def run(cell, data, device):
-        assert device == "somewhere"
-        cells.append(cell)
-        return asdict(cell) | measured(0.6)
-
-    monkeypatch.setattr(fc_moe_again, "run_cell", run)
-    return cells
+    """Cells that are computed again."""
+    return store(monkeypatch, tmp_path)
 
 
 def run_again(monkeypatch, *words):
