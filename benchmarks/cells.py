@@ -65,6 +65,8 @@ class Study(Generic[C]):
     """None: nothing is tuned, every knob stays where it starts."""
     learning_rate: Knob = LEARNING_RATE
     """How it is tuned."""
+    more_seeds: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    """Contender -> seeds that it is to be tested with besides."""
     rows: dict[C, Row] = field(default_factory=dict)
 
     def add(self, row: Row) -> None:
@@ -78,7 +80,7 @@ class Study(Generic[C]):
         tuning = self.tuning(name)
         split = "validation" if tuning.missing else "test"
         settings = tuning.missing or [tuning.settings]
-        seeds = self.tuning_seeds if tuning.missing else self.seeds
+        seeds = self.tuning_seeds if tuning.missing else [*self.seeds, *self.more_seeds.get(name, ())]
         cells = [self.cell(chosen, seed, split) for chosen in settings for seed in seeds]
         return [cell for cell in cells if cell not in self.rows]
 
@@ -97,7 +99,9 @@ class Study(Generic[C]):
 
     def all_seeds(self) -> list[int]:
         """Those to be tested and those that have been, of any contender."""
-        return sorted({*self.seeds, *(row["seed"] for row in self.rows.values() if row["split"] == "test")})
+        more = (seed for seeds in self.more_seeds.values() for seed in seeds)
+        tested = (row["seed"] for row in self.rows.values() if row["split"] == "test")
+        return sorted({*self.seeds, *more, *tested})
 
     def tested(self, name: str) -> Outcome:
         """What is known of a contender on the test data; nothing while it is being tuned."""

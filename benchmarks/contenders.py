@@ -72,6 +72,11 @@ _PLUS = (
 )
 _RIDGE = Knob("strategy.ridge", (0.03, 0.1, 0.3, 1.0, 3.0), 0.3, unsaid=0.3)
 _AGREEMENT = Knob("strategy.agreement", (0.1, 0.3, 1.0, 3.0, 10.0), 1.0, unsaid=1.0)
+_ALIGNMENT = (
+    Knob("method.strength", (0.01, 0.1, 1.0, 10.0, 100.0), 0.1),
+    Knob("method.overlap", (0.0, 0.1, 0.3, 0.6, 1.0), 0.1, unsaid=0.1),
+    Knob("strategy.deviations", (0.0, 1.0, 2.0), 1.0, unsaid=1.0),
+)
 _FIXED = tuple(replace(knob, values=(knob.start,)) for knob in _PLUS)
 _WHOLE = ("strategy=fc_moe_plus", "strategy.agreement=null")
 _PLUS_SWEEPS = {
@@ -182,14 +187,12 @@ CONTENDERS: dict[str, Contender] = {
     "fedavg_uniform": Contender("FedAvg, sites alike", ("strategy=fedavg", "strategy.weights=uniform")),
     "fedavg_tokens": Contender("FedAvg, experts by tokens", ("strategy=fedavg", "strategy.weights=tokens")),
     "fedmoe": Contender("FedMoE (sites that used the expert)", ("strategy=fedmoe",)),
-    "fedalign_moe": Contender(
-        "FedAlign-MoE (routers trained, local)",
-        ("strategy=fedalign_moe",),
-        (
-            Knob("method.strength", (0.01, 0.1, 1.0, 10.0, 100.0), 0.1),
-            Knob("method.overlap", (0.0, 0.1, 0.3, 0.6, 1.0), 0.1, unsaid=0.1),
-            Knob("strategy.deviations", (0.0, 1.0, 2.0), 1.0, unsaid=1.0),
-        ),
+    "fedalign_moe": Contender("FedAlign-MoE (routers trained, local)", ("strategy=fedalign_moe",), _ALIGNMENT),
+    # As printed; but with one expert a token it would have nothing to align.
+    "fedalign_moe_selected": Contender(
+        "FedAlign-MoE, probabilities over the selected experts",
+        ("strategy=fedalign_moe", "method.probability=selected"),
+        _ALIGNMENT,
     ),
     "scaffold": Contender("SCAFFOLD", ("strategy=scaffold",)),
     # Its global model is FedAvg's: what it mixes with it stays at the sites.

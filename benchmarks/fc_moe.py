@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import tempfile
 import time
 from collections.abc import Sequence
@@ -29,6 +30,7 @@ from benchmarks.cells import Outcome, Row, Study, add_arguments, carry_out, stor
 from benchmarks.contenders import CONTENDERS, LEARNING_RATE, LEARNING_RATE_BY_LOSS, Settings
 from benchmarks.fc_moe_numbers import LAST, last_rounds
 from benchmarks.fc_moe_overtaken import overtaken
+from benchmarks.fc_moe_seeds import table_seeds
 from benchmarks.fc_moe_tables import markdown, summary
 from benchmarks.federation import simulated
 from benchmarks.measures import Judge, Score, expert_norm
@@ -104,16 +106,18 @@ def run_cell(cell: Cell, data: Path, device: str = "cpu") -> dict[str, Any]:
     }
 
 
-def study_of(workload: str, experts: str, seeds: Sequence[int], tuning_seeds: Sequence[int]) -> Study[Cell]:
-    """The cells of one workload and one way to train experts."""
+def study_of(workload: str, experts: str, seeds: Sequence[int] | None, tuning_seeds: Sequence[int]) -> Study[Cell]:
+    """The cells of one workload and one way to train experts; without ``seeds`` with those of ``fc_moe_seeds``."""
+    few, more = (seeds, {}) if seeds is not None else table_seeds(workload, experts)
     version = WORKLOADS[workload].version
     return Study(
         CONTENDERS,
         cell=lambda settings, seed, split: Cell(workload, experts, settings, seed, split, version),
         cell_of=Cell.of,
         score=_score,
-        seeds=seeds,
+        seeds=few,
         tuning_seeds=tuning_seeds,
+        more_seeds=more,
         learning_rate=LEARNING_RATE if WORKLOADS[workload].labels else LEARNING_RATE_BY_LOSS,
     )
 
@@ -123,12 +127,21 @@ def results_of(workload: str, experts: str) -> Path:
     return HERE / "results" / f"fc_moe_{workload}_{experts}.json"
 
 
-def stored(workload: str, experts: str, seeds: Sequence[int], tuning_seeds: Sequence[int]) -> Study[Cell]:
+def stored(workload: str, experts: str, seeds: Sequence[int] | None, tuning_seeds: Sequence[int]) -> Study[Cell]:
     """The study with its finished cells."""
     study = study_of(workload, experts, seeds, tuning_seeds)
     for row in stored_rows(results_of(workload, experts).with_suffix(".jsonl")):
         study.add(row)
     return study
+
+
+def stored_tests(workload: str, experts: str) -> dict[str, Outcome]:
+    """What is known on test data of a table that has been made, from its cells; empty if it has not."""
+    path = results_of(workload, experts)
+    if not path.exists():
+        return {}
+    written = json.loads(path.read_text())
+    return tested_of(stored(workload, experts, written["seeds"], written["tuning_seeds"]), workload, experts)
 
 
 def tested_of(study: Study[Cell], workload: str, experts: str) -> dict[str, Outcome]:
@@ -172,7 +185,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="FC-MoE and its rivals")
     parser.add_argument("--workload", choices=list(WORKLOADS), nargs="+", default=["clinc"])
     parser.add_argument("--experts", choices=["lora", "full"], nargs="+", default=["lora"])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--seeds", type=int, nargs="+", help="of the tests; default: those of fc_moe_seeds.py")
     parser.add_argument("--device", default="cpu")
     add_arguments(parser, CONTENDERS, tuning_seeds=[100])
     given = parser.parse_args()

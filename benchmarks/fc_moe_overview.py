@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +16,7 @@ from typing import Any
 
 from benchmarks.cells import Outcome
 from benchmarks.contenders import CONTENDERS
-from benchmarks.fc_moe import results_of, stored, tested_of
+from benchmarks.fc_moe import stored_tests
 from benchmarks.fc_moe_numbers import BySeed, differences, good, results
 from benchmarks.fc_moe_tables import (
     BASELINE,
@@ -90,12 +89,7 @@ class Found:
 def read() -> Iterator[Found]:
     """Every table of ``benchmarks.fc_moe`` with a baseline, from its stored cells."""
     for (name, workload), experts in itertools.product(WORKLOADS.items(), ("lora", "full")):
-        path = results_of(name, experts)
-        if not path.exists():
-            continue
-        written = json.loads(path.read_text())
-        tested = tested_of(stored(name, experts, written["seeds"], written["tuning_seeds"]), name, experts)
-        run = {contender: result for contender, result in tested.items() if result.rows}
+        run = {contender: result for contender, result in stored_tests(name, experts).items() if result.rows}
         if good(run.get(BASELINE, Outcome((), {})).rows):
             yield Found(workload.title, "LoRA" if experts == "lora" else experts, run)
 

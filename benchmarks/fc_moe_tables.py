@@ -115,13 +115,24 @@ def sites(tested: Mapping[str, Outcome]) -> str:
 
 
 def ablation(tested: Mapping[str, Outcome]) -> str:
-    """The paper's Table II: here and as printed, global / on the sites' own data; empty if nothing was left out.
+    """What is left of FC-MoE without one of its parts; empty if nothing was left out."""
+    measured, num_seeds = ablated(tested)
+    if not any(name.startswith("fc_moe_no_") for name in measured):
+        return ""
+    lines = []
+    for name, found in measured.items():
+        pairs = zip(found, measured.get(_FULL, ({}, {})), strict=True)
+        minus = (difference(values, of_full, 4) for values, of_full in pairs if name != _FULL)
+        lines.append([variant(name), both_told(found), " / ".join(filter(None, minus))])
+    return as_table(["variant", f"test / local, {num_seeds} seeds", "minus full"], lines)
+
+
+def ablated(tested: Mapping[str, Outcome]) -> tuple[dict[str, tuple[BySeed, BySeed]], int]:
+    """Variant -> shares of all test data, and of the sites' own, that are right; and by how many seeds.
 
     Over the seeds that all variants have been run with, of those that have been run at all.
     """
     compared = [name for name in ABLATION if name in tested]
-    if not any(name.startswith("fc_moe_no_") for name in compared):
-        return ""
     done = [set(good(tested[name].rows)) for name in compared if good(tested[name].rows)]
     common = set.intersection(*done) if done else set()
     measured = {}
@@ -129,18 +140,17 @@ def ablation(tested: Mapping[str, Outcome]) -> str:
         rows = {seed: row for seed, row in good(tested[name].rows).items() if seed in common and row["accuracy"]}
         test = {seed: last_rounds(row["accuracy"]) for seed, row in rows.items()}
         measured[name] = test, {seed: float(np.mean(list(row["sites"].values()))) for seed, row in rows.items()}
-    lines = []
-    for name, found in measured.items():
-        pairs = zip(found, measured.get(_FULL, ({}, {})), strict=True)
-        minus = (difference(values, of_full, 4) for values, of_full in pairs if name != _FULL)
-        lines.append([
-            _TITLES.get(name, CONTENDERS[name].title),
-            " / ".join(_mean(values, 4) for values in found if values) or "missing",
-            " / ".join(filter(None, minus)),
-            *ABLATION[name],
-        ])  # fmt: skip
-    here = f"here: test / local, {len(common)} seeds"
-    return as_table(["variant", here, "minus full", "printed, AG News", "printed, MMLU"], lines)
+    return measured, len(common)
+
+
+def variant(name: str) -> str:
+    """What it is called beside the others that lack a part."""
+    return _TITLES.get(name, CONTENDERS[name].title)
+
+
+def both_told(found: tuple[BySeed, BySeed]) -> str:
+    """Both means with their intervals."""
+    return " / ".join(_mean(values, 4) for values in found if values) or "missing"
 
 
 def one_knob_changed(tested: Mapping[str, Outcome]) -> str:

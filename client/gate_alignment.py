@@ -18,11 +18,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from client.local_rule import LocalRule
+from conf.methods import RoutingProbability
 from strategies.adapters import Arrays
 from strategies.fedalign_moe import MARGIN, PROBABILITY, SEMANTICS
 
 _SMALLEST_REFERENCE = 1e-6
 """Below it a reference counts as this: no site's routing went there, and the divergence would be infinite."""
+_NO_LOGIT = -1e9
+"""Of an expert that has no part in the softmax: finite, so that 0 times it is 0, in the gradient too."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,8 @@ class Target:
 class GateAlignment(LocalRule):
     """Measures the routing of every pass and adds ``strength`` times its divergence from the target to the loss.
 
-    The term is the mean over layers and tokens; a layer without a target is measured only.
+    The term is the mean over layers and tokens; a layer without a target is measured only. ``over`` says over which
+    experts probabilities are.
     """
 
     def __init__(
@@ -47,9 +51,12 @@ class GateAlignment(LocalRule):
         experts_per_token: int,
         targets: Mapping[str, Target],
         strength: float,
+        *,
         keep_under: str,
+        over: RoutingProbability = RoutingProbability.all,
     ) -> None:
         self._routers = routers
+        self._among = experts_per_token if over is RoutingProbability.selected else None
         self._experts_per_token = experts_per_token
         self._targets = targets
         self._strength = strength
@@ -77,7 +84,7 @@ class GateAlignment(LocalRule):
         for layer, caught in self._inputs.items():
             assert caught is not None, f"the router of {layer} was not called"
             hidden_ND = caught.reshape(-1, caught.shape[-1])[self._real_tokens.to(caught.device)].float()
-            log_p_NE = log_probabilities(hidden_ND, self._routers[layer])
+            log_p_NE = log_probabilities(hidden_ND, self._routers[layer], self._among)
             self._statistics[layer].add(log_p_NE.detach().exp(), hidden_ND.detach())
             if layer in self._targets:
                 terms.append(divergence(log_p_NE, self._targets[layer], self._experts_per_token).sum())
@@ -142,11 +149,18 @@ class RoutingStatistics:
         return {kind: mean.float().cpu().numpy() for kind, mean in means.items()}
 
 
-def log_probabilities(hidden_ND: Tensor, router: nn.Module) -> Tensor:
-    """(N, E) float32 logarithms of the softmax of the router's logits, over all experts."""
+def log_probabilities(hidden_ND: Tensor, router: nn.Module, among: int | None = None) -> Tensor:
+    """(N, E) float32 logarithms of the softmax of the router's logits: over all experts, or each token's first ones.
+
+    An expert that is not ``among`` a token's first has the probability 0, of which the logarithm here is finite.
+    """
     weight: Any = router.weight
     bias: Any = getattr(router, "bias", None)
     logits_NE = functional.linear(hidden_ND, weight.float(), None if bias is None else bias.float())
+    if among is not None:
+        first_NE = torch.zeros_like(logits_NE, dtype=torch.bool)
+        first_NE.scatter_(1, logits_NE.topk(among, dim=1).indices, value=True)
+        logits_NE = logits_NE.masked_fill(~first_NE, _NO_LOGIT)
     return logits_NE.log_softmax(dim=1)
 
 

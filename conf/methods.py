@@ -87,6 +87,15 @@ class FcMoeConfig(MethodConfig):
     retention: RetentionConfig = field(default_factory=RetentionConfig)
 
 
+class RoutingProbability(Enum):
+    """Over which experts FedAlign-MoE's routing probabilities are a softmax."""
+
+    all = "all"
+    selected = "selected"
+    """Those that the token is routed to, as the paper says. With one expert a token it is 1 whatever the router does,
+    and the alignment term has no gradient."""
+
+
 @dataclass(kw_only=True)
 class FedAlignMoeConfig(MethodConfig):
     """Supervised fine-tuning with routers pulled towards the sites' common routing (https://arxiv.org/abs/2603.21276)."""
@@ -96,6 +105,8 @@ class FedAlignMoeConfig(MethodConfig):
     """Lambda of Eq. 10: weight of the alignment term in the loss."""
     overlap: float = 0.1
     """Eta of Eq. 9: overlap of the site's routing with the mean at which an expert's term has half its weight."""
+    probability: RoutingProbability = RoutingProbability.all
+    """What p is in Eq. 3, 5 and 11."""
 
     def __post_init__(self) -> None:
         require(0 <= self.strength < math.inf, "method.strength", ">= 0", self.strength)

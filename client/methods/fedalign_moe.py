@@ -22,11 +22,12 @@ class FedAlignMoe(Method):
     The loss is that of the task plus lambda times alpha(e) KL(p(x, e) || p_g(e)) over the experts that the token or the
     reference chooses, with alpha(e) = sigmoid(o(e) - eta) and o the site's overlap with the others' mean routing.
 
-    Differs from the paper: its p is a softmax over the selected experts, here over all, since with one expert a
-    token the former is 1 whatever the router does, and has no gradient. Statistics are those of the tokens that the
-    round trained on, as they passed, not of another pass over all data; so the reference is a round old, and a
-    site's first round has no such term. It is averaged over layers, of which the paper does not speak. A mean hidden
-    state over few tokens is close to theirs: it tells more about a site's text than token counts do.
+    Differs from the paper: its p is a softmax over the selected experts (``method.probability=selected``), here over
+    all, since with one expert a token the former is 1 whatever the router does, and has no gradient. Statistics are
+    those of the tokens that the round trained on, as they passed, not of another pass over all data; so the reference
+    is a round old, and a site's first round has no such term. It is averaged over layers, of which the paper does not
+    speak. A mean hidden state over few tokens is close to theirs: it tells more about a site's text than token counts
+    do.
     """
 
     def __init__(self, config: MethodConfig) -> None:
@@ -54,5 +55,10 @@ class FedAlignMoe(Method):
                     torch.sigmoid(overlap_E - self.config.overlap).to(adapted.device),
                 )
         return GateAlignment(
-            adapted.routers(), adapted.experts_per_token, targets, self.config.strength, keep_under=_PRIVATE
+            adapted.routers(),
+            adapted.experts_per_token,
+            targets,
+            self.config.strength,
+            keep_under=_PRIVATE,
+            over=self.config.probability,
         )

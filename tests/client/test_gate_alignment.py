@@ -11,6 +11,7 @@ from client.base_model import load_base
 from client.gate_alignment import GateAlignment, RoutingStatistics, Target, divergence, log_probabilities
 from client.model import AdaptedModel
 from client.text import collate
+from conf.methods import RoutingProbability
 from conf.model import ExpertTraining, LoraConfig, RouterTraining
 from strategies.fedalign_moe import MARGIN, PROBABILITY, SEMANTICS
 from tests.client.local_training import distance, eight_sequences, noisy, run
@@ -46,21 +47,40 @@ def some_target():
     return Target(torch.tensor([0.7, 0.1, 0.15, 0.05]), torch.tensor([0.5, 0.4, 0.6, 0.3]))
 
 
-def naive_divergence(logits, target, num_chosen):
-    """Eq. 11 for one token, term by term."""
-    total = sum(math.exp(value) for value in logits)
-    p = [math.exp(value) / total for value in logits]
+def naive_divergence(logits, target, num_chosen, over):
+    """Eq. 11 for one token, term by term, with p over the ``over`` largest."""
+    first = {int(e) for e in np.argsort(logits)[-over:]}
+    total = sum(math.exp(logits[e]) for e in first)
+    p = {e: math.exp(logits[e]) / total for e in first}
     reference, weight = target.reference_E.tolist(), target.weight_E.tolist()
-    chosen = {*np.argsort(p)[-num_chosen:], *np.argsort(reference)[-num_chosen:]}
-    return sum(weight[e] * p[e] * math.log(p[e] / reference[e]) for e in chosen)
+    chosen = {int(e) for e in [*np.argsort(logits)[-num_chosen:], *np.argsort(reference)[-num_chosen:]]}
+    return sum(weight[e] * p[e] * math.log(p[e] / reference[e]) for e in chosen & first)
 
 
+def identity():
+    """A router whose logits are what it is given."""
+    return router_of(np.eye(4, dtype=np.float32))
+
+
+@pytest.mark.parametrize("is_selected", [False, True])
 @pytest.mark.parametrize("num_chosen", [1, 2, 4])
-def test_divergence_is_the_naive_one(num_chosen):
+def test_divergence_is_the_naive_one(num_chosen, is_selected):
     logits_NE = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
-    found = divergence(logits_NE.log_softmax(dim=1), some_target(), num_chosen)
-    expected = [naive_divergence(row, some_target(), num_chosen) for row in logits_NE.tolist()]
+    log_p_NE = log_probabilities(logits_NE, identity(), num_chosen if is_selected else None)
+    found = divergence(log_p_NE, some_target(), num_chosen)
+    over = num_chosen if is_selected else 4
+    expected = [naive_divergence(row, some_target(), num_chosen, over) for row in logits_NE.tolist()]
     np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_over_the_selected_probabilities_are_the_routers_weights_made_to_sum_to_1():
+    """And over all of them they are what they are over all."""
+    logits_NE = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    everyone_NE = logits_NE.softmax(dim=1)
+    largest_N2, expert_N2 = everyone_NE.topk(2, dim=1)
+    expected_NE = torch.zeros(6, 4).scatter_(1, expert_N2, largest_N2 / largest_N2.sum(dim=1, keepdim=True))
+    np.testing.assert_allclose(log_probabilities(logits_NE, identity(), 2).exp(), expected_NE, rtol=1e-5)
+    np.testing.assert_allclose(log_probabilities(logits_NE, identity(), 4).exp(), everyone_NE, rtol=1e-6)
 
 
 def test_over_all_experts_it_is_least_where_the_routing_is_the_reference():
@@ -78,11 +98,18 @@ def test_a_reference_of_zero_costs_much_and_not_infinitely():
 
 
 def test_top_1_routing_has_a_gradient():
-    """A softmax over the one selected expert would have none."""
-    logits_NE = torch.zeros(1, 4).requires_grad_()
-    divergence(logits_NE.log_softmax(dim=1), some_target(), 1).sum().backward()
-    assert logits_NE.grad is not None
-    assert logits_NE.grad.abs().max() > 0.01
+    """A softmax over the one selected expert has none; over two of four it is finite, and 0 for the others."""
+
+    def gradient(among, num_chosen):
+        hidden_NE = torch.tensor([[0.1, 0.2, 0.3, 0.0]], requires_grad=True)
+        divergence(log_probabilities(hidden_NE, identity(), among), some_target(), num_chosen).sum().backward()
+        return hidden_NE.grad.abs()
+
+    assert gradient(None, 1).max() > 0.01
+    assert gradient(1, 1).max() == 0
+    of_two = gradient(2, 2)
+    assert of_two[0, 1:3].min() > 0.01
+    assert of_two[0, [0, 3]].max() == 0
 
 
 def test_statistics_by_hand():
@@ -97,8 +124,9 @@ def test_statistics_by_hand():
     assert {array.dtype for array in found.values()} == {np.dtype(np.float32)}
 
 
-def aligned(adapted, targets=None, strength=0.1):
-    return GateAlignment(adapted.routers(), adapted.experts_per_token, targets or {}, strength, PRIVATE)
+def aligned(adapted, targets=None, strength=0.1, over=RoutingProbability.all):
+    targets = targets or {}
+    return GateAlignment(adapted.routers(), adapted.experts_per_token, targets, strength, keep_under=PRIVATE, over=over)
 
 
 def targets_for(adapted):

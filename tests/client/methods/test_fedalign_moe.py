@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from client.methods import method_for
-from conf.methods import FedAlignMoeConfig, SftConfig
+from conf.methods import FedAlignMoeConfig, RoutingProbability, SftConfig
 from conf.model import RouterTraining
 from strategies.fedalign_moe import MARGIN, MEAN, PROBABILITY, REFERENCE, SEMANTICS, FedAlignMoe
 from tests.client.test_site import assert_same, differ, first_global, make_site, settings_for
@@ -52,6 +52,21 @@ def test_the_first_round_is_plain_fine_tuning_and_the_second_is_not(base_config,
     assert_same(aligned[0].adapter, plain.train(1, first_global(plain)).adapter)
     assert differ(aligned[1].adapter, unaligned[1].adapter)
     assert_same(unaligned[1].adapter, plain.train(2, unaligned[0].adapter).adapter)
+
+
+def test_over_the_selected_experts_margins_are_wider_and_training_another(base_config, tmp_path):
+    """Two of four: a token's probabilities are divided by their sum, so that p1 - p2 grows with them."""
+    (everyone, other), (selected, another) = (
+        rounds(local_router(base_config, FedAlignMoeConfig(strength=10, probability=over)), tmp_path / over.name, 2)[1]
+        for over in RoutingProbability
+    )
+    assert_same(everyone.adapter, selected.adapter)
+    for name, margin in everyone.extras.items():
+        if name.startswith(MARGIN):
+            assert selected.extras[name].sum() > margin.sum() > 0
+        elif name.startswith(PROBABILITY):
+            assert selected.extras[name].sum() == pytest.approx(1, rel=1e-5)
+    assert differ(another.adapter, other.adapter)
 
 
 def test_experts_count_by_the_sigmoid_of_their_overlap(base_config, tmp_path):
