@@ -36,6 +36,7 @@ _PASSED_BY = "fedavgm_momentum_0.3"
 OTHER_VALUES = (*(f"fc_moe_plus_as_shipped_agreement_{sites:g}" for sites in (0.3, 0.5, 2.0, 3.0)), _PASSED_BY)
 """FC-MoE plus with another agreement, where sites have much to learn from each other; FedAvgM with another momentum."""
 EVERYONE = tuple(name for name in CONTENDERS if name != _PASSED_BY)
+"""Who is compared on CLINC, where FedAvgM is tuned to that momentum by LoRA, and to more with whole experts."""
 
 
 def on_words(base: Path) -> tuple[str, ...]:
