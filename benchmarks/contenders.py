@@ -104,7 +104,7 @@ CONTENDERS: dict[str, Contender] = {
     "fedavg_step_2": Contender("FedAvg, step 2 on experts", ("strategy=fedavg", "strategy.expert_step=2")),
     # At a step of 1 a steady change is taken 1 / (1 - momentum) times as far, as by FC-MoE plus.
     "fedavgm": Contender("FedAvgM", ("strategy=fedavgm", "strategy.learning_rate=1"), (_SERVER_MOMENTUM,)),
-    # Tuning passed it by for next to nothing on BANKING77's one validation seed, and test seeds liked it.
+    # With whole experts on BANKING77 tuning passed it by for next to nothing, on one seed; test seeds liked it.
     "fedavgm_momentum_0.3": Contender(
         "FedAvgM with a momentum of 0.3",
         ("strategy=fedavgm", "strategy.learning_rate=1"),
@@ -188,7 +188,7 @@ CONTENDERS: dict[str, Contender] = {
     "fedavg_tokens": Contender("FedAvg, experts by tokens", ("strategy=fedavg", "strategy.weights=tokens")),
     "fedmoe": Contender("FedMoE (sites that used the expert)", ("strategy=fedmoe",)),
     "fedalign_moe": Contender("FedAlign-MoE (routers trained, local)", ("strategy=fedalign_moe",), _ALIGNMENT),
-    # As printed; but with one expert a token it would have nothing to align.
+    # Its probabilities as printed; but with one expert a token they would leave nothing to align.
     "fedalign_moe_selected": Contender(
         "FedAlign-MoE, probabilities over the selected experts",
         ("strategy=fedalign_moe", "method.probability=selected"),

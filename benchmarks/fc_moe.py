@@ -1,4 +1,4 @@
-"""FC-MoE and what it must beat, each tuned on validation data and shown on fresh seeds.
+"""FC-MoE and what it must beat, each tuned on validation data and shown on other seeds.
 
     python -m benchmarks.fc_moe --workload clinc --experts lora --data ../shared/data --budget-minutes 60 --jobs 2
 

@@ -9,23 +9,19 @@ shows what a run comes to then, and whether what one method gains over another i
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.cells import Outcome, Row, Study, add_arguments, carry_out
+from benchmarks.cells import Outcome, Row
 from benchmarks.contenders import CONTENDERS
-from benchmarks.fc_moe import Cell, run_cell, stored, study_of, tested_of
+from benchmarks.fc_moe import stored
 from benchmarks.fc_moe_numbers import results
-from benchmarks.fc_moe_tables import BASELINE, difference, digits_of, judged_by_accuracy, measure_of, summed_up
+from benchmarks.fc_moe_tested import arguments, run_tests, tuned_names
+from benchmarks.fc_moe_told import BASELINE, difference, digits_of, judged_by_accuracy, measure_of, summed_up
 from benchmarks.provenance import makers
-from benchmarks.render import HERE
-from benchmarks.workloads import WORKLOADS
 
 Both = tuple[dict[int, Row], dict[int, Row]]
 """A contender's rows as they were stored, and again, of the same seeds."""
-Report = Callable[[Mapping[str, Outcome], Mapping[str, Outcome]], dict[str, Any]]
 
 
 def of_both(before: Mapping[str, Outcome], again: Mapping[str, Outcome]) -> dict[str, Both]:
@@ -69,46 +65,17 @@ def report(before: Mapping[str, Outcome], again: Mapping[str, Outcome]) -> dict[
     return {"stored_by": stored_by, "made_by": made_by, "table": compared(twice)}
 
 
-def arguments(description: str) -> argparse.ArgumentParser:
-    """Of a command that tests on one workload with the settings that stand."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--workload", choices=list(WORKLOADS), default="clinc")
-    parser.add_argument("--experts", choices=["lora", "full"], default="lora")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--device", default="cpu")
-    add_arguments(parser, CONTENDERS, tuning_seeds=[100])
-    return parser
-
-
-def tested_now(kind: str, parser: argparse.ArgumentParser, before: Study[Cell], reported: Report) -> None:
-    """Compute the tests that are missing as long as there is time; write cells and table.
-
-    Args:
-        kind: What the results file's name begins with.
-        parser: Of ``arguments``.
-        before: The stored runs: their tuning stands.
-        reported: The results file's content, from what is known of the stored tests and of these.
-    """
-    given = parser.parse_args()
-    of = given.workload, given.experts
-    names = given.strategies or [name for name, result in tested_of(before, *of).items() if result.rows]
-    if untuned := [name for name in names if before.tuning(name).missing]:
-        parser.error(f"--strategies {' '.join(untuned)}: not tuned in the stored runs")
-    now = study_of(*of, given.seeds, given.tuning_seeds)
-    for row in before.rows.values():
-        if row["split"] == "validation":
-            now.add(row)
-    path = HERE / "results" / f"{kind}_{given.workload}_{given.experts}.json"
-    run = partial(run_cell, data=given.data, device=given.device)
-    carry_out(now, names, run, lambda: reported(tested_of(before, *of), tested_of(now, *of)), path, given)
-
-
 def main() -> None:
     """Compute the runs that are missing; write cells and table."""
     parser = arguments("runs of FC-MoE's benchmark again")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     given = parser.parse_args()
     before = stored(given.workload, given.experts, given.seeds, given.tuning_seeds)
-    tested_now("again", parser, before, report)
+    try:
+        names = tuned_names(given, before)
+    except ValueError as error:
+        parser.error(str(error))
+    run_tests("again", given, names, before, report)
 
 
 if __name__ == "__main__":

@@ -15,10 +15,9 @@ from functools import cached_property
 from typing import Any
 
 from benchmarks.cells import Outcome
-from benchmarks.contenders import CONTENDERS
 from benchmarks.fc_moe import stored_tests
 from benchmarks.fc_moe_numbers import BySeed, differences, good, results
-from benchmarks.fc_moe_tables import (
+from benchmarks.fc_moe_told import (
     BASELINE,
     ROUNDS,
     difference,
@@ -107,7 +106,7 @@ def gains(every: Sequence[Found]) -> str:
         lines.append([
             found.title, found.experts, str(len(rows)), mean_of_known(cosines, 3),
             f"{told} {'%' if found.by_accuracy else 'nats'}",
-            f"{found.minus_baseline(best)}, {CONTENDERS[best].title}" if best else "missing",
+            f"{found.minus_baseline(best)}, {found.titles([best])}" if best else "missing",
             *(found.minus_baseline(name) for name in ("fc_moe", *AIMED)),
         ])  # fmt: skip
     ours = (f"FC-MoE plus, {which}" for which in AIMED.values())

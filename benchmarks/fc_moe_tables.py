@@ -1,4 +1,4 @@
-"""From the cells of ``benchmarks.fc_moe`` to its tables: means, intervals, differences paired by seed."""
+"""From the cells of ``benchmarks.fc_moe`` to its tables."""
 
 from __future__ import annotations
 
@@ -9,12 +9,24 @@ import numpy as np
 from benchmarks.cells import Outcome, Row
 from benchmarks.contenders import CONTENDERS, LEARNING_RATE, led
 from benchmarks.fc_moe_averaging import MEASURES
-from benchmarks.fc_moe_numbers import BySeed, differences, good, growth, last_rounds, on_sites, results, rounds_needed
+from benchmarks.fc_moe_numbers import BySeed, good, growth, last_rounds, on_sites, results
 from benchmarks.fc_moe_printed import ABLATION
+from benchmarks.fc_moe_told import (
+    BASELINE,
+    ROUNDS,
+    difference,
+    digits_of,
+    done,
+    judged_by_accuracy,
+    mean_of_known,
+    mean_told,
+    measure_of,
+    rounds_told,
+    summed_up,
+    titled,
+)
 from benchmarks.render import as_table
-from server.intervals import with_interval
 
-BASELINE = "fedavg"
 OURS = "fc_moe_plus_as_shipped"
 SUMMARISED = (
     "fedavg", "fedavg_step", "fedavgm", "fedalign_moe", "fc_moe", "fc_moe_plus", "fc_moe_plus_as_shipped", "local_only",
@@ -26,7 +38,6 @@ _DIGITS = {
 }  # fmt: skip
 _FULL = "fc_moe"
 _TITLES = {_FULL: "full"}
-ROUNDS = "rounds to FedAvg's end, x its own"
 
 
 def markdown(
@@ -60,7 +71,7 @@ def comparison(
         printed: Contender -> accuracy that a paper prints, for a column of its own; those not compared here get a line.
     """
     by_accuracy = judged_by_accuracy(tested)
-    answered = any(row.get("rouge_l") is not None for row in _done(tested))
+    answered = any(row.get("rouge_l") is not None for row in done(tested))
     columns = [
         "method", measure_of(by_accuracy), "minus FedAvg", "FC-MoE plus as shipped, minus it", "last round",
         "ROUGE-L, minus FedAvg's" if answered else "loss, minus FedAvg's", ROUNDS, "MB", "expert growth", "tuned",
@@ -91,7 +102,7 @@ def summary(title: str, tested: Mapping[str, Outcome]) -> str:
     lines, most = [], _most(compared)
     for name, result in compared.items():
         mean, difference, _, _, _, rounds, *_ = _cells(result, compared[BASELINE].rows, {}, by_accuracy)
-        found = (_mean(values, digits_of(by_accuracy)) for values in on_sites(result.rows, by_accuracy))
+        found = (mean_told(values, digits_of(by_accuracy)) for values in on_sites(result.rows, by_accuracy))
         lines.append([titled(name, result, most), mean, difference, " / ".join(found), rounds])
     return f"{title}, {most} seeds\n\n{as_table(columns, lines)}"
 
@@ -105,9 +116,9 @@ def sites(tested: Mapping[str, Outcome]) -> str:
         mean, worst, spread = on_sites(result.rows, by_accuracy)
         cells = [titled(name, result, most)]
         for values, others in ((mean, baseline[0]), (worst, baseline[1])):
-            cells += [_mean(values, digits), difference(values, others, digits) if name != BASELINE else ""]
+            cells += [mean_told(values, digits), difference(values, others, digits) if name != BASELINE else ""]
         if spread:
-            lines.append([*cells, _mean(spread, digits)])
+            lines.append([*cells, mean_told(spread, digits)])
     if not lines:
         return ""
     columns = ["method", "mean of sites", "minus FedAvg", "worst site", "minus FedAvg", "spread over sites"]
@@ -150,7 +161,7 @@ def variant(name: str) -> str:
 
 def both_told(found: tuple[BySeed, BySeed]) -> str:
     """Both means with their intervals."""
-    return " / ".join(_mean(values, 4) for values in found if values) or "missing"
+    return " / ".join(mean_told(values, 4) for values in found if values) or "missing"
 
 
 def one_knob_changed(tested: Mapping[str, Outcome]) -> str:
@@ -171,7 +182,7 @@ def _around(leader: str, tested: Mapping[str, Outcome]) -> str:
         values = results(tested[name].rows, by_accuracy)
         failed = len(tested[name].rows) - len(values)
         same_seeds = {seed: as_tuned[seed] for seed in values if seed in as_tuned}
-        beside = ["", ""] if is_leader else [_mean(same_seeds, digits), difference(values, as_tuned, digits)]
+        beside = ["", ""] if is_leader else [mean_told(same_seeds, digits), difference(values, as_tuned, digits)]
         lines.append([title, summed_up(values, digits, failed), *beside])
     columns = ["value", measure_of(by_accuracy), "as tuned, same seeds", "minus as tuned"]
     return f"{leader}: one knob changed\n\n{as_table(columns, lines)}"
@@ -217,12 +228,6 @@ def _of_runs(measure: str, values: Sequence[float | None]) -> str:
     return mean_of_known(values, _DIGITS[measure])
 
 
-def titled(name: str, result: Outcome, num_seeds: int) -> str:
-    """What it is called, and of how many seeds its row tells if not of all."""
-    count = len(result.rows)
-    return CONTENDERS[name].title + (f" ({count} of {num_seeds} seeds)" if 0 < count < num_seeds else "")
-
-
 def _most(tested: Mapping[str, Outcome]) -> int:
     """Seeds of who has been run with most."""
     return max(len(result.rows) for result in tested.values())
@@ -231,49 +236,6 @@ def _most(tested: Mapping[str, Outcome]) -> int:
 def _methods(tested: Mapping[str, Outcome]) -> dict[str, Outcome]:
     """All but those who differ from their leader in one value: they have a table of their own."""
     return {name: result for name, result in tested.items() if not CONTENDERS[name].instead}
-
-
-def mean_of_known(values: Sequence[float | None], digits: int, before: str = "") -> str:
-    """Mean of those that are known, and of how many if not of all."""
-    known = [value for value in values if value is not None]
-    told = f" (of {len(known)})" if len(known) < len(values) else ""
-    return f"{before}{np.mean(known):.{digits}f}{told}" if known else ""
-
-
-def _done(tested: Mapping[str, Outcome]) -> list[Row]:
-    return [row for result in tested.values() for row in good(result.rows).values()]
-
-
-def judged_by_accuracy(tested: Mapping[str, Outcome]) -> bool:
-    """Whether by accuracy; else by loss."""
-    return any(row["accuracy"] for row in _done(tested))
-
-
-def digits_of(by_accuracy: bool) -> int:
-    """How many to show behind the point, of what counts."""
-    return 1 if by_accuracy else 3
-
-
-def measure_of(by_accuracy: bool) -> str:
-    """What counts, and in what unit."""
-    return "test accuracy, %" if by_accuracy else "test loss, nats"
-
-
-def _mean(values: BySeed, digits: int) -> str:
-    return with_interval(list(values.values()), digits) if values else ""
-
-
-def difference(values: BySeed, others: BySeed, digits: int) -> str:
-    """Of the one to the other, paired by seed."""
-    found = differences(values, others)
-    return with_interval(found, digits, sign="+") if found else ""
-
-
-def summed_up(values: BySeed, digits: int, failed: int) -> str:
-    """Mean with its interval, and how many runs diverged; ``missing`` if there is no run."""
-    if not values:
-        return "diverged" if failed else "missing"
-    return _mean(values, digits) + (f" ({failed} diverged)" if failed else "")
 
 
 def _cells(result: Outcome, baseline: Mapping[int, Row], ours: Mapping[int, Row], by_accuracy: bool) -> list[str]:
@@ -307,22 +269,11 @@ def _loss(rows: Mapping[int, Row], baseline: Mapping[int, Row]) -> str:
 def _rouge(rows: Mapping[int, Row], baseline: Mapping[int, Row]) -> str:
     """Mean with its interval, and what it is beside the baseline's, paired by seed."""
     own = _rouge_by_seed(rows)
-    return ", ".join(filter(None, [_mean(own, 3), difference(own, _rouge_by_seed(baseline), 3)]))
+    return ", ".join(filter(None, [mean_told(own, 3), difference(own, _rouge_by_seed(baseline), 3)]))
 
 
 def _rouge_by_seed(rows: Mapping[int, Row]) -> BySeed:
     return {seed: row["rouge_l"] for seed, row in good(rows).items() if row.get("rouge_l") is not None}
-
-
-def rounds_told(rows: Mapping[int, Row], baseline: Mapping[int, Row], by_accuracy: bool) -> str:
-    """To the baseline's end: mean over the seeds that get there, how many do, of several the ratio to its own."""
-    needed, ratio = rounds_needed(rows, baseline, by_accuracy)
-    reached = [count for count in needed.values() if count is not None]
-    if not reached:
-        return f"never (0 of {len(needed)})"
-    count = f" ({len(reached)} of {len(needed)})" if len(reached) < len(needed) else ""
-    paired = f", x {_mean(ratio, 2)}" if rows is not baseline and len(ratio) > 1 else ""
-    return mean_of_known(reached, 1) + count + paired
 
 
 def _tuned(name: str, result: Outcome) -> str:

@@ -41,8 +41,8 @@ class Target:
 class GateAlignment(LocalRule):
     """Measures the routing of every pass and adds ``strength`` times its divergence from the target to the loss.
 
-    The term is the mean over layers and tokens; a layer without a target is measured only. ``over`` says over which
-    experts probabilities are.
+    The term is the mean over layers and tokens; a layer without a target is measured only. ``probability``
+    says over which experts the routing probabilities are.
     """
 
     def __init__(
@@ -53,10 +53,10 @@ class GateAlignment(LocalRule):
         strength: float,
         *,
         keep_under: str,
-        over: RoutingProbability = RoutingProbability.all,
+        probability: RoutingProbability,
     ) -> None:
         self._routers = routers
-        self._among = experts_per_token if over is RoutingProbability.selected else None
+        self._num_selected = experts_per_token if probability is RoutingProbability.selected else None
         self._experts_per_token = experts_per_token
         self._targets = targets
         self._strength = strength
@@ -84,7 +84,7 @@ class GateAlignment(LocalRule):
         for layer, caught in self._inputs.items():
             assert caught is not None, f"the router of {layer} was not called"
             hidden_ND = caught.reshape(-1, caught.shape[-1])[self._real_tokens.to(caught.device)].float()
-            log_p_NE = log_probabilities(hidden_ND, self._routers[layer], self._among)
+            log_p_NE = log_probabilities(hidden_ND, self._routers[layer], self._num_selected)
             self._statistics[layer].add(log_p_NE.detach().exp(), hidden_ND.detach())
             if layer in self._targets:
                 terms.append(divergence(log_p_NE, self._targets[layer], self._experts_per_token).sum())
@@ -149,26 +149,30 @@ class RoutingStatistics:
         return {kind: mean.float().cpu().numpy() for kind, mean in means.items()}
 
 
-def log_probabilities(hidden_ND: Tensor, router: nn.Module, among: int | None = None) -> Tensor:
-    """(N, E) float32 logarithms of the softmax of the router's logits: over all experts, or each token's first ones.
+def log_probabilities(hidden_ND: Tensor, router: nn.Module, num_selected: int | None = None) -> Tensor:
+    """(N, E) float32 logarithms of the softmax of the router's logits, over all experts.
 
-    An expert that is not ``among`` a token's first has the probability 0, of which the logarithm here is finite.
+    Or over each token's ``num_selected`` most probable ones: the others have the probability 0, of which the logarithm
+    here is finite.
     """
     weight: Any = router.weight
     bias: Any = getattr(router, "bias", None)
     logits_NE = functional.linear(hidden_ND, weight.float(), None if bias is None else bias.float())
-    if among is not None:
-        first_NE = torch.zeros_like(logits_NE, dtype=torch.bool)
-        first_NE.scatter_(1, logits_NE.topk(among, dim=1).indices, value=True)
-        logits_NE = logits_NE.masked_fill(~first_NE, _NO_LOGIT)
+    if num_selected is not None:
+        logits_NE = logits_NE.masked_fill(~_largest(logits_NE, num_selected), _NO_LOGIT)
     return logits_NE.log_softmax(dim=1)
 
 
 def divergence(log_p_NE: Tensor, target: Target, experts_per_token: int) -> Tensor:
     """(N,) sum of alpha(e) p(e) log(p(e) / p_g(e)) over the experts that token or reference chooses (Eq. 11)."""
-    chosen_NE = torch.zeros_like(log_p_NE, dtype=torch.bool)
-    chosen_NE.scatter_(1, log_p_NE.topk(experts_per_token, dim=1).indices, value=True)
+    chosen_NE = _largest(log_p_NE, experts_per_token)
     chosen_NE[:, target.reference_E.topk(experts_per_token).indices] = True
     log_reference_E = target.reference_E.clamp_min(_SMALLEST_REFERENCE).log()
     terms_NE = target.weight_E * log_p_NE.exp() * (log_p_NE - log_reference_E)
     return torch.where(chosen_NE, terms_NE, 0.0).sum(dim=1)
+
+
+def _largest(values_NE: Tensor, count: int) -> Tensor:
+    """(N, E) which experts are among each token's ``count`` largest."""
+    largest_NE = torch.zeros_like(values_NE, dtype=torch.bool)
+    return largest_NE.scatter_(1, values_NE.topk(count, dim=1).indices, value=True)

@@ -60,5 +60,5 @@ class FedAlignMoe(Method):
             targets,
             self.config.strength,
             keep_under=_PRIVATE,
-            over=self.config.probability,
+            probability=self.config.probability,
         )

@@ -7,7 +7,7 @@ import json
 from benchmarks import fc_moe_ablation
 from benchmarks.fc_moe_ablation import main, table
 from benchmarks.render import HERE
-from tests.benchmarks.stored_runs import outcome
+from tests.benchmarks.made_up_runs import outcome
 
 
 def test_table_is_that_of_the_cells():

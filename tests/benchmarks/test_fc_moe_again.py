@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import fc_moe_again
 from benchmarks.fc_moe_again import compared, of_both, report
-from tests.benchmarks.stored_runs import DIVERGED, measured, outcome, store, told
+from tests.benchmarks.made_up_runs import DIVERGED, measured, outcome, told
 
 
 def test_both_are_paired_by_seed_over_the_seeds_that_both_have():
@@ -52,24 +52,18 @@ def test_makers_are_those_of_the_runs_in_the_table():
     assert found["made_by"] == [{"made_by": other, "runs": 2}]
 
 
-@pytest.fixture
-def computed(monkeypatch, tmp_path):
-    """Cells that are computed again."""
-    return store(monkeypatch, tmp_path)
-
-
 def run_again(monkeypatch, *words):
     monkeypatch.setattr("sys.argv", ["fc_moe_again", "--experts", "full", "--device", "somewhere", *words])
     fc_moe_again.main()
 
 
-def test_tests_alone_are_computed_again_with_the_tuned_settings_and_once(computed, monkeypatch, tmp_path):
+def test_tests_alone_are_computed_again_with_the_tuned_settings_and_once(tested_now, monkeypatch, tmp_path):
     """By default everyone's; who was computed before stays in the table."""
     run_again(monkeypatch, "--strategies", "fedavg", "--seeds", "0", "1")
-    assert [(cell.seed, cell.split, cell.experts) for cell in computed] == [(0, "test", "full"), (1, "test", "full")]
-    assert {cell.settings for cell in computed} == {("strategy=fedavg", "train.learning_rate=0.008")}
+    assert [(cell.seed, cell.split, cell.experts) for cell in tested_now] == [(0, "test", "full"), (1, "test", "full")]
+    assert {cell.settings for cell in tested_now} == {("strategy=fedavg", "train.learning_rate=0.008")}
     run_again(monkeypatch, "--seeds", "0")
-    assert [cell.settings[0] for cell in computed[2:]] == ["strategy=fedmoe"]
+    assert [cell.settings[0] for cell in tested_now[2:]] == ["strategy=fedmoe"]
     written = json.loads((tmp_path / "results" / "again_clinc_full.json").read_text())
     assert [told(cells)[1:5] for cells in written["table"]["rows"]] == [
         [2, "50.0", "60.0", "+10.0"],
@@ -78,9 +72,9 @@ def test_tests_alone_are_computed_again_with_the_tuned_settings_and_once(compute
     assert [maker["runs"] for maker in written["made_by"]] == [3]
 
 
-def test_who_is_not_tuned_is_refused(computed, monkeypatch, capsys):
+def test_who_is_not_tuned_is_refused(tested_now, monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         run_again(monkeypatch, "--strategies", "fedavg", "fc_moe")
     assert ended.value.code == 2
     assert "--strategies fc_moe: not tuned in the stored runs" in capsys.readouterr().err
-    assert computed == []
+    assert tested_now == []

@@ -102,6 +102,7 @@ def test_of_one_seed_there_is_no_verdict_and_few_seeds_are_told():
         "0 of 2, not FedAvg; FedProx (2 of 3 seeds)",
         "1 of 2, not FedProx (2 of 3 seeds)",
     ]
+    assert cells_of(gains([of_data]))[5].endswith(", FedProx (2 of 3 seeds)")
     once = found(fedavg=[0.5], fedprox=[0.9], fc_moe_plus=[0.6])
     assert cells_of(aim("fc_moe_plus", [once]))[2:5] == [""] * 3
     assert cells_of(gains([once]))[5] == "missing"

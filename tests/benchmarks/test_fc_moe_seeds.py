@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import pytest
 
-from benchmarks.fc_moe import stored, study_of
+from benchmarks.fc_moe import compared, stored, study_of
 from benchmarks.fc_moe_seeds import table_seeds
 from benchmarks.render import HERE
+from benchmarks.workloads import WORKLOADS
 
 TABLES = sorted((HERE / "results").glob("fc_moe_*.json"))
 
@@ -32,7 +34,14 @@ def test_who_is_tested_with_more_is_run_with_all_of_them():
     study = study_of("banking", "lora", None, [])
     assert [cell.seed for cell in study.needed("fedavg")] == list(range(20))
     assert [cell.seed for cell in study.needed("local_only")] == list(range(5))
+    assert study.all_seeds() == list(range(20))
     assert [cell.seed for cell in study_of("clinc_smollm2", "lora", None, []).needed("fedavg")] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("of", itertools.product(WORKLOADS, ("lora", "full")), ids="_".join)
+def test_who_is_tested_with_more_is_compared_there(of):
+    _, more = table_seeds(*of)
+    assert more.keys() <= {*compared(*of)}
 
 
 def test_seeds_that_are_asked_for_are_all():

@@ -47,14 +47,14 @@ def some_target():
     return Target(torch.tensor([0.7, 0.1, 0.15, 0.05]), torch.tensor([0.5, 0.4, 0.6, 0.3]))
 
 
-def naive_divergence(logits, target, num_chosen, over):
-    """Eq. 11 for one token, term by term, with p over the ``over`` largest."""
-    first = {int(e) for e in np.argsort(logits)[-over:]}
-    total = sum(math.exp(logits[e]) for e in first)
-    p = {e: math.exp(logits[e]) / total for e in first}
+def naive_divergence(logits, target, num_chosen, num_selected):
+    """Eq. 11 for one token, term by term, with p over the ``num_selected`` largest."""
+    selected = {int(e) for e in np.argsort(logits)[-num_selected:]}
+    total = sum(math.exp(logits[e]) for e in selected)
+    p = {e: math.exp(logits[e]) / total for e in selected}
     reference, weight = target.reference_E.tolist(), target.weight_E.tolist()
     chosen = {int(e) for e in [*np.argsort(logits)[-num_chosen:], *np.argsort(reference)[-num_chosen:]]}
-    return sum(weight[e] * p[e] * math.log(p[e] / reference[e]) for e in chosen & first)
+    return sum(weight[e] * p[e] * math.log(p[e] / reference[e]) for e in chosen & selected)
 
 
 def identity():
@@ -68,8 +68,8 @@ def test_divergence_is_the_naive_one(num_chosen, is_selected):
     logits_NE = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
     log_p_NE = log_probabilities(logits_NE, identity(), num_chosen if is_selected else None)
     found = divergence(log_p_NE, some_target(), num_chosen)
-    over = num_chosen if is_selected else 4
-    expected = [naive_divergence(row, some_target(), num_chosen, over) for row in logits_NE.tolist()]
+    num_selected = num_chosen if is_selected else 4
+    expected = [naive_divergence(row, some_target(), num_chosen, num_selected) for row in logits_NE.tolist()]
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
@@ -97,19 +97,23 @@ def test_a_reference_of_zero_costs_much_and_not_infinitely():
     assert 0 < found.item() < 20
 
 
-def test_top_1_routing_has_a_gradient():
-    """A softmax over the one selected expert has none; over two of four it is finite, and 0 for the others."""
+def logit_gradient(num_selected, num_chosen):
+    logits_NE = torch.tensor([[0.1, 0.2, 0.3, 0.0]], requires_grad=True)
+    log_p_NE = log_probabilities(logits_NE, identity(), num_selected)
+    divergence(log_p_NE, some_target(), num_chosen).sum().backward()
+    return logits_NE.grad[0]
 
-    def gradient(among, num_chosen):
-        hidden_NE = torch.tensor([[0.1, 0.2, 0.3, 0.0]], requires_grad=True)
-        divergence(log_probabilities(hidden_NE, identity(), among), some_target(), num_chosen).sum().backward()
-        return hidden_NE.grad.abs()
 
-    assert gradient(None, 1).max() > 0.01
-    assert gradient(1, 1).max() == 0
-    of_two = gradient(2, 2)
-    assert of_two[0, 1:3].min() > 0.01
-    assert of_two[0, [0, 3]].max() == 0
+def test_top_1_routing_has_a_gradient_over_all_experts_and_none_over_the_one():
+    assert logit_gradient(None, 1).abs().max() > 0.01
+    assert logit_gradient(1, 1).tolist() == [0.0] * 4
+
+
+def test_over_the_selected_the_others_have_no_gradient():
+    found = logit_gradient(2, 2)
+    assert found.isfinite().all()
+    assert found[1:3].abs().min() > 0.01
+    assert found[[0, 3]].tolist() == [0.0, 0.0]
 
 
 def test_statistics_by_hand():
@@ -124,9 +128,9 @@ def test_statistics_by_hand():
     assert {array.dtype for array in found.values()} == {np.dtype(np.float32)}
 
 
-def aligned(adapted, targets=None, strength=0.1, over=RoutingProbability.all):
-    targets = targets or {}
-    return GateAlignment(adapted.routers(), adapted.experts_per_token, targets, strength, keep_under=PRIVATE, over=over)
+def aligned(adapted, targets=None, strength=0.1):
+    over_all = {"keep_under": PRIVATE, "probability": RoutingProbability.all}
+    return GateAlignment(adapted.routers(), adapted.experts_per_token, targets or {}, strength, **over_all)
 
 
 def targets_for(adapted):

@@ -56,17 +56,17 @@ def test_the_first_round_is_plain_fine_tuning_and_the_second_is_not(base_config,
 
 def test_over_the_selected_experts_margins_are_wider_and_training_another(base_config, tmp_path):
     """Two of four: a token's probabilities are divided by their sum, so that p1 - p2 grows with them."""
-    (everyone, other), (selected, another) = (
+    (first_all, second_all), (first_selected, second_selected) = (
         rounds(local_router(base_config, FedAlignMoeConfig(strength=10, probability=over)), tmp_path / over.name, 2)[1]
         for over in RoutingProbability
     )
-    assert_same(everyone.adapter, selected.adapter)
-    for name, margin in everyone.extras.items():
+    assert_same(first_all.adapter, first_selected.adapter)
+    for name, margin in first_all.extras.items():
         if name.startswith(MARGIN):
-            assert selected.extras[name].sum() > margin.sum() > 0
+            assert first_selected.extras[name].sum() > margin.sum() > 0
         elif name.startswith(PROBABILITY):
-            assert selected.extras[name].sum() == pytest.approx(1, rel=1e-5)
-    assert differ(another.adapter, other.adapter)
+            assert first_selected.extras[name].sum() == pytest.approx(1, rel=1e-5)
+    assert differ(second_all.adapter, second_selected.adapter)
 
 
 def test_experts_count_by_the_sigmoid_of_their_overlap(base_config, tmp_path):
