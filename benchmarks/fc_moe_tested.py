@@ -42,6 +42,14 @@ def tuned_names(given: argparse.Namespace, before: Study[Cell]) -> list[str]:
     return names
 
 
+def tuning_of(before: Study[Cell], now: Study[Cell]) -> Study[Cell]:
+    """The new study with the stored runs' tuning, and none of their tests."""
+    for row in before.rows.values():
+        if row["split"] == "validation":
+            now.add(row)
+    return now
+
+
 def run_tests(
     kind: str, given: argparse.Namespace, names: Sequence[str], before: Study[Cell], reported: Report
 ) -> None:
@@ -55,10 +63,7 @@ def run_tests(
         reported: Makes the results file's content.
     """
     of = given.workload, given.experts
-    now = study_of(*of, given.seeds, given.tuning_seeds)
-    for row in before.rows.values():
-        if row["split"] == "validation":
-            now.add(row)
+    now = tuning_of(before, study_of(*of, given.seeds, given.tuning_seeds))
     path = HERE / "results" / f"{kind}_{given.workload}_{given.experts}.json"
     run = partial(run_cell, data=given.data, device=given.device)
     carry_out(now, names, run, lambda: reported(tested_of(before, *of), tested_of(now, *of)), path, given)
