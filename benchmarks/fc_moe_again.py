@@ -16,7 +16,7 @@ from benchmarks.cells import Outcome, Row
 from benchmarks.contenders import CONTENDERS
 from benchmarks.fc_moe import stored
 from benchmarks.fc_moe_numbers import results
-from benchmarks.fc_moe_tested import arguments, run_tests, tuned_names
+from benchmarks.fc_moe_tested import arguments, run_tests
 from benchmarks.fc_moe_told import BASELINE, difference, digits_of, judged_by_accuracy, measure_of, summed_up
 from benchmarks.provenance import makers
 
@@ -71,11 +71,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     given = parser.parse_args()
     before = stored(given.workload, given.experts, given.seeds, given.tuning_seeds)
-    try:
-        names = tuned_names(given, before)
-    except ValueError as error:
-        parser.error(str(error))
-    run_tests("again", given, names, before, report)
+    run_tests("again", parser, given, before, report)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from benchmarks.cells import Outcome
 from benchmarks.contenders import CONTENDERS
 from benchmarks.fc_moe import stored
 from benchmarks.fc_moe_numbers import on_sites, results
-from benchmarks.fc_moe_tested import arguments, run_tests, tuned_names
+from benchmarks.fc_moe_tested import arguments, run_tests
 from benchmarks.fc_moe_told import (
     BASELINE,
     ROUNDS,
@@ -76,11 +76,7 @@ def main() -> None:
     before = stored(given.workload, given.experts, [], given.tuning_seeds)
     if looked_at := sorted({*before.all_seeds(), *given.tuning_seeds} & {*given.seeds}):
         parser.error(f"--seeds {' '.join(map(str, looked_at))}: not fresh, used in tuning or in stored tests")
-    try:
-        names = tuned_names(given, before)
-    except ValueError as error:
-        parser.error(str(error))
-    run_tests("fresh", given, names, before, report)
+    run_tests("fresh", parser, given, before, report)
 
 
 if __name__ == "__main__":

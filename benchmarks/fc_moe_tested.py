@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -51,17 +51,21 @@ def tuning_of(before: Study[Cell], now: Study[Cell]) -> Study[Cell]:
 
 
 def run_tests(
-    kind: str, given: argparse.Namespace, names: Sequence[str], before: Study[Cell], reported: Report
+    kind: str, parser: argparse.ArgumentParser, given: argparse.Namespace, before: Study[Cell], reported: Report
 ) -> None:
     """Compute the tests that are missing as long as there is time; write cells and results file.
 
     Args:
         kind: What the results file's name begins with.
+        parser: Of ``arguments``; says why a command is refused.
         given: What the command was told.
-        names: Who is to be run.
         before: The stored runs: their tuning stands.
         reported: Makes the results file's content.
     """
+    try:
+        names = tuned_names(given, before)
+    except ValueError as error:
+        parser.error(str(error))
     of = given.workload, given.experts
     now = tuning_of(before, study_of(*of, given.seeds, given.tuning_seeds))
     path = HERE / "results" / f"{kind}_{given.workload}_{given.experts}.json"
