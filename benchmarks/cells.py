@@ -20,9 +20,9 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
-from benchmarks.contenders import LEARNING_RATE, Contender, Knob, Settings, Tuning, tuned
 from benchmarks.provenance import MADE_BY
 from benchmarks.render import write_results
+from benchmarks.tuning import LEARNING_RATE, Contender, Knob, Settings, Tuning, tuned
 
 Row = Mapping[str, Any]
 """What is known of a finished cell, as JSON values."""

@@ -27,7 +27,7 @@ import numpy as np
 
 from benchmarks import fc_moe_averaging, fc_moe_printed
 from benchmarks.cells import Outcome, Row, Study, add_arguments, carry_out, stored_rows
-from benchmarks.contenders import CONTENDERS, LEARNING_RATE, LEARNING_RATE_BY_LOSS, Settings
+from benchmarks.contenders import CONTENDERS
 from benchmarks.fc_moe_numbers import LAST, last_rounds
 from benchmarks.fc_moe_overtaken import overtaken
 from benchmarks.fc_moe_seeds import table_seeds
@@ -36,6 +36,7 @@ from benchmarks.federation import simulated
 from benchmarks.measures import Judge, Score, expert_norm
 from benchmarks.provenance import makers
 from benchmarks.render import HERE
+from benchmarks.tuning import LEARNING_RATE, LEARNING_RATE_BY_LOSS, Settings
 from benchmarks.workloads import WORKLOADS
 from client.assemble import held_out_sets
 from conf.compose import load_config

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from benchmarks.cells import Outcome, Row
-from benchmarks.contenders import CONTENDERS, LEARNING_RATE, Settings, led, words_of
+from benchmarks.contenders import CONTENDERS
+from benchmarks.tuning import LEARNING_RATE, Settings, led, words_of
 
 
 def overtaken(tested: Mapping[str, Outcome], rows: Iterable[Row]) -> list[tuple[str, Outcome]]:
@@ -44,5 +45,5 @@ def _is_of(settings: Settings, name: str) -> bool:
     said = {*settings[len(contender.settings) :]}
     if any(word.endswith("=null") for word in said):
         return False  # no value of a knob, but what makes another contender
-    knobs = {LEARNING_RATE.key, *(knob.key for knob in led(contender)[0].knobs), *contender.instead}
+    knobs = {LEARNING_RATE.key, *(knob.key for knob in led(contender, CONTENDERS)[0].knobs), *contender.instead}
     return {word.partition("=")[0] for word in said} <= knobs and {*words_of(contender.instead)} <= said

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from benchmarks.cells import Outcome, Row
-from benchmarks.contenders import CONTENDERS, LEARNING_RATE, led
+from benchmarks.contenders import CONTENDERS
 from benchmarks.fc_moe_averaging import MEASURES
 from benchmarks.fc_moe_numbers import BySeed, good, growth, last_rounds, on_sites, results
 from benchmarks.fc_moe_printed import ABLATION
@@ -26,6 +26,7 @@ from benchmarks.fc_moe_told import (
     titled,
 )
 from benchmarks.render import as_table
+from benchmarks.tuning import LEARNING_RATE, led
 
 OURS = "fc_moe_plus_as_shipped"
 SUMMARISED = (
@@ -278,7 +279,7 @@ def _rouge_by_seed(rows: Mapping[int, Row]) -> BySeed:
 
 def _tuned(name: str, result: Outcome) -> str:
     """The tuned values, without group choices; ``(end)`` behind one beyond which nothing was tried."""
-    knobs = {knob.key: knob for knob in (LEARNING_RATE, *led(CONTENDERS[name])[0].knobs)}
+    knobs = {knob.key: knob for knob in (LEARNING_RATE, *led(CONTENDERS[name], CONTENDERS)[0].knobs)}
     told = []
     for key, _, value in (word.partition("=") for word in result.settings):
         if key in _TUNED:

@@ -23,12 +23,13 @@ from typing import Any
 import torch
 
 from benchmarks.cells import Row, Study, add_arguments, carry_out
-from benchmarks.contenders import PERSONAL, Settings
+from benchmarks.contenders import PERSONAL
 from benchmarks.dolly_tasks import PARTITIONS, SIZES, overrides, version_of
 from benchmarks.federation import Federation, simulated
 from benchmarks.flex_tables import markdown, own_scores
 from benchmarks.provenance import makers
 from benchmarks.render import HERE
+from benchmarks.tuning import Settings
 from client.evaluation.examination import examine
 from client.evaluation.general_sets import general_sets
 from client.site import POOLED

@@ -7,16 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.contenders import (
-    CONTENDERS,
-    LEARNING_RATE,
-    LEARNING_RATE_BY_LOSS,
-    PERSONAL,
-    Contender,
-    Knob,
-    Tuning,
-    tuned,
-)
+from benchmarks.contenders import CONTENDERS, PERSONAL
+from benchmarks.tuning import LEARNING_RATE, LEARNING_RATE_BY_LOSS, Contender, Knob, Tuning, tuned
 from conf.compose import load_config
 from conf.model import RouterTraining
 
@@ -153,7 +145,9 @@ def test_fc_moe_plus_as_shipped_has_the_defaults_and_shares_its_runs_where_those
     shipped = CONTENDERS["fc_moe_plus_as_shipped"]
     values = [f"{knob.key}={knob.start:g}" for knob in shipped.knobs]
     assert load_config([*shipped.settings, *values]) == load_config(shipped.settings)
-    everyone_alike = {name: tuned(name, lambda _: 0.0).settings for name in ("fc_moe_plus", "fc_moe_plus_as_shipped")}
+    everyone_alike = {
+        name: tuned(name, lambda _: 0.0, CONTENDERS).settings for name in ("fc_moe_plus", "fc_moe_plus_as_shipped")
+    }
     assert len(set(everyone_alike.values())) == 1
 
 
