@@ -20,6 +20,7 @@ from strategies.inspection import Inspected, inspect, products_of, rejected_expe
 from strategies.low_rank import Factors
 from strategies.refinement import refine
 from strategies.shared_subspace import SubspaceConfig
+from strategies.threads import each
 
 Named = dict[str, NDArray[np.floating]]
 
@@ -112,12 +113,13 @@ class Clair(Strategy):
         shared = _averaged(adapter, updates, accepted)
         grown = 1 if self.refined_rank is RefinedRank.truncated else int(accepted.sum())
         own = {int(i): _with_rank(shared, grown) for i in np.flatnonzero(accepted)}
-        lost = {}
-        for matrix in inspected:
+
+        def step(matrix: Inspected) -> float:
+            """Refine one matrix, in its own places of all adapters."""
             trusted = np.array([matrix.of_expert not in rejected[updates[i].site] for i in matrix.present], bool)
             members = accepted[matrix.present] & trusted
             received = _read(adapter, matrix)
-            mean, refined, lost[matrix.label] = _refine_matrix(matrix, updates, members, received, grown)
+            mean, refined, lost = _refine_matrix(matrix, updates, members, received, grown)
             _write(shared, matrix, low_rank.turned_towards(mean, received.A))
             given = dict.fromkeys(own, mean) | dict(zip(matrix.present[members].tolist(), refined, strict=True))
             for i, product in given.items():
@@ -125,6 +127,9 @@ class Clair(Strategy):
                 _write(own[i], matrix, low_rank.turned_towards(product, before) if grown == 1 else product)
             for i in matrix.present[accepted[matrix.present] & ~trusted]:
                 _write(own[i], matrix, _read(updates[i].adapter, matrix))
+            return lost
+
+        lost = dict(zip([matrix.label for matrix in inspected], each(step, inspected), strict=True))
         personal = {update.site: own[i] if i in own else dict(update.adapter) for i, update in enumerate(updates)}
         return shared, personal, lost
 

@@ -24,6 +24,7 @@ from strategies.adapters import Arrays
 from strategies.base import Aggregation, ClientUpdate
 from strategies.low_rank import Factors
 from strategies.quotient import CANCELLED, divided
+from strategies.threads import each
 
 MAX_NUMBERS = 150_000
 """Numbers kept of a round, about 1 MB as JSON: beyond, first the pairs of sites of each expert are left out, then
@@ -83,14 +84,12 @@ def round_diagnostics(
     adapters = _Adapters.of(received, updates, aggregation.adapter, personal or {})
     layers = experts.by_layer(received)
     counts = _counts(updates, {layer: experts.num_experts(arrays) for layer, arrays in layers.items()})
-    tables = {
-        layer: _block(adapters, sorted(layers.get(layer, {})), counts.get(layer)) for layer in {**counts, **layers}
-    }
     others: dict[str, list[str]] = {}
     for name in sorted(received):
         if not experts.is_expert_array(name):
             others.setdefault(kind_of(name), []).append(name)
-    kinds = {kind: _block(adapters, names, None) for kind, names in others.items()}
+    tables = _tables(adapters, {layer: sorted(layers.get(layer, {})) for layer in {**counts, **layers}}, counts)
+    kinds = _tables(adapters, others, {})
     own = {layer: _of_rule(found) for layer, found in aggregation.diagnostics.get("experts", {}).items()}
     kept = _within([*tables.values(), *kinds.values()], [*own.values()], max_numbers)
     return {
@@ -136,6 +135,14 @@ def _counts(updates: Sequence[ClientUpdate], sizes: Mapping[str, int]) -> dict[s
             rows = [update.expert_tokens.get(layer, unknown) for update in updates]
             counts[layer] = np.stack([row if len(row) == size else unknown for row in rows]).astype(np.float64)
     return counts
+
+
+def _tables(
+    adapters: _Adapters, blocks: Mapping[str, Sequence[str]], counts: Mapping[str, NDArray[np.float64]]
+) -> dict[str, Table]:
+    """Block -> all its numbers."""
+    found = each(lambda block: _block(adapters, blocks[block], counts.get(block)), blocks)
+    return dict(zip(blocks, found, strict=True))
 
 
 def _block(adapters: _Adapters, names: Sequence[str], tokens_CE: NDArray[np.float64] | None) -> Table:

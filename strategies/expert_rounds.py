@@ -5,10 +5,8 @@ Shapes: C sites, E experts of one range of a layer's experts.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -19,8 +17,7 @@ from numpy.typing import NDArray
 from strategies import experts
 from strategies.adapters import Arrays, weighted_mean
 from strategies.base import ClientUpdate
-
-_THREADS = min(os.cpu_count() or 1, 8)
+from strategies.threads import threads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +91,7 @@ def aggregate_experts(
         for name, array in whole.received.items()
     }
     dense = [{name: array for name, array in update.adapter.items() if name not in stepped} for update in updates]
-    with _threads() as pool:
+    with threads() as pool:
         pending = {
             kind: {path: _begin(pool, whole, step, stepped) for path, whole in ranges.items()}
             for kind, ranges in stepping.items()
@@ -155,20 +152,6 @@ def check_expert_tokens(adapter: Arrays, update: ClientUpdate) -> None:
         counted, expected = update.expert_tokens[layer].shape, (experts.num_experts(arrays),)
         if counted != expected:
             raise ValueError(f"expert_tokens[{layer}] must have the shape {expected}, got {counted}")
-
-
-@contextmanager
-def _threads() -> Iterator[ThreadPoolExecutor]:
-    """Threads for ranges of experts, of which BLAS starts none."""
-    from threadpoolctl import threadpool_limits  # noqa: PLC0415 - sites, which read names here, do without
-
-    # Threads of BLAS within these would only wait for each other, and their number may change last bits.
-    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(_THREADS) as pool:
-        try:
-            yield pool
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
 
 
 def _begin(

@@ -21,6 +21,7 @@ from strategies.expert_exclusion import Expert
 from strategies.low_rank import Factors
 from strategies.product_cores import pairs_of
 from strategies.shared_subspace import Finding, SubspaceConfig, examine
+from strategies.threads import each
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,15 +111,17 @@ def inspect(adapter: Arrays, updates: Sequence[ClientUpdate], config: SubspaceCo
     An expert is judged by the sites that used it, by their own count. With fewer than ``MIN_SITES`` of those it is
     examined, but nobody is judged.
     """
-    inspected: list[Inspected] = []
     if not updates:
-        return inspected
-    for prefix in low_rank.lora_prefixes(adapter):
-        for expert, present in _users(prefix, updates):
-            # One matrix at a time: of all of them together float64 would be twice what the sites sent.
-            finding = examine(products_of(prefix, expert, present, updates), config) if len(present) >= 2 else None
-            inspected.append(Inspected(prefix=prefix, expert=expert, present=present, finding=finding))
-    return inspected
+        return []
+
+    def inspected(matrix: tuple[str, int | None, NDArray[np.intp]]) -> Inspected:
+        # One matrix at a time: of all of them together float64 would be twice what the sites sent.
+        prefix, expert, present = matrix
+        finding = examine(products_of(prefix, expert, present, updates), config) if len(present) >= 2 else None
+        return Inspected(prefix=prefix, expert=expert, present=present, finding=finding)
+
+    prefixes = low_rank.lora_prefixes(adapter)
+    return each(inspected, [(prefix, *users) for prefix in prefixes for users in _users(prefix, updates)])
 
 
 def products_of(prefix: str, expert: int | None, present: NDArray[np.intp], updates: Sequence[ClientUpdate]) -> Factors:

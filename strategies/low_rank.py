@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from strategies.adapters import LARGEST, Arrays, NotFiniteError, check_same_layout
 from strategies.experts import expert_slices, is_expert_array
 from strategies.quotient import divided
+from strategies.threads import each
 
 
 class Factors(NamedTuple):
@@ -147,12 +148,17 @@ def aggregation_gap(adapters: Sequence[Arrays], weights: Sequence[float]) -> flo
     ):
         raise ValueError(f"weights must be finite, >= 0, not all 0, and one for each adapter, got {list(weights)}")
     shares = shares / shares.sum()
-    gap, length = 0.0, 0.0
-    for prefix in lora_prefixes(adapters[0]):
-        for part in _parts(adapters[0], prefix, len(adapters)):
-            pairs = [Factors(*(factor[part] for factor in factors_of(adapter, prefix))) for adapter in adapters]
-            gap_of_part, length_of_part = _squared_gap_and_length(pairs, shares)
-            gap, length = gap + gap_of_part, length + length_of_part
+
+    def of_part(place: tuple[str, slice]) -> tuple[float, float]:
+        prefix, part = place
+        pairs = [Factors(*(factor[part] for factor in factors_of(adapter, prefix))) for adapter in adapters]
+        return _squared_gap_and_length(pairs, shares)
+
+    prefixes = lora_prefixes(adapters[0])
+    squares = each(
+        of_part, [(prefix, part) for prefix in prefixes for part in _parts(adapters[0], prefix, len(adapters))]
+    )
+    gap, length = (sum(side) for side in zip((0.0, 0.0), *squares, strict=True))
     if gap == 0:
         return 0.0
     return math.sqrt(gap / length) if length > 0 else math.inf
