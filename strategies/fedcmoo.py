@@ -5,6 +5,7 @@ Shapes: M objectives, D parameters.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -60,20 +61,38 @@ class FedCmoo(Strategy):
             raise ValueError(f"{SHARES} must be one number for each objective")
 
     def aggregate(self, adapter: Arrays, state: Arrays, updates: Sequence[ClientUpdate]) -> Aggregation:  # noqa: ARG002
-        """The mean adapter, and the next round's weights.
+        """The mean adapter, and the next round's weights, of the sites with as many objectives as weights are known of.
+
+        In the first round, of those with as many as most. Diagnostics: ``weights``, and ``verdicts`` of the others.
 
         Raises:
-            ValueError: If sites differ in their number of objectives.
+            ValueError: If no site has as many, or in the first round no number is that of more sites than any other.
         """
-        counts = {update.extras[SHARES].size for update in updates}
-        if len(counts) > 1:
-            raise ValueError(f"sites have {sorted(counts)} objectives: method.rewards must be the same everywhere")
-        num = counts.pop()
+        counts = {update.site: update.extras[SHARES].size for update in updates}
+        num = state[WEIGHTS].size or _most_common([*counts.values()])
+        heard = [update for update in updates if counts[update.site] == num]
+        if not heard:
+            raise ValueError(f"sites have {sorted({*counts.values()})} objectives, not {num} as before")
         last = state[WEIGHTS].astype(np.float64) if state[WEIGHTS].size else np.full(num, 1 / num)
-        weights = next_weights(_mean_gram(updates), last)
+        weights = next_weights(_mean_gram(heard), last)
+        verdicts = {
+            site: {"rejected": True, "reason": f"it has {count} objectives, the others {num}: see method.rewards"}
+            for site, count in counts.items()
+            if count != num
+        }
         return Aggregation(
-            adapter=mean_by_examples(updates), state={WEIGHTS: weights}, diagnostics={"weights": weights.tolist()}
+            adapter=mean_by_examples(heard),
+            state={WEIGHTS: weights},
+            diagnostics={"weights": weights.tolist(), "verdicts": verdicts},
         )
+
+
+def _most_common(counts: Sequence[int]) -> int:
+    """The number that more sites have than any other."""
+    (num, sites), *others = Counter(counts).most_common(2)
+    if others and others[0][1] == sites:
+        raise ValueError(f"sites have {sorted({*counts})} objectives: method.rewards must be the same everywhere")
+    return num
 
 
 def _mean_gram(updates: Sequence[ClientUpdate]) -> NDArray[np.float64]:

@@ -71,7 +71,7 @@ def test_weights_are_broadcast_and_none_before_the_first_round():
     np.testing.assert_array_equal(sent, [0.25, 0.75])
 
 
-def test_update_without_gradients_or_with_other_objectives_is_refused():
+def test_update_without_gradients_is_refused():
     strategy, update = FedCmoo(), an_update("a", np.ones((2, 6)), 1)
     strategy.check_update(ADAPTER, update)
     with pytest.raises(ValueError, match="names differ"):
@@ -79,5 +79,29 @@ def test_update_without_gradients_or_with_other_objectives_is_refused():
     without_shares = {name: array for name, array in update.extras.items() if name != SHARES}
     with pytest.raises(ValueError, match="one number for each objective"):
         strategy.check_update(ADAPTER, replace(update, extras=without_shares))
-    with pytest.raises(ValueError, match=r"sites have \[2, 3\] objectives"):
-        strategy.aggregate(ADAPTER, strategy.init_state(ADAPTER), [update, an_update("b", np.ones((3, 6)), 1)])
+
+
+def test_a_site_with_other_objectives_is_left_out_and_named():
+    strategy, rng = FedCmoo(), np.random.default_rng(3)
+    good = [an_update(site, rng.normal(size=(2, 6)), 1) for site in "ab"]
+    odd = an_update("c", rng.normal(size=(3, 6)), 1000)
+    state = strategy.init_state(ADAPTER)
+    result, without = (strategy.aggregate(ADAPTER, state, updates) for updates in ([*good, odd], good))
+    np.testing.assert_array_equal(result.adapter["w"], without.adapter["w"])
+    np.testing.assert_array_equal(result.state[WEIGHTS], without.state[WEIGHTS])
+    assert without.diagnostics["verdicts"] == {}
+    reason = "it has 3 objectives, the others 2: see method.rewards"
+    assert result.diagnostics["verdicts"] == {"c": {"rejected": True, "reason": reason}}
+    # Later the weights say how many there are, and two of a mind cannot change that.
+    later = strategy.aggregate(ADAPTER, result.state, [good[0], odd, replace(odd, site="d")])
+    assert sorted(later.diagnostics["verdicts"]) == ["c", "d"]
+    assert later.state[WEIGHTS].size == 2
+
+
+def test_who_is_right_about_the_number_of_objectives_must_be_clear():
+    strategy, two = FedCmoo(), an_update("a", np.ones((2, 6)), 1)
+    three = an_update("b", np.ones((3, 6)), 1)
+    with pytest.raises(ValueError, match=r"sites have \[2, 3\] objectives: method.rewards must be the same"):
+        strategy.aggregate(ADAPTER, strategy.init_state(ADAPTER), [two, three])
+    with pytest.raises(ValueError, match=r"sites have \[3\] objectives, not 2 as before"):
+        strategy.aggregate(ADAPTER, {WEIGHTS: np.array([0.5, 0.5], np.float32)}, [three])
