@@ -115,7 +115,7 @@ def inspect(adapter: Arrays, updates: Sequence[ClientUpdate], config: SubspaceCo
         return []
 
     def inspected(matrix: tuple[str, int | None, NDArray[np.intp]]) -> Inspected:
-        # One matrix at a time: of all of them together float64 would be twice what the sites sent.
+        # One matrix at a time in a thread: of all of them together float64 would be twice what the sites sent.
         prefix, expert, present = matrix
         finding = examine(products_of(prefix, expert, present, updates), config) if len(present) >= 2 else None
         return Inspected(prefix=prefix, expert=expert, present=present, finding=finding)
